@@ -1,0 +1,221 @@
+"""Everything about text: tokenizer, prompt template, jsonl files, batches, final answers.
+
+Fine-tuning on instructions sees one example as
+
+    BOS  Below is an instruction … ### Instruction: {question} ### Response:  |  {answer}  EOS
+    └──────────────────── prompt: read, no loss ───────────────────────────┘     └─ learnt ──┘
+
+1. Prompt and response are tokenised apart and joined. Tokenised together, a token could straddle
+   the border and the mask would have to guess; apart, it is exact. Generation starts from the same
+   `prompt_ids`, so evaluation meets what training has seen.
+2. EOS is part of the response: a model that never learns it never stops.
+3. The shuffle is a function of (seed, epoch) and nothing else, so a run can resume anywhere.
+4. Labels are shifted here, once: labels[t] is token t+1, or -100, which `cross_entropy` skips,
+   where there is nothing to learn.
+5. Micro-batches are padded on the right. Attention is causal: a real token never looks right, so
+   it never sees padding. Nothing is packed: no example sees another one.
+"""
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+# The Alpaca template, as the scripts of the PiSSA paper use it for training and evaluation.
+PROMPT = ("Below is an instruction that describes a task. "
+          "Write a response that appropriately completes the request.\n\n"
+          "### Instruction:\n{instruction}\n\n### Response:")
+
+FIELDS = [("instruction", "output"), ("query", "response"), ("question", "answer"), ("text",)]
+
+
+class Tokenizer:
+    """Llama 2's kind of tokenizer: `tokenizer.model`, as sentencepiece reads it."""
+
+    def __init__(self, ckpt_dir):
+        path = Path(ckpt_dir) / "tokenizer.model"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; copy there the one the model came with")
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise ValueError(f"{path}: not a sentencepiece model (Llama 3's, a tiktoken file, is "
+                             "not one); use a checkpoint of Llama 2's kind") from None
+        self.vocab_size, self.bos, self.eos = len(self.sp), self.sp.bos_id(), self.sp.eos_id()
+        if min(self.bos, self.eos) < 0:
+            raise ValueError(f"{path}: has no BOS or no EOS token; both are needed here")
+        # Llama 2 has no pad token (its id is -1, which no embedding table can look up). Padding is
+        # never seen and never learnt, so any valid id will do: EOS.
+        self.pad = self.sp.pad_id() if self.sp.pad_id() >= 0 else self.eos
+
+    def encode(self, text, bos=False, eos=False):
+        """Text to ids. A literal "<s>" in it is three plain characters, never the BOS token."""
+        return [self.bos] * bos + self.sp.encode(text) + [self.eos] * eos
+
+    def decode(self, ids):
+        """Ids to text. BOS, EOS, padding and ids beyond the vocabulary (an embedding table may be
+        padded to a round size, and a model may sample from there) have no text: left out."""
+        ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self.sp.decode([i for i in ids if not self.sp.is_control(i)])
+
+
+# From a file to (prompt, response) ----------------------------------------------------------------
+
+def read(path, fields=None):
+    """Read a jsonl file into a list of (prompt, response), both str.
+
+    Without `fields` ("question,answer", or "story" for plain text) the keys of the first record
+    choose among FIELDS, in that order. Plain text has the prompt "" and is learnt as a whole.
+    The optional "input" of Alpaca's records follows the instruction on a new line.
+    """
+    names = tuple(name.strip() for name in fields.split(",")) if fields else None
+    if names and (len(names) > 2 or "" in names):
+        raise ValueError(f'fields="{fields}": give "prompt,response", or one name for plain text')
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    examples = []
+    with open(path, "rb") as file:  # bytes: an error in the encoding then has a line number too
+        for number, line in enumerate(file, 1):
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):  # blank, but for a byte order mark
+                continue
+            where = f"{path}:{number}"
+            record = _record(line, where)
+            names = names or next((f for f in FIELDS if record.keys() >= set(f)), None)
+            if names is None:
+                raise ValueError(f"{where}: no known pair of fields among {', '.join(record)}; "
+                                 'say which to use with fields="prompt,response"')
+            *prompt, response = [_string(record, name, where) for name in names]
+            if names == FIELDS[0] and record.get("input"):
+                prompt.append(_string(record, "input", where))
+            examples.append(("\n".join(prompt), response))
+    if not examples:
+        raise ValueError(f"{path}: no records; give one JSON object per line")
+    return examples
+
+
+def _record(line, where):
+    remedy = "give one object per line (a JSON array: jq -c '.[]' file.json > file.jsonl)"
+    try:
+        record = json.loads(line.decode("utf-8-sig").rstrip())  # -sig: less the byte order mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: not UTF-8; convert the file (see iconv)") from None
+    except ValueError as e:
+        reason = str(e).replace("line 1 ", "")  # json counts lines too; the file's are what helps
+        raise ValueError(f"{where}: not JSON ({reason}); {remedy}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object; {remedy}")
+    return record
+
+
+def _string(record, name, where):
+    if name not in record:
+        raise ValueError(f"{where}: no field '{name}' among {', '.join(record)}; add it, or say "
+                         'which to use with fields="prompt,response"')
+    value = record[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field '{name}' is not a string; put it in quotes")
+    if not value.strip():
+        raise ValueError(f"{where}: field '{name}' is empty; fill it or remove the record")
+    if re.search("[\ud800-\udfff]", value):  # JSON can spell them, UTF-8 and tokenizers cannot
+        raise ValueError(f"{where}: field '{name}' holds half a surrogate pair; remove it")
+    return value
+
+
+# From (prompt, response) to batches ---------------------------------------------------------------
+
+def prompt_ids(prompt, tok):
+    """What the model reads before it answers; BOS alone for plain text (prompt "")."""
+    # replace, not format: braces in the user's text are just text.
+    return tok.encode(PROMPT.replace("{instruction}", prompt) if prompt else "", bos=True)
+
+
+def encode(examples, tok, max_length):
+    """List of (prompt, response) -> (encoded, truncated, dropped).
+
+    encoded: list of (ids, n_prompt); the loss sees ids[n_prompt:], the response and EOS.
+    truncated: how many lost their end (and EOS: a cut answer must not teach the model to stop).
+    dropped: how many are left out, because the prompt alone fills max_length.
+    """
+    encoded = [(prompt_ids(prompt, tok), tok.encode(text, eos=True)) for prompt, text in examples]
+    kept = [(head + tail, len(head)) for head, tail in encoded if len(head) < max_length]
+    truncated = sum(len(ids) > max_length for ids, _ in kept)
+    return [(ids[:max_length], n) for ids, n in kept], truncated, len(examples) - len(kept)
+
+
+def split(examples, fraction, seed):
+    """Set a random fraction aside -> (train, val); any fraction > 0 takes at least one."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the fraction to set aside must be in [0, 1), not {fraction}")
+    n = max(round(fraction * len(examples)), fraction > 0)
+    shuffled = _shuffle(examples, seed)
+    return shuffled[n:], shuffled[:n]
+
+
+def batches(examples, batch_size, seed, epoch):
+    """One epoch as a list of batches (lists of examples); the last one may be short."""
+    # Not seed + epoch: seed 0 in epoch 1 would then be seed 1 in epoch 0.
+    shuffled = _shuffle(examples, seed * 1_000_003 + epoch)
+    return [shuffled[i:i + batch_size] for i in range(0, len(shuffled), batch_size)]
+
+
+def _shuffle(items, seed):
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order]
+
+
+def micro_batches(batch, micro_size, pad=0):
+    """Cut a batch of (ids, n_prompt) into padded (tokens, labels), `micro_size` examples each.
+
+    Examples of like length share a micro-batch, so little is padding; the gradient does not change
+    with the cut, since the training loss is a mean over the learnt tokens of the whole batch. The
+    longest come first: if memory does not suffice, it runs out at once and not an hour later.
+    """
+    batch, cut = sorted(batch, key=lambda example: -len(example[0])), []
+    for i in range(0, len(batch), micro_size):
+        group = batch[i:i + micro_size]
+        shape = len(group), len(group[0][0]) - 1  # the last token is only ever a label
+        tokens, labels = torch.full(shape, pad), torch.full(shape, -100)         # (b, T), int64
+        for row, (ids, n_prompt) in enumerate(group):
+            tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
+            labels[row, n_prompt - 1:len(ids) - 1] = torch.tensor(ids[n_prompt:])
+        cut.append((tokens, labels))
+    return cut
+
+
+# Final answers of maths problems ------------------------------------------------------------------
+
+# -3, 0.5, .5, 3/4, 1234, 1,234,567.89: a comma only before a group of three.
+NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
+
+
+def final_answer(text):
+    """The number a response ends on, as a str without commas; None if it names none.
+
+    It is the first number after the first "####" (GSM8K), else after the first "The answer is:"
+    (MetaMath), else after the first "The answer is". First, not last: a model that misses its EOS
+    runs on, invents more questions and answers those; its own answer is the one before them.
+    Units do not count: "$5", "5%" and "5 apples" are all 5.
+    """
+    text = text.lower().split("### instruction:")[0].replace("−", "-").replace("$", "")
+    for marker in ("####", "the answer is:", "the answer is"):
+        if found := NUMBER.search(text.partition(marker)[2]):
+            return found[0].replace(",", "")
+    return None
+
+
+def same_answer(a, b):
+    """Equal as rational numbers: "1,234" and "1234.0", "1/2" and "0.5". None equals nothing."""
+    a, b = _fraction(a), _fraction(b)
+    return a is not None and a == b
+
+
+def _fraction(text):
+    if not NUMBER.fullmatch(text or ""):  # which also keeps out 1e999999999, a number of 400 MB
+        return None
+    above, _, below = text.replace(",", "").partition("/")
+    try:
+        return Fraction(above) / Fraction(below or 1)
+    except (ValueError, ZeroDivisionError):  # ValueError: thousands of digits, beyond int()
+        return None
