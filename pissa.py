@@ -1,0 +1,381 @@
+"""PiSSA: fine-tune the principal singular components, freeze the rest (arXiv 2404.02948).
+
+LoRA (arXiv 2106.09685) learns a low-rank change of a frozen weight and starts it at zero, from noise:
+its first gradients are small and point nowhere in particular. PiSSA has the same shapes and the same
+cost, and starts from the weight itself. With the r leading singular triplets of W (svd.py),
+
+    W = U S V^T,   A = U_r S_r^1/2,   B = S_r^1/2 V_r^T,   W_res = W - A B,
+
+A and B are trained and W_res is frozen. Nothing changes at step 0, x W = x W_res + (x A) B, but the
+directions that matter most to W are the ones that move.
+
+    notation      code         shape
+    W             W            (in, out); as the paper writes it, y = x W
+    W_res         weight       (out, in), W_res transposed, as nn.Linear stores it, in its dtype
+    A, B          A, B         (in, r), (r, out); float32, trained
+    A_0, B_0      A0, B0       their values at initialisation, kept in host memory
+    Delta W       save         A B - A_0 B_0 = [A | A_0] [B ; -B_0], a LoRA of rank 2r on W
+
+That last line is why an adapter on disk is a plain PEFT LoRA on the untouched base model, and why it
+holds all that is needed to go on training: no second SVD, no second copy of the model. Everything
+here works on any nn.Module with nn.Linear inside.
+
+    pissa.inject(net, rank=64);  ...train...;  pissa.save(net, "adapter");  pissa.load(base, "adapter")
+"""
+import hashlib
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from svd import randomized_svd
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# ------------------------------------------------------------- methods: weight -> residual, A, B
+
+def wide(W):
+    """W in the precision that decompositions are computed in: float32, or float64 if it has that."""
+    return W if W.dtype == torch.float64 else W.float()
+
+
+def residual(weight, A, B):
+    """W - A B, computed in float32 and rounded once to the dtype of `weight` (out, in)."""
+    return (wide(weight) - (A @ B).T).to(weight.dtype)
+
+
+def init_pissa(weight, rank, niter, generator):
+    """Principal components: A = U_r S_r^1/2, B = S_r^1/2 V_r^T, W_res = W - A B (paper, eq. 2-4)."""
+    U, S, Vh = randomized_svd(wide(weight).T, rank, niter=niter, generator=generator)
+    A, B = (U * S.sqrt()).contiguous(), (S.sqrt()[:, None] * Vh).contiguous()
+    return residual(weight, A, B), A, B
+
+
+def init_lora(weight, rank, niter, generator):
+    """LoRA: A ~ N(0, 1/in), B = 0, W itself is frozen."""
+    W = wide(weight).T
+    A = torch.randn(W.shape[0], rank, generator=generator, device=W.device, dtype=W.dtype)
+    return weight, A * W.shape[0] ** -0.5, W.new_zeros(rank, W.shape[1])
+
+
+METHODS = {"pissa": init_pissa, "lora": init_lora}
+
+
+# ------------------------------------------------------------------------------------------ layer
+
+class PissaLinear(nn.Module):
+    """y = x W_res + (x A) B + bias, in place of an nn.Linear; only A and B are trained.
+
+    A0, B0, base: the initial factors and the original weight, in host memory (a plain attribute does
+    not move with the module, and costs a GPU nothing). A0 is None where `weight` is still W itself.
+    """
+
+    def __init__(self, weight, bias, A, B, A0=None, B0=None, base=None):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)                   # (out, in)
+        self.bias = bias
+        self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
+        self.A0, self.B0, self.base, self.enabled = A0, B0, base, True
+
+    @classmethod
+    def from_linear(cls, linear, rank, *, method="pissa", niter=8, generator=None, keep_base=True):
+        """Decompose `linear.weight` by `method`; the arguments are those of `inject`."""
+        W = linear.weight.detach()
+        weight, A, B = METHODS[method](W, rank, niter, generator)
+        if weight is W:
+            return cls(W, linear.bias, A, B)
+        A0, B0 = A.to("cpu", copy=True), B.to("cpu", copy=True)
+        return cls(weight, linear.bias, A, B, A0, B0, W.cpu() if keep_base else None)
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y + (x @ self.A.to(x.dtype)) @ self.B.to(x.dtype) if self.enabled else y
+
+    def switch(self, on):
+        """Turn the adapter on or off. Off, the original weight takes the place of the residual."""
+        if self.enabled != on and self.A0 is not None:
+            if self.base is None:
+                raise ValueError("the base weights were not kept (keep_base=False): load the model "
+                                 "again to get them back")
+            parked = self.weight.data.cpu()
+            self.weight.data, self.base = self.base.to(self.weight), parked
+        self.enabled = on
+
+    def extra_repr(self):
+        return f"in={self.A.shape[0]}, out={self.B.shape[1]}, rank={self.A.shape[1]}"
+
+
+# ---------------------------------------------------------------------------------------- network
+
+def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, keep_base=True,
+           progress=True):
+    """Replace the target linears of `net` by PissaLinear, in place, and freeze everything else.
+
+    rank: of A and B, 1 ... min(in, out) of the smallest target. method: "pissa" or "lora".
+    targets: leaf names of modules. niter: power iterations of the SVD, None for an exact one.
+    keep_base: keep the original weights in host memory, for `disabled`, `remove` and a further
+    `load`; without them these are refused. Raises ValueError, before anything is changed, for a
+    target that matches nothing or is no nn.Linear, a rank too large, a weight with NaN or Inf, and
+    an injected model.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if any(layers(net)):
+        raise ValueError("the model is injected already: merge(net) or remove(net) first")
+    linears = find_linears(net, targets)
+    for name, m in linears.items():
+        if not 1 <= rank <= min(m.weight.shape):
+            raise ValueError(f"{name}: rank {rank} is not between 1 and {min(m.weight.shape)}, the "
+                             f"smaller side of its {m.in_features} x {m.out_features} matrix")
+        if not m.weight.isfinite().all():
+            raise ValueError(f"{name}: the weight holds NaN or Inf")
+    start, base, worst = time.perf_counter(), fingerprint(linears), 0.0
+    net.requires_grad_(False)
+    generators = {d: torch.Generator(d).manual_seed(seed)
+                  for d in {m.weight.device for m in linears.values()}}
+    bar = tqdm(linears.items(), desc=method, unit="matrix", disable=not progress, leave=False)
+    for name, linear in bar:
+        bar.set_postfix_str(name)
+        layer = PissaLinear.from_linear(linear, rank, method=method, niter=niter,
+                                        generator=generators[linear.weight.device],
+                                        keep_base=keep_base)
+        put(net, name, layer)
+        W = wide(linear.weight)
+        error = (W - wide(layer.weight) - (layer.A @ layer.B).T).norm() / W.norm().clamp(min=1e-30)
+        worst = max(worst, error.item())
+    net.pissa = {"method": method, "rank": rank, "niter": niter, "seed": seed, "base": base}
+    if progress:
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in net.parameters())
+        print(f"{method}: {len(linears)} matrices at rank {rank} in "
+              f"{time.perf_counter() - start:.1f} s, {trained:,} of {total:,} parameters trained "
+              f"({trained / total:.2%}), largest relative |W - (W_res + A B)| {worst:.1e}")
+    return net
+
+
+def find_linears(net, targets):
+    """{name: nn.Linear} of the modules whose leaf name is among `targets`."""
+    named = {n: m for n, m in net.named_modules() if n.rpartition(".")[2] in targets}
+    if nothing := set(targets) - {n.rpartition(".")[2] for n in named}:
+        there = sorted({n.rpartition(".")[2] for n, m in net.named_modules()
+                        if type(m) is nn.Linear})
+        raise ValueError(f"no module is called {', '.join(sorted(nothing))}; the linear layers here "
+                         f"are {', '.join(there) or 'none'}")
+    for n, m in named.items():
+        if type(m) is not nn.Linear:      # a subclass may read its weight in ways of its own
+            raise ValueError(f"{n} is a {type(m).__name__}, not an nn.Linear")
+    return named
+
+
+def layers(net):
+    """The PissaLinear modules of `net`, as (name, module)."""
+    return ((n, m) for n, m in net.named_modules() if isinstance(m, PissaLinear))
+
+
+def put(net, name, module):
+    """Make `module` the submodule of `net` called `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(net.get_submodule(parent), leaf, module)
+
+
+def fingerprint(linears):
+    """A hash of names, shapes and 256 entries of every weight, to tell one base from another.
+
+    The entries are rounded to bfloat16: a checkpoint has one fingerprint in whatever dtype it is read.
+    """
+    h, sample = hashlib.sha256(), []
+    for name in sorted(linears):
+        W = linears[name].weight.detach()
+        h.update(f"{name} {tuple(W.shape)}\n".encode())
+        sample.append(W.flatten()[::max(1, W.numel() // 256)].bfloat16())
+    h.update(bytes(torch.cat(sample).view(torch.uint8).tolist()))
+    return h.hexdigest()
+
+
+@contextmanager
+def disabled(net):
+    """`with disabled(net):` the base model, bit for bit."""
+    on = [m for _, m in layers(net) if m.enabled]
+    try:
+        for m in on:
+            m.switch(False)
+        yield net
+    finally:
+        for m in on:
+            m.switch(True)
+
+
+def to_linears(net, weight):
+    """Replace every PissaLinear m by an nn.Linear with weight(m), in place."""
+    for name, m in list(layers(net)):
+        W = weight(m)
+        linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), m.bias
+        put(net, name, linear)
+    net.__dict__.pop("pissa", None)
+    return net
+
+
+def merge(net):
+    """nn.Linear again, with what was learnt: W_res + A B, rounded once to the weight's dtype."""
+    return to_linears(net, lambda m: residual(m.weight, -m.A.detach(), m.B.detach()))
+
+
+def remove(net):
+    """nn.Linear again, without what was learnt: the base model, bit for bit."""
+    for _, m in layers(net):
+        m.switch(False)
+    return to_linears(net, lambda m: m.weight.data)
+
+
+# ----------------------------------------------------------------------------------- adapter files
+# adapter_config.json + adapter_model.safetensors (.bin without the safetensors package): PEFT's
+# format. lora_A is (r, in) and lora_B (out, r), the transposes of our A and B.
+
+def save(net, directory):
+    """Write the adapter of an injected `net` as a PEFT LoRA: of rank 2r for pissa, r for lora."""
+    if not hasattr(net, "pissa"):
+        raise ValueError("nothing to save: the model has no adapter")
+    tensors = {}
+    for name, m in layers(net):
+        A, B = m.A.detach().cpu(), m.B.detach().cpu()
+        if m.A0 is not None:         # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
+            A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
+        tensors[name] = A, B
+    write_adapter(directory, tensors, net.pissa, "CAUSAL_LM" if hasattr(net, "lm_head") else None)
+
+
+def write_adapter(directory, tensors, info, task_type):
+    """tensors: {module name: (A (in, r), B (r, out))}, with scaling 1; info: our own metadata."""
+    ranks = {A.shape[1] for A, _ in tensors.values()}
+    assert len(ranks) == 1, f"one rank for all modules, not {ranks}"
+    config = {"peft_type": "LORA", "task_type": task_type, "r": min(ranks), "lora_alpha": min(ranks),
+              "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+              "target_modules": sorted({n.rpartition(".")[2] for n in tensors}), "pissa": info}
+    state = {f"base_model.model.{n}.lora_{k}.weight": M.T.contiguous()
+             for n, pair in tensors.items() for k, M in zip("AB", pair)}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        from safetensors.torch import save_file
+        name, other = "adapter_model.safetensors", "adapter_model.bin"
+        save_file(state, directory / (name + ".tmp"), metadata={"format": "pt"})
+    except ImportError:
+        name, other = "adapter_model.bin", "adapter_model.safetensors"
+        torch.save(state, directory / (name + ".tmp"))
+    (directory / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    for file in (name, "adapter_config.json"):
+        os.replace(directory / f"{file}.tmp", directory / file)
+    (directory / other).unlink(missing_ok=True)
+
+
+def read_adapter(directory):
+    """config dict and {module name: (A (in, r), B (r, out))} with the scaling folded into B."""
+    directory = Path(directory)
+    path = directory / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text())
+        rank, alpha = config["r"], config["lora_alpha"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {directory} is not an adapter") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: not the config of a LoRA adapter ({e!r})") from None
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")):
+        raise ValueError(f"{path}: init_lora_weights={init} needs the changed base it was made with; "
+                         "save it from PEFT with path_initial_model_for_weight_conversion")
+    if other := [k for k in ("use_dora", "alpha_pattern", "lora_bias", "layer_replication",
+                             "modules_to_save", "fan_in_fan_out") if config.get(k)]:
+        raise ValueError(f"{path}: {', '.join(other)} is not supported")
+    state, pairs = read_tensors(directory), {}
+    for key, M in state.items():
+        name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if kind not in ("A.weight", "B.weight"):
+            raise ValueError(f"{directory}: {key} is not a LoRA matrix of a linear layer")
+        pairs.setdefault(name, {})[kind[0]] = M.float().T
+    if half := [n for n, p in pairs.items() if len(p) < 2]:
+        raise ValueError(f"{directory}: {half[0]} has only one of lora_A and lora_B")
+    scale = {n: alpha / (p["A"].shape[1] ** (0.5 if config.get("use_rslora") else 1))
+             for n, p in pairs.items()}
+    return config, {n: (p["A"], p["B"] * scale[n]) for n, p in pairs.items()}
+
+
+def read_tensors(directory):
+    """The tensors of adapter_model.safetensors or adapter_model.bin."""
+    path = directory / "adapter_model.safetensors"
+    try:
+        if path.exists():
+            from safetensors.torch import load_file
+            return load_file(path)
+        path = directory / "adapter_model.bin"
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory}: adapter_model.safetensors is missing") from None
+    except Exception as e:        # both readers raise many kinds for a damaged file
+        raise ValueError(f"{path}: not readable, perhaps truncated ({str(e)[:100]})") from None
+
+
+def load(net, directory, *, keep_base=True):
+    """Put an adapter on `net`, in place: one of ours, to use or to train on, or a LoRA made by PEFT.
+
+    An adapter already on `net` is removed first. Refuses (ValueError) an adapter of ours that was
+    made on another base, and one whose modules `net` does not have.
+    """
+    config, pairs = read_adapter(directory)
+    if any(layers(net)):
+        remove(net)
+    linears = find_linears(net, {n.rpartition(".")[2] for n in pairs})
+    for name, (A, B) in pairs.items():
+        W = linears[name].weight.shape if name in linears else None
+        if W != (B.shape[1], A.shape[0]):
+            raise ValueError(f"{directory}: {name} is {A.shape[0]} x {B.shape[1]}, the model's is "
+                             + (f"{W[1]} x {W[0]}" if W else "missing"))
+    linears, info = {n: linears[n] for n in pairs}, config.get("pissa")
+    base = fingerprint(linears)
+    if info and info["base"] != base:
+        raise ValueError(f"{directory} was made on another base model (fingerprint "
+                         f"{info['base'][:12]}, this one has {base[:12]})")
+    net.requires_grad_(False)
+    for name, (A, B) in pairs.items():
+        linear, W = linears[name], linears[name].weight.detach()
+        A, B = (wide(M.to(W.device)).contiguous() for M in (A, B))
+        if not info or info["method"] == "lora":
+            put(net, name, PissaLinear(W, linear.bias, A, B))
+            continue
+        r = A.shape[1] // 2
+        A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
+        put(net, name, PissaLinear(residual(W, A0, B0), linear.bias, A, B, A0.cpu(), B0.cpu(),
+                                   W.cpu() if keep_base else None))
+    net.pissa = info or {"method": "lora", "rank": config["r"], "niter": None, "seed": None,
+                         "base": base}
+    return net
+
+
+def compress(directory, out, rank=None):
+    """Cut a saved adapter down to `rank` (default half, 2r -> r) and write it to `out` as a LoRA.
+
+    The best approximation of Delta W = M N costs two thin QRs and a small SVD, never the full matrix:
+    M = Q_M R_M, N^T = Q_N R_N, then the leading triplets of R_M R_N^T.
+    Returns {module name: ||Delta W - Delta W_r|| / ||Delta W||}, Frobenius norms.
+    """
+    config, pairs = read_adapter(directory)
+    small, errors = {}, {}
+    for name, (M, N) in pairs.items():
+        r = rank or M.shape[1] // 2
+        (QM, RM), (QN, RN) = torch.linalg.qr(M.double()), torch.linalg.qr(N.T.double())
+        U, S, Vh = torch.linalg.svd(RM @ RN.T)
+        small[name] = ((QM @ (U * S.sqrt())[:, :r]).float(),
+                       ((S.sqrt()[:, None] * Vh)[:r] @ QN.T).float())
+        errors[name] = (S[r:].norm() / S.norm().clamp(min=1e-30)).item()
+    info = config.get("pissa")
+    write_adapter(out, small, info and {**info, "method": "lora", "rank": r}, config["task_type"])
+    return errors
