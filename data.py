@@ -23,7 +23,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-# The Alpaca template, as the scripts of the PiSSA paper use it for training and evaluation.
+# The Alpaca template, in the words that the PiSSA paper's scripts use.
 PROMPT = ("Below is an instruction that describes a task. "
           "Write a response that appropriately completes the request.\n\n"
           "### Instruction:\n{instruction}\n\n### Response:")
@@ -66,15 +66,12 @@ class Tokenizer:
 def read(path, fields=None):
     """Read a jsonl file into a list of (prompt, response), both str.
 
-    Without `fields` ("question,answer", or "story" for plain text) the keys of the first record
-    choose among FIELDS, in that order. Plain text has the prompt "" and is learnt as a whole.
-    The optional "input" of Alpaca's records follows the instruction on a new line.
+    fields="question,answer" names the fields to use. The last one is the response; those before it
+    are joined by newlines. A single one is plain text: its prompt is "" and all of it is learnt.
+    Without `fields` the keys of the first record choose among FIELDS, in that order. The optional
+    "input" of Alpaca's records follows the instruction on a new line.
     """
     names = tuple(name.strip() for name in fields.split(",")) if fields else None
-    if names and (len(names) > 2 or "" in names):
-        raise ValueError(f'fields="{fields}": give "prompt,response", or one name for plain text')
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file")
     examples = []
     with open(path, "rb") as file:  # bytes: an error in the encoding then has a line number too
         for number, line in enumerate(file, 1):
@@ -84,8 +81,8 @@ def read(path, fields=None):
             record = _record(line, where)
             names = names or next((f for f in FIELDS if record.keys() >= set(f)), None)
             if names is None:
-                raise ValueError(f"{where}: no known pair of fields among {', '.join(record)}; "
-                                 'say which to use with fields="prompt,response"')
+                raise ValueError(f"{where}: no known fields among {', '.join(record)}; say "
+                                 'which to use with fields="prompt,response"')
             *prompt, response = [_string(record, name, where) for name in names]
             if names == FIELDS[0] and record.get("input"):
                 prompt.append(_string(record, "input", where))
@@ -127,8 +124,7 @@ def _string(record, name, where):
 
 def prompt_ids(prompt, tok):
     """What the model reads before it answers; BOS alone for plain text (prompt "")."""
-    # replace, not format: braces in the user's text are just text.
-    return tok.encode(PROMPT.replace("{instruction}", prompt) if prompt else "", bos=True)
+    return tok.encode(PROMPT.format(instruction=prompt) if prompt else "", bos=True)
 
 
 def encode(examples, tok, max_length):
@@ -145,10 +141,10 @@ def encode(examples, tok, max_length):
 
 
 def split(examples, fraction, seed):
-    """Set a random fraction aside -> (train, val); any fraction > 0 takes at least one."""
+    """Set a random fraction aside -> (train, val); if it is not 0, neither side is left empty."""
     if not 0 <= fraction < 1:
         raise ValueError(f"the fraction to set aside must be in [0, 1), not {fraction}")
-    n = max(round(fraction * len(examples)), fraction > 0)
+    n = min(max(round(fraction * len(examples)), fraction > 0), len(examples) - 1)
     shuffled = _shuffle(examples, seed)
     return shuffled[n:], shuffled[:n]
 
@@ -162,7 +158,7 @@ def batches(examples, batch_size, seed, epoch):
 
 def _shuffle(items, seed):
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [items[i] for i in order]
+    return [items[i] for i in order.tolist()]
 
 
 def micro_batches(batch, micro_size, pad=0):

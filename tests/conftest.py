@@ -1,0 +1,69 @@
+"""What several tests share: small models, the real ones where they are, a Hugging Face twin."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "checkpoints" / "tiny"
+SHARED = ROOT.parent / "shared" / "data"
+SMALL = model.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=101, ffn_dim=128)
+
+
+def small_net(seed=0, **changes):
+    """A random LLaMA, small enough for any test, whose spectra decay as trained ones do."""
+    net = model.init_weights(model.Llama(model.Config(**{**vars(SMALL), **changes})), seed, std=0.15)
+    return net.requires_grad_(False)
+
+
+def hugging_face(net):
+    """The same network as a transformers LlamaForCausalLM, with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    c = net.config
+    config = transformers.LlamaConfig(
+        hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size,
+        rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=c.tied,
+        max_position_embeddings=2048, attention_bias=False, mlp_bias=False, pad_token_id=None)
+    twin = transformers.LlamaForCausalLM(config).to(net.lm_head.weight.dtype).eval()
+    twin.load_state_dict(net.state_dict(), strict=True)
+    return twin
+
+
+def assert_logits_equal(a, b, rel=1e-4):
+    """max |a - b| <= rel x the scale of the reference b."""
+    worst, scale = (a - b).abs().max().item(), b.abs().max().item()
+    assert worst <= rel * scale, f"logits differ by {worst:.2e}, scale {scale:.2e}"
+
+
+@pytest.fixture
+def net():
+    return small_net()
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """A small real checkpoint in Meta's and in Hugging Face's layout."""
+    if not (SHARED / "stories260K").is_dir():
+        pytest.skip(f"{SHARED / 'stories260K'} is not here")
+    return SHARED / "stories260K"
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 101, (3, 17), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The weights of SmolLM2-135M, opened lazily (made by shared/data/make_smollm2.py)."""
+    safetensors = pytest.importorskip("safetensors")
+    path = SHARED / "smollm2" / "hf" / "model.safetensors"
+    path = Path(os.environ.get("SMOLLM2", path))
+    if not path.is_file():
+        pytest.skip("SmolLM2 is not here: set SMOLLM2 to its model.safetensors")
+    with safetensors.safe_open(path, "pt") as f:
+        yield f

@@ -1,0 +1,358 @@
+"""data.py against independent expectations: what a careful reader would work out by hand."""
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from torch.nn.functional import cross_entropy
+
+import data
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # real material, where a checkout has it
+GSM8K, LLAMA2 = SHARED / "gsm8k", SHARED / "llama2_tokenizer"
+
+
+def needs(folder):
+    return pytest.mark.skipif(not folder.exists(), reason=f"{folder.name} is not beside this repo")
+
+
+def train_tokenizer(folder, **options):
+    """A tiny tokenizer with Llama 2's conventions: byte fallback, spaces kept, pad = -1."""
+    source = Path(data.__file__).read_text()
+    folder.mkdir(exist_ok=True)
+    with open(folder / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter((source + "\n" + data.PROMPT).splitlines()), model_writer=file,
+            vocab_size=420, model_type="bpe", byte_fallback=True, character_coverage=1.0,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            hard_vocab_limit=False, num_threads=1, minloglevel=2, **options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tok(tmp_path_factory):
+    return data.Tokenizer(train_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def write(path, *records):
+    """A jsonl file of records, or of raw lines where a record is bytes."""
+    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+# Tokenizer ----------------------------------------------------------------------------------------
+
+TEXTS = ["Hello world", "  two  spaces ", "a\nb\n\n\tc", "naïve — 数学 🙂", "{braces} <s> </s> <unk>",
+         "1,234.50", ""]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(tok, text):
+    ids = tok.encode(text, bos=True, eos=True)
+    assert ids[0] == tok.bos and ids[-1] == tok.eos
+    assert ids[1:-1] == tok.encode(text)
+    assert not {tok.bos, tok.eos} & set(ids[1:-1])  # a literal "<s>" is plain text
+    assert tok.decode(ids) == tok.decode(ids[1:-1]) == text
+
+
+@needs(LLAMA2)
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip_llama2(text):
+    tok = data.Tokenizer(LLAMA2)
+    assert (tok.vocab_size, tok.bos, tok.eos, tok.pad) == (32000, 1, 2, 2)
+    test_round_trip(tok, text)
+    assert tok.encode("Hello world") == [15043, 3186]
+    assert tok.encode("<s>") == [529, 29879, 29958]  # "▁<", "s", ">"
+
+
+def test_decode_survives_any_id(tok):
+    ids = tok.encode("fine")
+    assert tok.decode([tok.pad, -1, *ids, -100, tok.vocab_size, 10**12]) == "fine"
+    assert tok.decode(torch.tensor(ids)) == "fine"
+    assert tok.decode([]) == ""
+    for i in range(tok.vocab_size):
+        assert isinstance(tok.decode([i]), str)
+
+
+def test_pad(tok, tmp_path):
+    assert tok.pad == tok.eos == 2
+    assert data.Tokenizer(train_tokenizer(tmp_path, pad_id=3)).pad == 3
+
+
+def test_tokenizer_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"empty/tokenizer\.model: no such file") as e:
+        data.Tokenizer(tmp_path / "empty")
+    assert "\n" not in str(e.value)
+    for content in (b"IQ== 0\nIg== 1\nIw== 2\n", b"", b"{}", b"\x00\xff" * 100):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match=r"r\.model: not a sentencepiece .*Llama 3") as e:
+            data.Tokenizer(tmp_path)
+        assert "\n" not in str(e.value)
+    train_tokenizer(tmp_path, bos_id=-1)
+    with pytest.raises(ValueError, match=r"tokenizer\.model: has no BOS or no EOS"):
+        data.Tokenizer(tmp_path)
+
+
+# read ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("record, expected", [
+    ({"instruction": "i", "output": "o"}, ("i", "o")),
+    ({"query": "q", "response": "r"}, ("q", "r")),
+    ({"question": "q", "answer": "a"}, ("q", "a")),
+    ({"text": "t"}, ("", "t")),
+    ({"text": "t", "answer": "a", "question": "q"}, ("q", "a")),
+    ({"question": "q", "answer": "a", "response": "r", "query": "s"}, ("s", "r")),
+    ({"answer": "a", "output": "o", "instruction": "i"}, ("i", "o")),
+    ({"instruction": "i", "input": "x", "output": "o"}, ("i\nx", "o")),
+    ({"instruction": "i", "input": "", "output": "o"}, ("i", "o")),
+    ({"instruction": "i", "input": None, "output": "o"}, ("i", "o")),
+    ({"question": "q", "input": "x", "answer": "a"}, ("q", "a")),
+])
+def test_read_finds_the_fields(tmp_path, record, expected):
+    assert data.read(write(tmp_path / "d.jsonl", record)) == [expected]
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ("a,b", ("1", "2")), (" b , a ", ("2", "1")), ("b", ("", "2")), ("a,b,c", ("1\n2", "3")),
+])
+def test_read_takes_the_fields_named(tmp_path, fields, expected):
+    path = write(tmp_path / "d.jsonl", {"a": "1", "b": "2", "c": "3", "text": "t"})
+    assert data.read(path, fields) == [expected]
+
+
+def test_read_is_lenient_about_lines(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\r\n{"text": "one \xe2\x80\xa8 line"}\r\n\r\n  \n'
+                     b'{"text": "\\u00e9\\ud83d\\ude42"}')  # no newline at the end
+    assert data.read(str(path)) == [("", "one \u2028 line"), ("", "é🙂")]
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert data.read(path) == [("", "a")]
+
+
+GOOD = {"question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize("line, message", [
+    (b'{"question": "q", "answer": ', r"not JSON \(Expecting value: column 28 .*jq"),
+    (b'{"question": "q",\r', r"not JSON \(.*one object per line"),
+    (b"[", r"not JSON .*jq -c '\.\[\]'"),
+    (b'{"question": ' + b"9" * 5000 + b"}", "not JSON"),
+    ([GOOD], "a JSON list, not an object; .*jq"),
+    ("text", "a JSON str, not an object"),
+    (b"null", "a JSON NoneType, not an object"),
+    ({"question": "q", "text": "t"}, "no field 'answer' among question, text; .*fields="),
+    ({"question": "q", "answer": 42}, "field 'answer' is not a string; put it in quotes"),
+    ({"question": None, "answer": "a"}, "field 'question' is not a string"),
+    ({"question": "q", "answer": " \n"}, "field 'answer' is empty; fill it or remove the record"),
+    ({"question": "", "answer": "a"}, "field 'question' is empty"),
+    ({"question": "q", "answer": "\ud83d"}, "field 'answer' holds half a surrogate pair"),
+    (b'{"question": "q", "answer": "caf\xe9"}', "not UTF-8; .*iconv"),
+])
+def test_read_errors_name_file_and_line(tmp_path, line, message):
+    path = write(tmp_path / "d.jsonl", GOOD, b"", GOOD, line, GOOD)
+    with pytest.raises(ValueError, match=rf"d\.jsonl:4: {message}") as e:
+        data.read(path)
+    assert "\n" not in str(e.value)
+
+
+def test_read_errors_of_whole_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        data.read(tmp_path / "nowhere.jsonl")
+    for blank in (b"", b"\n \r\n", b"\xef\xbb\xbf\n"):
+        with pytest.raises(ValueError, match=r"d\.jsonl: no records; give one JSON object"):
+            data.read(write(tmp_path / "d.jsonl", blank))
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: no known fields among a, b; .*fields="):
+        data.read(write(tmp_path / "d.jsonl", {"a": "1", "b": "2"}))
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: no field '' among a"):
+        data.read(write(tmp_path / "d.jsonl", {"a": "1"}), fields="a,")
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: field 'input' is not a string"):
+        data.read(write(tmp_path / "d.jsonl", {"instruction": "i", "input": [1], "output": "o"}))
+
+
+# encode, split, batches ---------------------------------------------------------------------------
+
+def test_encode_masks_exactly(tok):
+    question, answer = "What {is} {0} {instruction}?", "17 {apples}\n#### 17"
+    [(ids, n_prompt)], truncated, dropped = data.encode([(question, answer)], tok, 10_000)
+    assert (truncated, dropped) == (0, 0)
+    assert ids[0] == tok.bos and ids[-1] == tok.eos and ids.count(tok.eos) == 1
+    assert tok.decode(ids[n_prompt:]) == answer
+    assert tok.decode(ids[:n_prompt]) == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nWhat {is} {0} {instruction}?\n\n### Response:")
+    assert ids[:n_prompt] == data.prompt_ids(question, tok)
+    # The mask depends on neither side's neighbour: same prompt and response, same tokens.
+    [(other, n)], _, _ = data.encode([(question, "ab")], tok, 10_000)
+    assert n == n_prompt and other[:n] == ids[:n]
+    assert other[n:] == [*tok.encode("ab"), tok.eos]
+
+
+def test_encode_plain_text(tok):
+    encoded, *counts = data.encode([("", "Once upon a time")], tok, 100)
+    assert encoded == [([tok.bos, *tok.encode("Once upon a time"), tok.eos], 1)]
+    assert counts == [0, 0]
+
+
+def test_encode_truncates_and_counts(tok):
+    pair = ("q", "a long response " * 5)
+    [(full, n_prompt)], _, _ = data.encode([pair], tok, 10_000)
+    for limit, truncated, dropped in [(len(full), 0, 0), (len(full) - 1, 1, 0),
+                                      (n_prompt + 1, 1, 0), (n_prompt, 0, 1), (1, 0, 1)]:
+        encoded, *counts = data.encode([pair], tok, limit)
+        assert counts == [truncated, dropped]
+        assert encoded == ([] if dropped else [(full[:limit], n_prompt)])
+    encoded, *counts = data.encode([("q" * 900, "a"), ("", "a"), pair], tok, n_prompt + 2)
+    assert (len(encoded), counts) == (2, [1, 1])
+
+
+def test_split():
+    examples = list(range(100))
+    train, val = data.split(examples, 0.1, seed=0)
+    assert len(val) == 10 and sorted(train + val) == examples
+    assert data.split(examples, 0.1, seed=0) == (train, val)
+    assert data.split(examples, 0.1, seed=1) != (train, val)
+    for n, fraction, expected in [(100, 0, 0), (100, 1e-6, 1), (3, .99, 2), (1, 0.5, 0), (0, 0, 0)]:
+        train, val = data.split(examples[:n], fraction, seed=0)
+        assert (len(train), len(val)) == (n - expected, expected)
+    for fraction in (-0.1, 1, float("nan")):
+        with pytest.raises(ValueError, match=r"in \[0, 1\), not"):
+            data.split(examples, fraction, seed=0)
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    examples = list(range(103))
+    global_state = torch.get_rng_state()
+    epochs = {(s, e): data.batches(examples, 10, s, e) for s in range(4) for e in range(4)}
+    assert torch.equal(torch.get_rng_state(), global_state)
+    orders = set()
+    for (seed, epoch), made in epochs.items():
+        assert [len(b) for b in made] == [10] * 10 + [3]
+        assert sorted(sum(made, [])) == examples
+        assert made == data.batches(examples, 10, seed, epoch)
+        orders.add(tuple(sum(made, [])))
+    assert len(orders) == 16  # no two of them alike: not seed + epoch
+    assert tuple(examples) not in orders
+
+
+# micro_batches ------------------------------------------------------------------------------------
+
+def test_micro_batch_by_hand():
+    [(tokens, labels)] = data.micro_batches([([1, 10, 2], 1), ([1, 20, 21, 30, 2], 3)], 4, pad=9)
+    assert tokens.tolist() == [[1, 20, 21, 30], [1, 10, 9, 9]]
+    assert labels.tolist() == [[-100, -100, 30, 2], [10, 2, -100, -100]]
+    assert tokens.dtype == labels.dtype == torch.int64
+
+
+def random_batch(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 60, (n,), generator=g).tolist()
+    return [(torch.randint(3, 50, (k,), generator=g).tolist(), 1 + i % (k - 1))
+            for i, k in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("micro_size", [1, 4, 7, 100])
+def test_micro_batches_hold_every_example_once(micro_size):
+    batch, seen = random_batch(33), []
+    untouched = [(list(ids), n) for ids, n in batch]
+    for tokens, labels in data.micro_batches(batch, micro_size, pad=0):
+        assert tokens.shape == labels.shape and len(tokens) <= micro_size
+        for row, label in zip(tokens.tolist(), labels.tolist()):
+            length = len(row) - row.count(0)
+            assert row[length:] == [0] * (len(row) - length)
+            learnt = [t for t in range(len(row)) if label[t] != -100]
+            assert learnt == list(range(learnt[0], length))  # from the response to the end
+            assert all(label[t] == row[t + 1] for t in learnt[:-1])
+            seen.append((row[:length] + [label[length - 1]], learnt[0] + 1))
+    assert sorted(seen) == sorted(batch)
+    assert batch == untouched
+
+
+def test_sorting_saves_padding():
+    batch = random_batch(64)
+
+    def padded(groups):
+        return sum(len(g) * (max(len(ids) for ids, _ in g) - 1) for g in groups)
+
+    made = data.micro_batches(batch, 8)
+    real, ours = padded([[e] for e in batch]), sum(tokens.numel() for tokens, _ in made)
+    unsorted = padded([batch[i:i + 8] for i in range(0, 64, 8)])
+    assert ours < 1.2 * real < 1.5 * real < unsorted
+    assert [t.shape[1] for t, _ in made] == sorted((t.shape[1] for t, _ in made), reverse=True)
+
+
+def test_gradient_does_not_depend_on_the_cut():
+    """A causal toy model (running mean of embeddings), its loss averaged over the whole batch."""
+    batch, grads = random_batch(13), []
+    table = torch.randn(50, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    learnt = sum(len(ids) - n for ids, n in batch)
+    for micro_size, pad in [(1, 0), (4, 0), (4, 7), (13, 2)]:
+        weight, count = table.clone().requires_grad_(), 0
+        for tokens, labels in data.micro_batches(batch, micro_size, pad):
+            steps = torch.arange(1, tokens.shape[1] + 1)[:, None]
+            logits = weight[tokens].cumsum(1) / steps                            # (b, T, V)
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            (loss / learnt).backward()
+            count += (labels != -100).sum().item()
+        assert count == learnt
+        grads.append(weight.grad)
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
+
+
+# Final answers ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("after, expected", [
+    ("18", "18"), ("$1,234.50", "1234.50"), ("-3", "-3"), ("+7", "7"), ("1,234,567", "1234567"),
+    ("3/4", "3/4"), ("0.5", "0.5"), (".5", ".5"), ("12 apples", "12"), (r"\boxed{7}", "7"),
+    ("**42**", "42"), ("42.", "42"), ("50%", "50"), ("−3", "-3"), ("-$5", "-5"), ("$-5", "-5"),
+    ("x = 9", "9"), ("3, 4 and 5", "3"), ("1,2,3", "1"), ("12,345 or so", "12345"), ("5/hour", "5"),
+    ("\n\n 8 \n9", "8"), ("10 - 3 = 7", "10"), ("1,2345", "1"), ("none", None), ("", None),
+])
+@pytest.mark.parametrize("marker", ["so 2 + 2 = 4.\n#### ", "####", "The answer is: ",
+                                    "Thus 99. the ANSWER is "])
+def test_final_answer(marker, after, expected):
+    assert data.final_answer(marker + after) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("no marker but 17", None),
+    ("", None),
+    ("#### 17\n\n### Instruction:\nMore?\n\n### Response: #### 5", "17"),
+    ("#### 17\n#### 18", "17"),
+    ("The answer is: 17\n\nQuestion: and now? The answer is: 18", "17"),
+    ("So the answer is not 3. The answer is: 4", "4"),
+    ("The answer is 3, no.\n#### 4", "4"),
+    ("The answer is 3\n\n### Instruction:\nNext\n\n### Response: #### 4", "3"),
+    ("The answer is: 6 ####", "6"),
+    ("I give up ####\n\n### Instruction: Tom has 5", None),
+])
+def test_final_answer_picks_the_right_marker(text, expected):
+    assert data.final_answer(text) == expected
+
+
+@pytest.mark.parametrize("a, b, same", [
+    ("1,234", "1234.0", True), ("1/2", "0.5", True), (".5", "0.50", True), ("-3", "-3.0", True),
+    ("1234567", "1,234,567", True), ("007", "7", True), ("10/2", "5", True), ("0.1", "1/10", True),
+    ("1/3", "0.333333333333333333", False), ("3", "-3", False), ("1", "1.0000001", False),
+    ("5/0", "5", False), ("5/0", "5/0", False), ("5", None, False), (None, None, False),
+    ("", "", False), ("1e3", "1000", False), ("1e999999999", "1", False), ("9" * 9999, "9", False),
+])
+def test_same_answer(a, b, same):
+    assert data.same_answer(a, b) is same
+    assert data.same_answer(b, a) is same
+
+
+@needs(GSM8K)
+@pytest.mark.parametrize("name, count", [("train", 7473), ("test", 1319)])
+def test_every_gsm8k_reference_parses(name, count):
+    examples = data.read(GSM8K / f"{name}.jsonl")
+    assert len(examples) == count
+    for _, answer in examples:
+        reference = answer.split("#### ")[1]
+        found = data.final_answer(answer)
+        assert found == reference.replace(",", "").strip()
+        assert data.same_answer(found, reference.strip())
+        assert Fraction(found).denominator == 1

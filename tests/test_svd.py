@@ -1,0 +1,171 @@
+"""svd.py against the exact SVD in float64: residual norms, captured energy, orthonormality."""
+import pytest
+import torch
+
+from conftest import TINY
+from svd import fix_signs, orthonormalise, randomized_svd
+
+
+def matrix(m, n, decay=0.5, seed=0, batch=()):
+    """Random singular vectors, singular values i^-decay: as flat as those of trained weights."""
+    g = torch.Generator().manual_seed(seed)
+    k = min(m, n)
+    U = torch.linalg.qr(torch.randn(*batch, m, k, generator=g, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(*batch, n, k, generator=g, dtype=torch.float64)).Q
+    return (U * torch.arange(1, k + 1) ** -decay) @ V.mT
+
+
+def excess(W, U, S, Vh):
+    """Residual norm over the optimal one (Eckart-Young), minus 1."""
+    W = W.double()
+    best = torch.linalg.svdvals(W)[..., S.shape[-1]:].norm(dim=-1)
+    left = (W - (U.double() * S.double()[..., None, :]) @ Vh.double()).flatten(-2).norm(dim=-1)
+    return (left / best - 1).max().item()
+
+
+def assert_orthonormal(Q, tolerance=2e-6):
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype)
+    assert (Q.mT @ Q - eye).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("shape", [(300, 120), (120, 300), (200, 200)], ids=["tall", "wide", "square"])
+@pytest.mark.parametrize("rank", [1, 16, 64])
+def test_close_to_optimal(shape, rank):
+    W = matrix(*shape)
+    U, S, Vh = randomized_svd(W.float(), rank)
+    assert (U.shape, S.shape, Vh.shape) == ((shape[0], rank), (rank,), (rank, shape[1]))
+    assert_orthonormal(U)
+    assert_orthonormal(Vh.mT)
+    assert S.dtype == torch.float32 and bool((S[:-1] >= S[1:]).all())
+    assert excess(W, U, S, Vh) < 1e-3
+    torch.testing.assert_close(S.double(), torch.linalg.svdvals(W)[:rank], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_defaults_on_trained_weights(rank):
+    """Residual within 0.1 % of the optimum on every kind of matrix of the embedded model."""
+    import model
+    net = model.load(TINY, "cpu")
+    for name, m in net.model.layers[3].named_modules():
+        if isinstance(m, torch.nn.Linear):
+            W = m.weight.detach()
+            assert excess(W, *randomized_svd(W, rank)) < 1e-3, name
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj",
+                                  "mlp.down_proj"])
+def test_defaults_on_smollm2(rank, name, smollm2):
+    W = smollm2.get_tensor(f"model.layers.15.{name}.weight").float()
+    assert excess(W, *randomized_svd(W, rank)) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    W = matrix(90, 140).to(dtype)
+    U, S, Vh = randomized_svd(W, 8)
+    assert {U.dtype, S.dtype, Vh.dtype} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert excess(W, U, S, Vh) < 1e-3
+    assert_orthonormal(U, 1e-12 if dtype == torch.float64 else 2e-6)
+
+
+def test_batched():
+    W = matrix(80, 100, batch=(3,)).float()
+    U, S, Vh = randomized_svd(W, 8, oversample=16)
+    assert U.shape == (3, 80, 8) and S.shape == (3, 8) and Vh.shape == (3, 8, 100)
+    assert excess(W, U, S, Vh) < 1e-3
+    assert_orthonormal(U)
+    single = randomized_svd(W[1], 8, niter=None)
+    torch.testing.assert_close(S[1], single[1], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("niter, oversample", [(None, 8), (4, 60)], ids=["asked for", "l reaches n"])
+def test_exact(niter, oversample):
+    W = matrix(70, 90)
+    U, S, Vh = randomized_svd(W, 20, niter=niter, oversample=oversample)
+    torch.testing.assert_close(S, torch.linalg.svdvals(W)[:20])
+    assert excess(W, U, S, Vh) < 1e-12
+
+
+def test_more_power_iterations_come_closer():
+    W = matrix(300, 300, decay=0.3)
+    gaps = [excess(W, *randomized_svd(W, 16, oversample=8, niter=q)) for q in (0, 1, 4, 16)]
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] > 10 * gaps[-1]
+
+
+@pytest.mark.parametrize("true_rank", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(100, 60), (60, 100)])
+def test_rank_deficient(true_rank, shape):
+    g = torch.Generator().manual_seed(1)
+    W = torch.randn(shape[0], true_rank, generator=g) @ torch.randn(true_rank, shape[1], generator=g)
+    for niter in (2, None):
+        U, S, Vh = randomized_svd(W, 8, oversample=8, niter=niter)
+        assert_orthonormal(U)
+        assert_orthonormal(Vh.mT)
+        torch.testing.assert_close((U * S) @ Vh, W, atol=1e-4, rtol=1e-4)
+        assert bool((S[true_rank:] <= 1e-5 * S[0].clamp(min=1e-30)).all())
+
+
+def test_batch_with_one_zero_matrix():
+    W = matrix(60, 50, batch=(2,)).float()
+    W[0] = 0
+    U, S, Vh = randomized_svd(W, 5, oversample=8)
+    assert_orthonormal(U)
+    assert_orthonormal(Vh.mT)
+    assert S[0].abs().max() == 0 and S[1, 0] > 0.9
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e4, 1e7, 1e12])
+def test_orthonormalise_any_condition(condition):
+    """Cholesky squares the condition number; whichever path runs, the result is orthonormal."""
+    W = matrix(200, 20, seed=3)
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    Y = ((U * torch.logspace(0, -torch.tensor(condition).log10().item(), 20)) @ Vh).float()
+    Q = orthonormalise(Y)
+    assert_orthonormal(Q, 5e-6)
+    assert (Y - Q @ (Q.mT @ Y)).norm() < 1e-5 * Y.norm()     # and spans the columns of Y
+
+
+def test_signs_are_canonical():
+    W = matrix(50, 40).float()
+    for niter in (8, None):
+        U, _, Vh = randomized_svd(W, 6, oversample=8, niter=niter)
+        top = U.gather(0, U.abs().argmax(0, keepdim=True))
+        assert bool((top > 0).all())
+        U2, _, Vh2 = fix_signs(-U, None, -Vh)
+        assert torch.equal(U2, U) and torch.equal(Vh2, Vh)
+
+
+def test_deterministic_for_a_generator():
+    W = matrix(120, 110).float()
+
+    def run(seed, state=None):
+        g = torch.Generator().manual_seed(seed)
+        return randomized_svd(W, 6, niter=1, generator=g)[0], g
+
+    (a, g), (b, _), (c, _) = run(1), run(1), run(2)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert not torch.equal(a, randomized_svd(W, 6, niter=1, generator=g)[0])     # g has moved on
+    torch.manual_seed(0)
+    d = randomized_svd(W, 6, niter=1)[0]
+    torch.manual_seed(1)
+    assert torch.equal(d, randomized_svd(W, 6, niter=1)[0])        # the global generator is not used
+
+
+@pytest.mark.parametrize("rank", [0, -1, 41])
+def test_rank_out_of_range(rank):
+    with pytest.raises(ValueError, match=f"rank {rank} is not between 1 and 40, for a 50 x 40"):
+        randomized_svd(torch.zeros(50, 40), rank)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite(bad):
+    W = torch.ones(5, 5)
+    W[2, 3] = bad
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        randomized_svd(W, 2)
+
+
+def test_integers():
+    with pytest.raises(ValueError, match="floating-point matrix, not torch.int64"):
+        randomized_svd(torch.ones(5, 5, dtype=torch.int64), 2)
