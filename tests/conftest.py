@@ -14,8 +14,16 @@ SMALL = model.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=101
 
 
 def small_net(seed=0, **changes):
-    """A random LLaMA, small enough for any test, whose spectra decay as trained ones do."""
-    net = model.init_weights(model.Llama(model.Config(**{**vars(SMALL), **changes})), seed, std=0.15)
+    """A random LLaMA, small enough for any test, with singular values ~ 1 / i as if it were trained.
+
+    The decay matters: where the spectrum is flat at the cut, A B is ill-determined, and no two
+    implementations can be expected to agree on it.
+    """
+    net = model.init_weights(model.Llama(model.Config(**{**vars(SMALL), **changes})), seed)
+    for m in net.modules():
+        if isinstance(m, torch.nn.Linear) and m is not net.lm_head:
+            U, S, Vh = torch.linalg.svd(m.weight.detach(), full_matrices=False)
+            m.weight.data = (U * (3 / torch.arange(1, len(S) + 1))) @ Vh
     return net.requires_grad_(False)
 
 

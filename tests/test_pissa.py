@@ -1,0 +1,454 @@
+"""pissa.py against its own definition, against PEFT, and against what must never happen."""
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model
+import pissa
+from conftest import assert_logits_equal, hugging_face, small_net
+
+MLP_TARGETS = ("fc1", "fc2")
+
+
+def mlp(dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.add_module("fc1", nn.Linear(40, 60, bias=bias))
+    net.add_module("act", nn.ReLU())
+    net.add_module("fc2", nn.Linear(60, 30, bias=bias))
+    return net.to(dtype)
+
+
+def quiet(net, rank=4, method="pissa", **kwargs):
+    return pissa.inject(net, rank, method, progress=False, **kwargs)
+
+
+def optimise(net, tokens, steps, lr=1e-2, optimizer=None):
+    """A few AdamW steps on next-token prediction; the losses and the optimizer."""
+    logits = (lambda x: net(x).logits) if hasattr(net, "generation_config") else net
+    params = [p for p in net.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, optimizer
+
+
+# --- the layer
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_is_the_linear_at_step_0(method, bias):
+    linear = nn.Linear(40, 60, bias=bias)
+    layer = pissa.PissaLinear.from_linear(linear, 8, method=method, niter=None)
+    x = torch.randn(5, 7, 40)
+    torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-6)
+    assert layer.A.shape == (40, 8) and layer.B.shape == (8, 60)
+    assert (layer.bias is linear.bias) and not layer.weight.requires_grad
+
+
+def test_factors_are_the_principal_components():
+    """A = U sqrt(S), B = sqrt(S) Vh of W (in, out), here from torch.linalg.svd in float64."""
+    linear = nn.Linear(40, 60)
+    layer = pissa.PissaLinear.from_linear(linear, 8, niter=None)
+    W = linear.weight.detach().double().T
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    best = (U[:, :8] * S[:8]) @ Vh[:8]
+    torch.testing.assert_close((layer.A @ layer.B).double(), best, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.weight.double().T, W - best, rtol=1e-4, atol=1e-5)
+    # The square root of S is split evenly: A^T A = B B^T = S_r.
+    for gram in (layer.A.T @ layer.A, layer.B @ layer.B.T):
+        torch.testing.assert_close(gram.double(), torch.diag(S[:8]), rtol=1e-4, atol=1e-5)
+
+
+def test_forward_is_the_equation():
+    layer = pissa.PissaLinear.from_linear(nn.Linear(12, 9), 3)
+    with torch.no_grad():
+        layer.A.normal_(), layer.B.normal_()
+    x = torch.randn(4, 12)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + (x @ layer.A) @ layer.B + layer.bias)
+
+
+def test_dtypes():
+    """The residual has the model's dtype, A and B are float32, the output has the input's dtype."""
+    net = quiet(mlp(torch.bfloat16), targets=MLP_TARGETS)
+    assert net.fc1.weight.dtype == torch.bfloat16
+    assert net.fc1.A.dtype == net.fc1.B.dtype == torch.float32
+    assert net(torch.randn(2, 40).bfloat16()).dtype == torch.bfloat16
+
+
+def test_bfloat16_residual_error_is_one_rounding():
+    """|W - (W_res + A B)| is what storing W_res in bfloat16 rounds off, 2^-9 of each entry at most."""
+    linear = nn.Linear(64, 64, bias=False).bfloat16()
+    layer = pissa.PissaLinear.from_linear(linear, 8)
+    left = linear.weight.float() - (layer.A @ layer.B).T
+    assert ((left - layer.weight.float()).abs() <= left.abs() * 2 ** -8 + 1e-12).all()
+
+
+def test_lora_starts_at_zero_with_gaussian_a():
+    net = quiet(nn.Sequential(nn.Linear(400, 300)), 64, "lora", targets=["0"])
+    assert net[0].B.abs().max() == 0
+    assert net[0].A.std().item() == pytest.approx(400 ** -0.5, rel=0.03)
+
+
+# --- inject
+
+def test_inject_trains_a_and_b_only(net, tokens):
+    before, targets = net(tokens), len(pissa.TARGETS) * net.config.n_layers
+    quiet(net, 8)
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * targets and all(n.endswith((".A", ".B")) for n in trained)
+    assert_logits_equal(net(tokens), before, 1e-5)
+    frozen = {n: p.clone() for n, p in net.named_parameters() if not p.requires_grad}
+    optimise(net, tokens, 3)
+    assert all(torch.equal(p, frozen[n]) for n, p in net.named_parameters() if n in frozen)
+
+
+def test_inject_is_deterministic():
+    a, b, c = (quiet(small_net(), 4, niter=1, seed=s) for s in (0, 0, 1))
+    same = [torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values())]
+    assert all(same)
+    assert not torch.equal(a.model.layers[0].mlp.up_proj.A, c.model.layers[0].mlp.up_proj.A)
+
+
+def test_inject_reports(net, capsys):
+    pissa.inject(net, 4, targets=["q_proj", "v_proj"])
+    out = capsys.readouterr().out
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert "4 matrices at rank 4" in out and f"{trained:,} of" in out
+    error = float(out.split("(W_res + A B)|")[1].split()[0])
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize("call, message", [
+    (dict(rank=4, targets=["q_proj", "query"]), "no module is called query; the linear layers here "
+     "are down_proj, gate_proj, k_proj, lm_head"),
+    (dict(rank=17, targets=["q_proj", "k_proj"]),
+     "model.layers.0.self_attn.k_proj: rank 17 is not between 1 and 16"),
+    (dict(rank=0), "rank 0 is not between 1 and"),
+    (dict(rank=4, method="dora"), "method 'dora' is none of pissa, lora"),
+    (dict(rank=4, targets=["mlp"]), "model.layers.0.mlp is a MLP, not an nn.Linear")])
+def test_inject_errors_change_nothing(net, call, message):
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=message):
+        pissa.inject(net, **call)
+    after = net.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_inject_twice(net):
+    quiet(net)
+    with pytest.raises(ValueError, match="injected already"):
+        quiet(net)
+
+
+def test_inject_not_finite(net):
+    net.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj: the weight holds NaN or Inf"):
+        quiet(net)
+    assert not any(pissa.layers(net))
+
+
+# --- off, merge, remove
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_off_is_the_base_bit_for_bit(dtype, method, tokens):
+    net = small_net().to(dtype)
+    base = net(tokens)
+    optimise(quiet(net, 4, method), tokens, 2)
+    on = net(tokens)
+    assert not torch.equal(on, base)
+    with pissa.disabled(net):
+        assert torch.equal(net(tokens), base)
+        with pissa.disabled(net):
+            assert torch.equal(net(tokens), base)
+        assert torch.equal(net(tokens), base)
+    assert torch.equal(net(tokens), on)
+    assert torch.equal(pissa.remove(net)(tokens), base) and not any(pissa.layers(net))
+
+
+def test_off_comes_back_on_after_an_exception(net, tokens):
+    quiet(net)
+    on = net(tokens)
+    with pytest.raises(RuntimeError, match="inside"), pissa.disabled(net):
+        raise RuntimeError("inside")
+    assert torch.equal(net(tokens), on)
+
+
+def test_base_not_kept(net):
+    quiet(net, keep_base=False)
+    with pytest.raises(ValueError, match="base weights were not kept"), pissa.disabled(net):
+        assert False, "must not get here"
+    with pytest.raises(ValueError, match="base weights were not kept"):
+        pissa.remove(net)
+    assert len(list(pissa.layers(net))) == 14
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_merge(net, tokens, method):
+    names = list(net.state_dict())
+    optimise(quiet(net, 4, method), tokens, 2)
+    on = net(tokens)
+    pissa.merge(net)
+    assert list(net.state_dict()) == names and type(net.model.layers[0].mlp.up_proj) is nn.Linear
+    assert_logits_equal(net(tokens), on, 1e-5)
+
+
+def test_merge_keeps_bias():
+    net = mlp()
+    x, bias = torch.randn(3, 40), net.fc1.bias
+    want = net(x)
+    assert pissa.merge(quiet(net, targets=MLP_TARGETS)).fc1.bias is bias
+    torch.testing.assert_close(net(x), want, rtol=1e-4, atol=1e-5)
+
+
+# --- save and load
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+@pytest.mark.parametrize("niter", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_is_the_trained_model(tmp_path, tokens, method, niter, dtype):
+    net = quiet(small_net().to(dtype), 4, method, niter=niter)
+    optimise(net, tokens, 3)
+    pissa.save(net, tmp_path / "a")
+    fresh = pissa.load(small_net().to(dtype), tmp_path / "a")
+    assert torch.equal(fresh(tokens), net(tokens))
+    trained = {n for n, p in fresh.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in net.named_parameters() if p.requires_grad}
+    assert fresh.pissa == net.pissa
+    with pissa.disabled(fresh):
+        assert torch.equal(fresh(tokens), small_net().to(dtype)(tokens))
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_reload_and_continue_is_uninterrupted(tmp_path, tokens, method):
+    net = quiet(small_net(), 4, method)
+    losses, optimizer = optimise(net, tokens, 3)
+    pissa.save(net, tmp_path / "a")
+    fresh = pissa.load(small_net(), tmp_path / "a")
+    params = [p for p in fresh.parameters() if p.requires_grad]
+    resumed = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimise(fresh, tokens, 3, optimizer=resumed)[0] == optimise(
+        net, tokens, 3, optimizer=optimizer)[0]
+    assert torch.equal(fresh(tokens), net(tokens))
+
+
+def test_adapters_one_after_another(tmp_path, tokens):
+    base, want = small_net(), {}
+    for name, method, rank in [("a", "pissa", 4), ("b", "lora", 3), ("c", "pissa", 8)]:
+        net = quiet(small_net(), rank, method)
+        optimise(net, tokens, 2)
+        pissa.save(net, tmp_path / name)
+        want[name] = net(tokens)
+    for name in "abcba":
+        assert torch.equal(pissa.load(base, tmp_path / name)(tokens), want[name])
+    assert torch.equal(pissa.remove(base)(tokens), small_net()(tokens))
+
+
+def test_saved_file_is_a_lora_of_rank_2r(tmp_path, net, tokens):
+    base = {n: p.clone() for n, p in net.named_parameters()}
+    optimise(quiet(net, 4), tokens, 2)
+    pissa.save(net, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (8, 8, "LORA")
+    assert config["pissa"]["method"] == "pissa" and config["pissa"]["rank"] == 4
+    assert {"niter", "seed", "base"} <= set(config["pissa"])
+    tensors, name = pissa.read_tensors(tmp_path), "model.layers.1.mlp.down_proj"
+    A, B = (tensors[f"base_model.model.{name}.lora_{k}.weight"] for k in "AB")
+    assert A.shape == (8, 128) and B.shape == (48, 8)
+    m = net.get_submodule(name)
+    torch.testing.assert_close(base[name + ".weight"] + B @ A,
+                               m.weight + (m.A @ m.B).T, rtol=1e-4, atol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json",
+                                                          "adapter_model.safetensors"]
+
+
+def test_another_base_is_refused(tmp_path, net):
+    pissa.save(quiet(net), tmp_path)
+    other = small_net(seed=1)
+    with pytest.raises(ValueError, match="made on another base model"):
+        pissa.load(other, tmp_path)
+    assert not any(pissa.layers(other))
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.down_proj is 128 x 48, the model's is"):
+        pissa.load(small_net(ffn_dim=96), tmp_path)
+    with pytest.raises(ValueError, match="model.layers.1.* the model's is missing"):
+        pissa.load(small_net(n_layers=1), tmp_path)
+
+
+def test_one_fingerprint_in_any_dtype():
+    linears = [pissa.find_linears(small_net().bfloat16().to(d), pissa.TARGETS)
+               for d in (torch.bfloat16, torch.float32, torch.float64)]
+    assert len({pissa.fingerprint(x) for x in linears}) == 1
+
+
+def test_without_safetensors(tmp_path, net, tokens, monkeypatch):
+    import sys
+    optimise(quiet(net), tokens, 1)
+    pissa.save(net, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "safetensors.torch", None)
+        patch.setitem(sys.modules, "safetensors", None)
+        with pytest.raises(ValueError, match="pip install safetensors"):
+            pissa.load(small_net(), tmp_path)
+        pissa.save(net, tmp_path)          # replaces the .safetensors of before
+        assert not (tmp_path / "adapter_model.safetensors").exists()
+        assert torch.equal(pissa.load(small_net(), tmp_path)(tokens), net(tokens))
+
+
+def damage(tmp_path, change):
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config.update(change)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(use_dora=True), "use_dora is not supported"),
+    (dict(modules_to_save=["lm_head"]), "modules_to_save is not supported"),
+    (dict(init_lora_weights="pissa_niter_4"), "needs the changed base it was made with")])
+def test_what_cannot_be_loaded_is_refused(tmp_path, net, change, message):
+    pissa.save(quiet(net), tmp_path)
+    damage(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        pissa.load(small_net(), tmp_path)
+
+
+def test_damaged_adapters(tmp_path, net):
+    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+        pissa.load(net, tmp_path)
+    with pytest.raises(ValueError, match="nothing to save"):
+        pissa.save(net, tmp_path)
+    pissa.save(quiet(small_net()), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="adapter_model.safetensors: not readable, perhaps truncated"):
+        pissa.load(net, tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
+        pissa.load(net, tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"r": 4')
+    with pytest.raises(ValueError, match="adapter_config.json: not the config of a LoRA adapter"):
+        pissa.load(net, tmp_path)
+    assert not any(pissa.layers(net))
+
+
+def test_failed_save_leaves_the_old_adapter(tmp_path, net, tokens, monkeypatch):
+    pissa.save(quiet(net), tmp_path)
+    want = net(tokens)
+    optimise(net, tokens, 1)
+
+    def disk_full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(json, "dumps", disk_full)
+        pissa.save(net, tmp_path)
+    assert torch.equal(pissa.load(small_net(), tmp_path)(tokens), want)
+
+
+# --- compress
+
+def test_compress(tmp_path, net, tokens):
+    optimise(quiet(net, 4), tokens, 5)
+    pissa.save(net, tmp_path / "a")
+    errors = pissa.compress(tmp_path / "a", tmp_path / "b")
+    _, full = pissa.read_adapter(tmp_path / "a")
+    _, small = pissa.read_adapter(tmp_path / "b")
+    for name, (M, N) in full.items():
+        delta, (A, B) = (M @ N).double(), small[name]
+        assert A.shape[1] == 4
+        S = torch.linalg.svdvals(delta)
+        assert errors[name] == pytest.approx((S[4:].norm() / S.norm()).item(), abs=1e-4)
+        assert ((delta - (A @ B).double()).norm() / delta.norm()).item() == pytest.approx(
+            errors[name], abs=1e-4)
+    assert max(errors.values()) < 1
+    loaded = pissa.load(small_net(), tmp_path / "b")
+    assert loaded.pissa["method"] == "lora"
+    assert max(pissa.compress(tmp_path / "a", tmp_path / "c", rank=8).values()) < 1e-12
+    assert_logits_equal(pissa.load(small_net(), tmp_path / "c")(tokens), net(tokens), 1e-5)
+
+
+# --- other people's modules
+
+def test_hugging_face_model(tmp_path, net, tokens):
+    """The same adapter on transformers' LLaMA and on ours: names and files are the same."""
+    theirs = hugging_face(net)
+    optimise(quiet(theirs, 4), tokens, 2)
+    pissa.save(theirs, tmp_path)
+    ours = pissa.load(net, tmp_path)
+    assert_logits_equal(ours(tokens), theirs(tokens).logits)
+
+
+def test_plain_mlp(tmp_path):
+    net, x = mlp(), torch.randn(5, 40)
+    quiet(net, 8, targets=MLP_TARGETS)
+    F.mse_loss(net(x), torch.zeros(5, 30)).backward()
+    assert net.fc1.A.grad.abs().max() > 0 and net.fc1.bias.grad is None
+    pissa.save(net, tmp_path)
+    assert torch.equal(pissa.load(mlp(), tmp_path)(x), net(x))
+
+
+# --- PEFT
+
+def peft_model(net, rank, init, targets=pissa.TARGETS, alpha=None):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights=init,
+                             target_modules=list(targets), task_type="CAUSAL_LM")
+    return peft.get_peft_model(hugging_face(net), config)
+
+
+def test_peft_same_decomposition(net):
+    """A B and W_res equal PEFT's to 1e-5 relative, both with the exact SVD."""
+    theirs = peft_model(net, 4, "pissa").base_model.model
+    ours = quiet(small_net(), 4, niter=None)
+    for name, m in pissa.layers(ours):
+        t = theirs.get_submodule(name)
+        for mine, peft in [((m.A @ m.B).T, t.lora_B.default.weight @ t.lora_A.default.weight),
+                           (m.weight, t.base_layer.weight)]:
+            assert (mine - peft).norm() <= 1e-5 * peft.norm(), name
+
+
+def test_peft_same_training(net, tokens):
+    theirs = peft_model(net, 4, "pissa")
+    ours = quiet(small_net(), 4, niter=None)
+    want, got = optimise(theirs, tokens, 30, lr=2e-3)[0], optimise(ours, tokens, 30, lr=2e-3)[0]
+    assert max(abs(a - b) for a, b in zip(want, got)) < 1e-4
+    assert want[-1] < want[0] - 0.1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("niter", [None, 2], ids=["exact", "fast"])
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_peft_loads_ours(tmp_path, net, tokens, niter, method):
+    peft = pytest.importorskip("peft")
+    base = hugging_face(net)
+    optimise(quiet(net, 4, method, niter=niter), tokens, 5)
+    pissa.save(net, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path))
+    assert_logits_equal(theirs(tokens).logits, net(tokens))
+
+
+@pytest.mark.parametrize("alpha, rslora", [(4, False), (32, False), (32, True)])
+def test_ours_loads_peft(tmp_path, net, tokens, alpha, rslora):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "down_proj"],
+                             use_rslora=rslora, init_lora_weights=False)     # B is not zero
+    theirs = peft.get_peft_model(hugging_face(net), config).eval()
+    theirs.save_pretrained(str(tmp_path))
+    base = net(tokens)
+    ours = pissa.load(net, tmp_path)
+    assert_logits_equal(ours(tokens), theirs(tokens).logits)
+    assert (ours(tokens) - base).abs().max() > 1e-2
+    with pissa.disabled(ours):
+        assert torch.equal(ours(tokens), base)
