@@ -1,0 +1,294 @@
+"""model.py against transformers; Meta's files in every shape they come in, and damaged ones."""
+import json
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+from conftest import TINY, SMALL, assert_logits_equal, hugging_face, small_net
+
+
+def greedy_hf(twin, prompt, n):
+    return twin.generate(torch.tensor([prompt]), max_new_tokens=n, do_sample=False,
+                         eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
+
+
+# --- the network
+
+@pytest.mark.parametrize("changes", [{}, dict(tied=True), dict(n_kv_heads=6), dict(n_kv_heads=1),
+                                     dict(rope_theta=5e5, norm_eps=1e-6)],
+                         ids=["gqa", "tied", "mha", "mqa", "rope"])
+def test_logits_equal_transformers(changes, tokens):
+    net = small_net(**changes)
+    assert_logits_equal(net(tokens), hugging_face(net)(tokens).logits)
+
+
+def test_tiny_logits_equal_transformers():
+    net = model.load(TINY, "cpu", torch.float32)
+    x = torch.randint(0, net.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_logits_equal(net(x), hugging_face(net)(x).logits)
+
+
+def test_stories_logits_equal_transformers(stories):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(stories / "hf", dtype=torch.float32)
+    net = model.load(stories / "meta", "cpu", torch.float32)
+    x = torch.randint(0, 512, (2, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = theirs(x).logits
+        assert_logits_equal(net(x), want)
+        # The test can fail: without the reordering of q and k the text still looks like English.
+        for layer in net.model.layers:
+            q = layer.self_attn.q_proj.weight
+            q.data = model.reorder(q.data, "q_proj.weight", net.config, to_meta=True)
+        assert (net(x) - want).abs().max() > 0.1 * want.abs().max()
+
+
+def test_gradients_equal_transformers(tokens):
+    net = small_net().requires_grad_()
+    twin = hugging_face(net)
+    for logits in (net(tokens[:, :-1]), twin(tokens[:, :-1]).logits):
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    theirs = dict(twin.named_parameters())
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-6)
+
+
+def test_checkpointing_changes_nothing(net, tokens):
+    net.requires_grad_()
+    for on in (False, True):
+        net.checkpointing = on
+        net(tokens).logsumexp(-1).sum().backward()
+        grads = [p.grad.clone() for p in net.parameters()]
+        net.zero_grad()
+        before = grads if not on else before
+    assert all(torch.equal(a, b) for a, b in zip(before, grads))
+
+
+def test_causal(net, tokens):
+    a = net(tokens)
+    tokens[:, 9] = (tokens[:, 9] + 1) % 101
+    b = net(tokens)
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a[:, 9:], b[:, 9:])
+
+
+# --- generation
+
+def test_kv_cache_equals_full_forward(net, tokens):
+    cache, want = net.new_cache(3, 17), net(tokens)
+    got = [net(tokens[:, :7], cache=cache, start=0)]
+    got += [net(tokens[:, t:t + 1], cache=cache, start=t) for t in range(7, 17)]
+    assert_logits_equal(torch.cat(got, 1), want, 1e-5)
+
+
+def test_left_padding_equals_no_padding(net, tokens):
+    row = tokens[:1, :6]
+    padded = torch.cat([tokens[1:2, :5], row], 1)
+    got = net(padded, pad=torch.tensor([5]))[:, 5:]
+    assert_logits_equal(got, net(row), 1e-5)
+
+
+def test_greedy_equals_transformers(net):
+    twin, prompts = hugging_face(net), [[1, 5, 9], [1, 7], [1, 2, 3, 4, 5, 6]]
+    got = model.generate(net, prompts, 20)
+    assert got == [greedy_hf(twin, p, 20) for p in prompts]
+
+
+def test_tiny_golden_completion():
+    """The embedded model, word for word: any change of weights, tokenizer or arithmetic shows."""
+    import data
+    tok, net = data.Tokenizer(TINY), model.load(TINY, "cpu", torch.float32)
+    golden = json.loads((TINY / "golden.json").read_text())
+    for prompt, completion in golden.items():
+        ids = model.generate(net, [tok.encode(prompt, bos=True)], 24, eos=tok.eos)[0]
+        assert tok.decode(ids) == completion
+
+
+def test_generate_stops_at_eos(net):
+    free = model.generate(net, [[1, 5, 9], [1, 7]], 20)
+    eos = free[0][6]
+    first = [row.index(eos) if eos in row else 20 for row in free]
+    assert model.generate(net, [[1, 5, 9], [1, 7]], 20, eos=eos) == [
+        row[:n] for row, n in zip(free, first)]
+
+
+def test_sampling(net):
+    prompts = [[1, 5, 9], [1, 7]]
+    a, b, c = (model.generate(net, prompts, 30, temperature=1.0, seed=s) for s in (0, 0, 1))
+    assert a == b != c
+    greedy = model.generate(net, prompts, 30)
+    assert model.generate(net, prompts, 30, temperature=1.0, top_p=1e-6) == greedy
+    assert model.generate(net, prompts, 30, temperature=1e-4) == greedy
+
+
+def test_top_p_keeps_the_nucleus():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(20000, 4)
+    g = torch.Generator().manual_seed(0)
+    drawn = model.sample(logits, 1.0, 0.7, g).flatten().bincount(minlength=4) / 20000
+    torch.testing.assert_close(drawn, torch.tensor([0.625, 0.375, 0, 0]), atol=0.02, rtol=0)
+
+
+# --- reading
+
+def write(directory, net, shards=1, embedding_axis=1, **params):
+    """A checkpoint as Meta writes it: split by rows or columns over model-parallel shards."""
+    model.save(net, directory)
+    whole = torch.load(directory / "consolidated.00.pth", weights_only=True)
+    p = {**json.loads((directory / "params.json").read_text()), **params}
+    (directory / "params.json").write_text(json.dumps({k: v for k, v in p.items() if v is not None}))
+    for i in range(shards):
+        part = {"rope.freqs": torch.ones(4)}
+        for name, W in whole.items():
+            axis = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+            axis = embedding_axis if name.startswith("tok") else axis
+            part[name] = W.chunk(shards, axis)[i].clone() if W.ndim > 1 else W
+        torch.save(part, directory / f"consolidated.{i:02d}.pth")
+    return directory
+
+
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("ffn_dim", [128, 129, 172])
+def test_save_and_load(tmp_path, tied, ffn_dim, tokens):
+    net = small_net(tied=tied, ffn_dim=ffn_dim, rope_theta=5e5)
+    model.save(net, tmp_path)
+    again = model.load(tmp_path, "cpu")
+    assert again.config == net.config
+    assert_same_weights(again, net)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    assert sorted(os.listdir(tmp_path)) == ["consolidated.00.pth", "params.json"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("axis", [1, 0], ids=["llama2", "llama3"])
+def test_shards(tmp_path, axis, tied):
+    net = small_net(vocab_size=102, tied=tied)
+    write(tmp_path, net, shards=2, embedding_axis=axis, vocab_size=-1)
+    again = model.load(tmp_path, "cpu")
+    assert again.config == net.config
+    assert_same_weights(again, net)
+
+
+def test_stories_shards(stories):
+    assert_same_weights(model.load(stories / "meta_mp2", "cpu"), model.load(stories / "meta", "cpu"))
+
+
+@pytest.mark.parametrize("dim, multiple_of, multiplier, width", [
+    (4096, 256, None, 11008), (5120, 256, None, 13824), (8192, 4096, 1.3, 28672),
+    (4096, 1024, 1.3, 14336), (2048, 256, 1.5, 8192)],
+    ids=["7b", "13b", "70b", "llama3-8b", "llama3.2-1b"])
+def test_ffn_widths_of_real_models(dim, multiple_of, multiplier, width):
+    assert model.ffn_dim(dim, multiple_of, multiplier) == width
+
+
+def test_dtype_and_device(tmp_path, net):
+    model.save(net, tmp_path)
+    half = model.load(tmp_path, "cpu", torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(half.get_parameter(name), net.get_parameter(name).bfloat16())
+
+
+def test_name_under_checkpoints():
+    assert model.find("tiny") == TINY
+    with pytest.raises(FileNotFoundError, match="no checkpoint llama9: .*params.json, "
+                                                "consolidated.00.pth .* tokenizer.model"):
+        model.load("llama9")
+
+
+def break_shard(directory, change, i=0):
+    path = directory / f"consolidated.{i:02d}.pth"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("layers.1.attention.wq.weight"),
+     r"consolidated.00.pth: 1 missing tensor\(s\), first layers.1.attention.wq.weight"),
+    (lambda s: s.update(lora=torch.ones(2)),
+     r"consolidated.00.pth: 1 unexpected tensor\(s\), first lora"),
+    (lambda s: s.update({"layers.0.feed_forward.w2.weight": torch.ones(48, 99)}),
+     r"layers.0.feed_forward.w2.weight: expected shape \(48, 128\), found \(48, 99\)"),
+    (lambda s: s.pop("tok_embeddings.weight"), "tok_embeddings.weight is missing"),
+    (lambda s: s.update({"norm.weight": torch.ones(47)}), r"expected shape \(48,\), found \(47,\)")])
+def test_wrong_tensors(tmp_path, net, change, message):
+    break_shard(write(tmp_path, net), change)
+    with pytest.raises(ValueError, match=message):
+        model.load(tmp_path, "cpu")
+
+
+def test_wrong_files(tmp_path, net):
+    write(tmp_path, net, shards=2)
+    file = tmp_path / "consolidated.01.pth"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="consolidated.01.pth: not a readable PyTorch file, perhaps "
+                                         "truncated"):
+        model.load(tmp_path, "cpu")
+    file.unlink()
+    with pytest.raises(ValueError, match="expected shape"):       # half the model is missing
+        model.load(tmp_path, "cpu")
+    os.rename(tmp_path / "consolidated.00.pth", file)
+    with pytest.raises(FileNotFoundError, match="consolidated.00.pth is missing"):
+        model.load(tmp_path, "cpu")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="consolidated.00.pth is missing"):
+        model.load(tmp_path, "cpu")
+
+
+def test_pickled_code_is_not_run(tmp_path, net):
+    write(tmp_path, net)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"tok_embeddings.weight": Evil()}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(ValueError, match="not a readable PyTorch file"):
+        model.load(tmp_path, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("params, message", [
+    (dict(dim=None), "params.json: 'dim' is missing"),
+    (dict(n_heads=7), "do not divide into heads"),
+    (dict(n_kv_heads=4), "do not divide into heads"),
+    (dict(use_scaled_rope=True), "does not know {'use_scaled_rope': True}"),
+    (dict(dim="wide"), "not a LLaMA's params.json"),
+    (dict(n_layers=3), r"9 missing tensor\(s\), first layers.2"),
+    (dict(multiple_of=100), r"w1.weight: expected shape \(200, 48\), found \(128, 48\)")])
+def test_wrong_params(tmp_path, net, params, message):
+    write(tmp_path, net, **params)
+    with pytest.raises(ValueError, match=message):
+        model.load(tmp_path, "cpu")
+
+
+def test_params_missing_or_broken(tmp_path, net):
+    write(tmp_path, net)
+    (tmp_path / "params.json").write_text("{")
+    with pytest.raises(ValueError, match="params.json: not a LLaMA's params.json"):
+        model.load(tmp_path, "cpu")
+    (tmp_path / "params.json").unlink()
+    with pytest.raises(FileNotFoundError, match="params.json is missing"):
+        model.load(tmp_path, "cpu")
+
+
+def test_failed_save_leaves_the_old_checkpoint(tmp_path, net, monkeypatch):
+    model.save(net, tmp_path)
+
+    def disk_full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(json, "dumps", disk_full)
+        model.save(small_net(seed=1), tmp_path)
+    assert_same_weights(model.load(tmp_path, "cpu"), net)
