@@ -48,7 +48,7 @@ HENS = "hen duck goose chicken".split()
 FRIENDS = "friends children pupils cousins neighbours players guests sisters boys girls".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 IRREGULAR = {"box": "boxes", "potato": "potatoes", "brush": "brushes", "bench": "benches",
-             "goose": "geese"}
+             "goose": "geese", "scarf": "scarves"}
 
 
 def plural(noun):
@@ -105,7 +105,7 @@ def kinds():
             else:
                 variable, bounds = part.split(" ")
                 ranges.append((variable, tuple(map(int, bounds.split("-")))))
-        found.append((name, ranges, [w.strip().split("\n") for w in body.strip().split("\n\n")]))
+        found.append((name, ranges, body.strip().split("\n\n")))
     return found
 
 
@@ -157,12 +157,12 @@ def is_test(text):
 def situation(rng, test=False):
     """Draws a situation at random; `test` says on which side of the division its numbers are."""
     name, ranges, wordings = rng.choice(kinds())
-    wording = "\n".join(rng.choice(wordings))
+    wording = choose(rng, rng.choice(wordings))
     while True:
         text = fill(wording, draw(rng, ranges))
         if text and is_test(re.sub(r"^= .*$", "", text, flags=re.M)) == test:
             break
-    text = re.sub(" +(?=[.?])", "", choose(rng, text).format(**cast(rng)))
+    text = re.sub(" +(?=[.?])", "", text.format(**cast(rng)))
     *told, question = text.split("\n")
     return Situation(name, [line[0].upper() + line[1:] for line in told], question[2:])
 

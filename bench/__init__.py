@@ -1,0 +1,22 @@
+"""Benchmarks: each ends in one JSON line, and `--out` keeps it (python -m bench.bench_svd)."""
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def report(result, out=None):
+    """Add what is needed to read the figures later, print one JSON line, write it to `out`."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (
+        f"{torch.get_num_threads()} threads of {platform.machine()}")
+    command = f"python -m bench.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
+    line = json.dumps({**result, "command": command, "commit": git.stdout.strip() or None,
+                       "device": device, "torch": torch.__version__})
+    print(line)
+    if out:
+        Path(out).write_text(line + "\n")
