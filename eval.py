@@ -1,7 +1,7 @@
 """Use a model: complete a prompt, measure accuracy on problems, measure perplexity on text.
 
-    python eval.py --ckpt tiny --adapter runs/tiny-pissa/adapter --prompt "Tom has 3 pens. ..."
-    python eval.py --ckpt tiny --adapter runs/tiny-pissa/adapter --accuracy checkpoints/tiny/test.jsonl
+    python eval.py --ckpt tiny --adapter runs/demo/adapter --prompt "Tom has 3 pens. ..."
+    python eval.py --ckpt tiny --adapter runs/demo/adapter --accuracy checkpoints/tiny/test.jsonl
     python eval.py --ckpt tiny --ppl some_text.txt
 
 With an adapter, --prompt shows the base model's completion beside the adapted one.
@@ -40,7 +40,7 @@ def accuracy(net, tok, examples, *, max_new_tokens=128, batch=64, desc="accuracy
 
     examples: (instruction, reference) from `data.read`. Protocol: the template of data.PROMPT, one
     greedy answer of at most max_new_tokens; it counts when the first number after "####" or "The
-    answer is" equals the reference's as a rational number. Raises ValueError for a reference without.
+    answer is" equals the reference's as a rational number. A reference without: ValueError.
     """
     references = [data.final_answer(reference) for _, reference in examples]
     if None in references:
@@ -57,7 +57,7 @@ def accuracy(net, tok, examples, *, max_new_tokens=128, batch=64, desc="accuracy
 
 @torch.inference_mode()
 def perplexity(net, tok, text, length=512):
-    """(exp of the mean loss per token, tokens) of a text, in windows of `length` tokens after BOS."""
+    """(exp of the mean loss per token, tokens) of a text, in windows of `length` after BOS."""
     ids = tok.encode(text)
     if not ids:
         raise ValueError("the text is empty")
@@ -88,7 +88,7 @@ def arguments():
     p.add_argument("--ppl", metavar="TEXT", help="a text file")
     p.add_argument("--fields", help="field names of the jsonl, e.g. question,answer")
     p.add_argument("--limit", type=int, help="only the first so many problems")
-    p.add_argument("--out", help="where --accuracy writes predictions (default: beside the adapter)")
+    p.add_argument("--out", help="file for --accuracy's predictions (default: by the adapter)")
     p.add_argument("--max-new-tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     p.add_argument("--top-p", type=float, default=1.0)

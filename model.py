@@ -1,9 +1,9 @@
 """LLaMA in one file: the network, its KV cache, reading and writing Meta's raw weights, generation.
 
-    tokens -> embed_tokens -> n_layers x [ x + self_attn(norm(x)),  x + mlp(norm(x)) ] -> norm -> lm_head
+  embed_tokens -> n_layers x [x += self_attn(norm(x)), x += mlp(norm(x))] -> norm -> lm_head
 
-Module and parameter names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), because the
-paper's target modules, and every adapter on disk, use them. Meta's files name and order things
+Module and parameter names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), because
+the paper's target modules, and every adapter on disk, use them. Meta's files name and order things
 differently; `load` and `save` translate. This file knows nothing of PiSSA and can be copied alone.
 
     net = model.load("llama2-7b")                        # a directory, or a name under checkpoints/
@@ -126,7 +126,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole network. `checkpointing = True` recomputes each layer in backward to save memory."""
+    """The whole network. `checkpointing = True` recomputes every layer in backward: less memory."""
 
     def __init__(self, config):
         super().__init__()
@@ -174,7 +174,7 @@ class Llama(nn.Module):
 
 
 def init_weights(net, seed=0, std=0.02):
-    """Draw every matrix from N(0, std^2), in place: for training from scratch and for benchmarks."""
+    """Draw every matrix from N(0, std^2), in place: to train from scratch and for benchmarks."""
     device = net.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     for p in net.parameters():
@@ -226,7 +226,7 @@ def sample(logits, temperature, top_p, generator):
 
 
 # ---------------------------------------------------------------------------- Meta's raw weights
-# params.json + consolidated.00.pth ... consolidated.NN.pth (model-parallel shards) + tokenizer.model.
+# params.json + consolidated.00.pth ... NN.pth (model-parallel shards) + tokenizer.model.
 #
 # RoPE rotates pairs of rows of q and k. Meta keeps a pair side by side, Hugging Face half a head
 # apart; the dot product q.k does not care, but `rotate` does, so the rows are reordered on reading:
@@ -386,8 +386,9 @@ def save(net, directory):
     rule = next(({"multiple_of": m} for m in (256, 128, 64, 32, 16, 8, 4, 2, 1)
                  if ffn_dim(c.dim, m) == c.ffn_dim),
                 {"multiple_of": 1, "ffn_dim_multiplier": (c.ffn_dim + 0.5) / ffn_dim(c.dim, 1)})
-    params = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads,
-              "vocab_size": c.vocab_size, **rule, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
+    params = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads,
+              "n_kv_heads": c.n_kv_heads, "vocab_size": c.vocab_size, **rule,
+              "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
     state = {meta_name(n): reorder(W.detach(), n, c, to_meta=True).cpu().contiguous()
              for n, W in net.named_parameters()}
     # Under temporary names first, so that an interruption never leaves half a checkpoint behind.

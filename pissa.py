@@ -1,8 +1,8 @@
 """PiSSA: fine-tune the principal singular components, freeze the rest (arXiv 2404.02948).
 
-LoRA (arXiv 2106.09685) learns a low-rank change of a frozen weight and starts it at zero, from noise:
-its first gradients are small and point nowhere in particular. PiSSA has the same shapes and the same
-cost, and starts from the weight itself. With the r leading singular triplets of W (svd.py),
+LoRA (arXiv 2106.09685) learns a low-rank change of a frozen weight and starts it at zero, from
+noise: its first gradients are small and point nowhere in particular. PiSSA has the same shapes and
+the same cost, and starts from the weight itself. With the r leading singular triplets of W,
 
     W = U S V^T,   A = U_r S_r^1/2,   B = S_r^1/2 V_r^T,   W_res = W - A B,
 
@@ -16,11 +16,11 @@ directions that matter most to W are the ones that move.
     A_0, B_0      A0, B0       their values at initialisation, kept in host memory
     Delta W       save         A B - A_0 B_0 = [A | A_0] [B ; -B_0], a LoRA of rank 2r on W
 
-That last line is why an adapter on disk is a plain PEFT LoRA on the untouched base model, and why it
-holds all that is needed to go on training: no second SVD, no second copy of the model. Everything
-here works on any nn.Module with nn.Linear inside.
+That last line is why an adapter on disk is a plain PEFT LoRA on the untouched base model, and why
+it holds all that is needed to go on training: no second SVD, no second copy of the model.
+Everything here works on any nn.Module with nn.Linear inside.
 
-    pissa.inject(net, rank=64);  ...train...;  pissa.save(net, "adapter");  pissa.load(base, "adapter")
+    pissa.inject(net, rank=64); ...train...; pissa.save(net, "adapter"); pissa.load(base, "adapter")
 """
 import hashlib
 import json
@@ -42,7 +42,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # ------------------------------------------------------------- methods: weight -> residual, A, B
 
 def wide(W):
-    """W in the precision that decompositions are computed in: float32, or float64 if it has that."""
+    """W in the precision of decompositions: float32, or float64 if it has that."""
     return W if W.dtype == torch.float64 else W.float()
 
 
@@ -52,7 +52,7 @@ def residual(weight, A, B):
 
 
 def init_pissa(weight, rank, niter, generator):
-    """Principal components: A = U_r S_r^1/2, B = S_r^1/2 V_r^T, W_res = W - A B (paper, eq. 2-4)."""
+    """Principal components: A = U_r S_r^1/2, B = S_r^1/2 V_r^T, W_res = W - A B (eq. 2-4)."""
     U, S, Vh = randomized_svd(wide(weight).T, rank, niter=niter, generator=generator)
     A, B = (U * S.sqrt()).contiguous(), (S.sqrt()[:, None] * Vh).contiguous()
     return residual(weight, A, B), A, B
@@ -73,8 +73,8 @@ METHODS = {"pissa": init_pissa, "lora": init_lora}
 class PissaLinear(nn.Module):
     """y = x W_res + (x A) B + bias, in place of an nn.Linear; only A and B are trained.
 
-    A0, B0, base: the initial factors and the original weight, in host memory (a plain attribute does
-    not move with the module, and costs a GPU nothing). A0 is None where `weight` is still W itself.
+    A0, B0, base: the initial factors and the original weight, in host memory (a plain attribute
+    does not move with the module). A0 is None where `weight` is still W itself.
     """
 
     def __init__(self, weight, bias, A, B, A0=None, B0=None, base=None):
@@ -166,8 +166,8 @@ def find_linears(net, targets):
     if nothing := set(targets) - {n.rpartition(".")[2] for n in named}:
         there = sorted({n.rpartition(".")[2] for n, m in net.named_modules()
                         if type(m) is nn.Linear})
-        raise ValueError(f"no module is called {', '.join(sorted(nothing))}; the linear layers here "
-                         f"are {', '.join(there) or 'none'}")
+        raise ValueError(f"no module is called {', '.join(sorted(nothing))}; the linear layers "
+                         f"here are {', '.join(there) or 'none'}")
     for n, m in named.items():
         if type(m) is not nn.Linear:      # a subclass may read its weight in ways of its own
             raise ValueError(f"{n} is a {type(m).__name__}, not an nn.Linear")
@@ -188,7 +188,7 @@ def put(net, name, module):
 def fingerprint(linears):
     """A hash of names, shapes and 256 entries of every weight, to tell one base from another.
 
-    The entries are rounded to bfloat16: a checkpoint has one fingerprint in whatever dtype it is read.
+    The entries are rounded to bfloat16, so that a checkpoint read in any dtype has the same one.
     """
     h, sample = hashlib.sha256(), []
     for name in sorted(linears):
@@ -256,8 +256,8 @@ def write_adapter(directory, tensors, info, task_type):
     """tensors: {module name: (A (in, r), B (r, out))}, with scaling 1; info: our own metadata."""
     ranks = {A.shape[1] for A, _ in tensors.values()}
     assert len(ranks) == 1, f"one rank for all modules, not {ranks}"
-    config = {"peft_type": "LORA", "task_type": task_type, "r": min(ranks), "lora_alpha": min(ranks),
-              "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+    config = {"peft_type": "LORA", "task_type": task_type, "r": min(ranks),
+              "lora_alpha": min(ranks), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
               "target_modules": sorted({n.rpartition(".")[2] for n in tensors}), "pissa": info}
     state = {f"base_model.model.{n}.lora_{k}.weight": M.T.contiguous()
              for n, pair in tensors.items() for k, M in zip("AB", pair)}
@@ -289,7 +289,7 @@ def read_adapter(directory):
         raise ValueError(f"{path}: not the config of a LoRA adapter ({e!r})") from None
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")):
-        raise ValueError(f"{path}: init_lora_weights={init} needs the changed base it was made with; "
+        raise ValueError(f"{path}: init_lora_weights={init} needs the changed base it came with; "
                          "save it from PEFT with path_initial_model_for_weight_conversion")
     if other := [k for k in ("use_dora", "alpha_pattern", "lora_bias", "layer_replication",
                              "modules_to_save", "fan_in_fan_out") if config.get(k)]:
@@ -325,7 +325,7 @@ def read_tensors(directory):
 
 
 def load(net, directory, *, keep_base=True):
-    """Put an adapter on `net`, in place: one of ours, to use or to train on, or a LoRA made by PEFT.
+    """Put an adapter on `net`, in place: one of ours, to use or train on, or a LoRA made by PEFT.
 
     An adapter already on `net` is removed first. Refuses (ValueError) an adapter of ours that was
     made on another base, and one whose modules `net` does not have.
@@ -363,8 +363,8 @@ def load(net, directory, *, keep_base=True):
 def compress(directory, out, rank=None):
     """Cut a saved adapter down to `rank` (default half, 2r -> r) and write it to `out` as a LoRA.
 
-    The best approximation of Delta W = M N costs two thin QRs and a small SVD, never the full matrix:
-    M = Q_M R_M, N^T = Q_N R_N, then the leading triplets of R_M R_N^T.
+    The best approximation of Delta W = M N takes two thin QRs and a small SVD, never the full
+    matrix: M = Q_M R_M, N^T = Q_N R_N, then the leading triplets of R_M R_N^T.
     Returns {module name: ||Delta W - Delta W_r|| / ||Delta W||}, Frobenius norms.
     """
     config, pairs = read_adapter(directory)

@@ -4,8 +4,8 @@
     python train.py --ckpt llama2-7b --rank 64             # Meta's raw weights, a GPU
     python train.py --ckpt llama2-7b --data my.jsonl --lr 2e-5 --batch 128 --micro-batch 8
 
-The defaults are the paper's (arXiv 2404.02948). A run leaves in --out: adapter/ (a PEFT LoRA; a whole
-checkpoint/ for --method full), log.jsonl (one line per step), loss.png and args.json.
+The defaults are the paper's (arXiv 2404.02948). A run leaves in --out: adapter/ (a PEFT LoRA; a
+checkpoint/ for --method full), log.jsonl (a line per step), loss.png, args.json, summary.json.
 """
 import argparse
 import json
@@ -27,8 +27,8 @@ import pissa
 from eval import accuracy, complete
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
-DEMO = ("--ckpt tiny --test-data checkpoints/tiny/test.jsonl --rank 16 --lr 2e-3 --batch 32 "
-        "--micro-batch 32 --steps 90 --out runs/demo")
+DEMO = ("--ckpt tiny --test-data checkpoints/tiny/test.jsonl --rank 16 --lr 2e-3 --batch 16 "
+        "--steps 120 --max-new-tokens 64 --out runs/demo")
 
 
 def arguments():
@@ -63,6 +63,8 @@ def arguments():
     add("--steps", type=int, help="stop after so many steps (default: the epochs decide)")
     add("--seed", type=int, default=0)
     add("--device", help="default: cuda if there is one, else cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="of the frozen weights (default: bfloat16 on a GPU that has it, else float32)")
     add("--compile", action="store_true", help="torch.compile, layer by layer")
     add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
     add("--max-new-tokens", type=int, default=128, help="of completions before and after")
@@ -87,8 +89,8 @@ def read_data(args, tok):
     else:
         train, val = data.split(examples, args.val_fraction, args.seed)
     encoded, cut, dropped = data.encode(train, tok, args.max_length)
-    print(f"data: {args.data}, {len(encoded)} examples, {len(val)} for validation; {cut} truncated to "
-          f"{args.max_length} tokens, {dropped} dropped (a prompt that long leaves nothing to learn)")
+    print(f"data: {args.data}, {len(encoded)} examples, {len(val)} for validation; {cut} truncated "
+          f"to {args.max_length} tokens, {dropped} dropped (prompts that leave nothing to learn)")
     if not encoded:
         raise ValueError(f"{args.data}: no example left; raise --max-length")
     return encoded, data.encode(val, tok, args.max_length)[0], val
@@ -166,56 +168,85 @@ def train(net, examples, args, autocast):
     return rows, False
 
 
-def write(net, args, rows):
-    """The adapter (or checkpoint) and a picture of the loss. Returns where the weights are."""
+def look(net, tok, val, val_texts, test, args, autocast, when):
+    """What the model does now: validation loss, answers to two prompts, accuracy."""
+    shown = [prompt for prompt, _ in val_texts if prompt][:2]
+    n = args.max_new_tokens
+    return {"loss": validation_loss(net, val, args, autocast),
+            "answers": dict(zip(shown, complete(net, tok, shown, max_new_tokens=n))),
+            "accuracy": accuracy(net, tok, test, max_new_tokens=n, desc=f"accuracy {when}")[0]
+            if test else None}
+
+
+def write_weights(net, args):
+    """The adapter, or for --method full a checkpoint in Meta's layout; returns the directory."""
     if args.method == "full":
         model.save(net.to(torch.bfloat16), args.out / "checkpoint")
         shutil.copy(model.find(args.ckpt) / "tokenizer.model", args.out / "checkpoint")
-    else:
-        pissa.save(net, args.out / "adapter")
+        return args.out / "checkpoint"
+    pissa.save(net, args.out / "adapter")
+    return args.out / "adapter"
+
+
+def plot(rows, args):
+    """loss.png, where matplotlib is installed."""
     try:
         import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-        plt.figure(figsize=(6, 3.5))
-        plt.plot([r["step"] for r in rows], [r["loss"] for r in rows])
-        plt.xlabel("step")
-        plt.ylabel("training loss")
-        plt.title(f"{args.ckpt}, {args.method}", fontsize=10)
-        plt.tight_layout()
-        plt.savefig(args.out / "loss.png", dpi=120)
     except ImportError:
-        print("no loss.png: pip install matplotlib")
-    return args.out / ("checkpoint" if args.method == "full" else "adapter")
+        return print("no loss.png: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    plt.figure(figsize=(6, 3.5))
+    plt.plot([r["step"] for r in rows], [r["loss"] for r in rows])
+    plt.xlabel("step")
+    plt.ylabel("training loss")
+    plt.title(f"{args.ckpt}, {args.method}, learning rate {args.lr:g}", fontsize=10)
+    plt.tight_layout()
+    plt.savefig(args.out / "loss.png", dpi=120)
+
+
+def summarise(rows, before, after, args, seconds):
+    """Print what came out and write it to summary.json. seconds: dict of load, init, all."""
+    trained = sum(r["seconds"] for r in rows)
+    summary = {"steps": len(rows), "seconds": {**seconds, "train": trained},
+               "tokens_per_second": sum(r["tokens"] for r in rows) / trained,
+               "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+               "before": before, "after": after}
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for prompt, answer in before["answers"].items():
+        print(f"\n--- {prompt}\nbefore: {answer[:200]}\nafter:  {after['answers'][prompt]}")
+    print(f"\nvalidation loss {before['loss']:.4f} -> {after['loss']:.4f}")
+    if args.test_data:
+        print(f"accuracy on {args.test_data}: {before['accuracy']:.1%} -> {after['accuracy']:.1%}")
+    print(f"{len(rows)} steps in {trained:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s; "
+          f"{seconds['all']:.0f} s in all" + f", peak GPU memory "
+          f"{summary['peak_gpu_bytes'] / 2**30:.1f} GiB" * torch.cuda.is_available())
 
 
 def main():
-    """Load, inject, train, save, show."""
+    """Load, look, inject, train, save, look again."""
     begin = time.perf_counter()
     args = arguments()
     tok = data.Tokenizer(model.find(args.ckpt))
     examples, val, val_texts = read_data(args, tok)
     test = data.read(args.test_data, args.fields) if args.test_data else []
-    start = time.perf_counter()
-    full = args.method == "full"
-    net = model.load(args.ckpt, args.device, torch.float32 if full else None)
+
+    start, full = time.perf_counter(), args.method == "full"
+    dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if full else None
+    net = model.load(args.ckpt, args.device, dtype)
+    seconds = {"load": time.perf_counter() - start}
     device = net.lm_head.weight.device
     # Whole weights are trained in float32 with bfloat16 products; A and B are float32 anyway.
-    autocast = (torch.autocast("cuda", torch.bfloat16) if full and device.type == "cuda"
-                and torch.cuda.is_bf16_supported() else nullcontext())
+    mixed = full and not args.dtype and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
     print(f"model: {args.ckpt}, {sum(p.numel() for p in net.parameters()):,} parameters, "
-          f"{net.lm_head.weight.dtype} on {device}, read in {time.perf_counter() - start:.1f} s")
+          f"{net.lm_head.weight.dtype} on {device}, read in {seconds['load']:.1f} s")
     if args.method == "pissa" and net.config.dim >= 1024 and args.lr > 1e-4:
-        print(f"note: --lr {args.lr:g} suits LoRA, whose B starts at 0; PiSSA starts at the largest "
-              "singular values and wants less: the paper uses 2e-5, see also arXiv 2602.04998")
+        print(f"note: --lr {args.lr:g} suits LoRA, whose B starts at 0; PiSSA starts at the largest"
+              " singular values and wants less: the paper uses 2e-5, see also arXiv 2602.04998")
+    before = look(net, tok, val, val_texts, test, args, autocast, "before")
 
-    # The base model first: its loss, its answers.
-    shown = [p for p, _ in val_texts if p][:2]
-    tests = dict(max_new_tokens=args.max_new_tokens)
-    loss0 = validation_loss(net, val, args, autocast)
-    before = complete(net, tok, shown, **tests) if shown else []
-    score0 = accuracy(net, tok, test, desc="accuracy before", **tests)[0] if test else None
-
+    start = time.perf_counter()
     if full:
         net.requires_grad_(True)
     elif args.adapter:
@@ -223,38 +254,31 @@ def main():
     else:
         pissa.inject(net, args.rank, args.method, args.targets, args.niter, args.seed,
                      keep_base=False)
+    seconds["init"] = time.perf_counter() - start
+    if not full and not args.adapter:
         loss = validation_loss(net, val, args, autocast)
-        print(f"step 0: validation loss {loss:.4f}, the base model's {loss0:.4f}")
-        if abs(loss - loss0) > 0.02 * loss0:
-            raise ValueError("the injected model is not the base model: loss differs at step 0")
+        print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
+        if abs(loss - before["loss"]) > 0.02 * before["loss"]:
+            raise ValueError("the injected model is not the base model: the loss differs at step 0")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
     net.checkpointing = args.checkpointing
-    if args.compile:
-        for layer in net.model.layers:
-            layer.compile()
+    for layer in net.model.layers if args.compile else ():
+        layer.compile()
 
     rows, interrupted = train(net, examples, args, autocast)
-    where = write(net, args, rows) if rows else None
-    if interrupted or not rows:
-        sys.exit(f"weights in {where}" if where else "nothing was learnt yet, nothing saved")
-
+    if not rows:
+        sys.exit("nothing was learnt yet, nothing is saved")
+    where = write_weights(net, args)
+    plot(rows, args)
+    if interrupted:
+        sys.exit(f"weights in {where}")
     with torch.compiler.set_stance("force_eager"):         # generation has a new shape every token
-        loss = validation_loss(net, val, args, autocast)
-        for prompt, a, b in zip(shown, before, complete(net, tok, shown, **tests) if shown else []):
-            print(f"\n--- {prompt}\nbefore: {a[:300]}\nafter:  {b}")
-        print(f"\nvalidation loss {loss0:.4f} -> {loss:.4f}")
-        if test:
-            score = accuracy(net, tok, test, desc="accuracy after", **tests)[0]
-            print(f"accuracy on {len(test)} problems {score0:.1%} -> {score:.1%}")
-    seconds = sum(r["seconds"] for r in rows)
-    print(f"{len(rows)} steps in {seconds:.0f} s, {sum(r['tokens'] for r in rows) / seconds:,.0f} "
-          f"tokens/s; {time.perf_counter() - begin:.0f} s in all"
-          + (f"; peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-             if device.type == "cuda" else ""))
+        after = look(net, tok, val, val_texts, test, args, autocast, "after")
+    summarise(rows, before, after, args, {**seconds, "all": time.perf_counter() - begin})
     use = f"--ckpt {where}" if full else f"--ckpt {args.ckpt} --adapter {where}"
     print(f"weights in {where}; use them:\n  python eval.py {use} --prompt "
-          + shlex.quote(shown[0] if shown else "your question"))
+          + shlex.quote(next(iter(before["answers"]), "your question")))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ SMALL = model.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=101
 
 
 def small_net(seed=0, **changes):
-    """A random LLaMA, small enough for any test, with singular values ~ 1 / i as if it were trained.
+    """A random LLaMA, small enough for any test, with singular values ~ 1 / i, as if trained.
 
     The decay matters: where the spectrum is flat at the cut, A B is ill-determined, and no two
     implementations can be expected to agree on it.

@@ -28,7 +28,7 @@ def assert_orthonormal(Q, tolerance=2e-6):
     assert (Q.mT @ Q - eye).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("shape", [(300, 120), (120, 300), (200, 200)], ids=["tall", "wide", "square"])
+@pytest.mark.parametrize("shape", [(300, 120), (120, 300), (200, 200)])
 @pytest.mark.parametrize("rank", [1, 16, 64])
 def test_close_to_optimal(shape, rank):
     W = matrix(*shape)
@@ -64,7 +64,8 @@ def test_defaults_on_smollm2(rank, name, smollm2):
 def test_dtypes(dtype):
     W = matrix(90, 140).to(dtype)
     U, S, Vh = randomized_svd(W, 8)
-    assert {U.dtype, S.dtype, Vh.dtype} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {U.dtype, S.dtype, Vh.dtype} == {wide}
     assert excess(W, U, S, Vh) < 1e-3
     assert_orthonormal(U, 1e-12 if dtype == torch.float64 else 2e-6)
 
@@ -79,7 +80,7 @@ def test_batched():
     torch.testing.assert_close(S[1], single[1], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("niter, oversample", [(None, 8), (4, 60)], ids=["asked for", "l reaches n"])
+@pytest.mark.parametrize("niter, oversample", [(None, 8), (4, 60)], ids=["asked", "l reaches n"])
 def test_exact(niter, oversample):
     W = matrix(70, 90)
     U, S, Vh = randomized_svd(W, 20, niter=niter, oversample=oversample)
@@ -97,7 +98,8 @@ def test_more_power_iterations_come_closer():
 @pytest.mark.parametrize("shape", [(100, 60), (60, 100)])
 def test_rank_deficient(true_rank, shape):
     g = torch.Generator().manual_seed(1)
-    W = torch.randn(shape[0], true_rank, generator=g) @ torch.randn(true_rank, shape[1], generator=g)
+    W = (torch.randn(shape[0], true_rank, generator=g)
+         @ torch.randn(true_rank, shape[1], generator=g))
     for niter in (2, None):
         U, S, Vh = randomized_svd(W, 8, oversample=8, niter=niter)
         assert_orthonormal(U)
@@ -149,7 +151,7 @@ def test_deterministic_for_a_generator():
     torch.manual_seed(0)
     d = randomized_svd(W, 6, niter=1)[0]
     torch.manual_seed(1)
-    assert torch.equal(d, randomized_svd(W, 6, niter=1)[0])        # the global generator is not used
+    assert torch.equal(d, randomized_svd(W, 6, niter=1)[0])      # the global generator is not used
 
 
 @pytest.mark.parametrize("rank", [0, -1, 41])

@@ -38,7 +38,7 @@ import stories  # noqa: E402
 CONFIG = model.Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=2048, ffn_dim=688,
                       tied=True)
 WINDOW = 256
-NATURAL = 0.27              # share of the natural text in a batch; the rest is generated
+NATURAL = 0.15              # share of the natural text in a batch; the rest is generated
 BOS, EOS = 1, 2
 
 
@@ -142,10 +142,10 @@ def train(args, rows, device):
         with torch.no_grad(), autocast():
             return {name: round(loss_of(net, ids).item(), 4) for name, ids in held_out.items()}
 
-    steps, step, clock, started = args.steps, 0, 0.0, time.time()
-    while step < steps:
+    steps, clock, started = args.steps, 0.0, time.time()
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps, args.lr)
+            group["lr"] = rate(step - 1, steps, args.lr)
         ids = torch.cat([windows(rows[name], n, generator) for name, n in counts.items()])
         with autocast():
             loss = compiled(net, ids)
@@ -153,14 +153,9 @@ def train(args, rows, device):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
         if step == max(1, min(20, steps - 1)):               # compiled and warm: the clock starts
             loss.item()
             clock, first = time.time(), step
-        if step == 120 and args.minutes:                     # as many steps as the time allows
-            loss.item()
-            steps = max(step, int(60 * args.minutes / (time.time() - clock) * 100))
-            print(f"{args.minutes} minutes are {steps} steps", flush=True)
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps}  train {loss.item():.3f}  held out {measure()}  "
                   f"{time.time() - started:.0f} s", flush=True)
@@ -184,8 +179,7 @@ PROMPTS = ["Nora had 14 shells. She found 8 more and gave 5 to Leo. In the end",
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--minutes", type=float, help="choose the number of steps by the clock")
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=512, help="windows of 256 tokens in a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
