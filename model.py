@@ -47,7 +47,7 @@ class Config:
 # ---------------------------------------------------------------------------------------- network
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """x / rms(x) * weight; torch computes it in float32 (arXiv 1910.07467)."""
 
     def __init__(self, config):
         super().__init__()
@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rope_tables(config, positions):

@@ -140,24 +140,32 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, keep_
     net.requires_grad_(False)
     generators = {d: torch.Generator(d).manual_seed(seed)
                   for d in {m.weight.device for m in linears.values()}}
-    bar = tqdm(linears.items(), desc=method, unit="matrix", disable=not progress, leave=False)
-    for name, linear in bar:
+    count = len(linears)
+    bar = tqdm(list(linears), desc=method, unit="matrix", disable=not progress, leave=False)
+    for name in bar:
         bar.set_postfix_str(name)
+        linear = linears.pop(name)       # the only reference: W is freed before the next one
         layer = PissaLinear.from_linear(linear, rank, method=method, niter=niter,
                                         generator=generators[linear.weight.device],
                                         keep_base=keep_base)
         put(net, name, layer)
-        W = wide(linear.weight)
-        error = (W - wide(layer.weight) - (layer.A @ layer.B).T).norm() / W.norm().clamp(min=1e-30)
-        worst = max(worst, error.item())
+        worst = max(worst, relative_error(linear.weight, layer))
     net.pissa = {"method": method, "rank": rank, "niter": niter, "seed": seed, "base": base}
     if progress:
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         total = sum(p.numel() for p in net.parameters())
-        print(f"{method}: {len(linears)} matrices at rank {rank} in "
+        print(f"{method}: {count} matrices at rank {rank} in "
               f"{time.perf_counter() - start:.1f} s, {trained:,} of {total:,} parameters trained "
               f"({trained / total:.2%}), largest relative |W - (W_res + A B)| {worst:.1e}")
     return net
+
+
+@torch.no_grad()
+def relative_error(weight, layer):
+    """|W - (W_res + A B)| / |W|, Frobenius norms: what rounding the residual to its dtype costs."""
+    W = wide(weight)
+    error = (W - wide(layer.weight) - (layer.A @ layer.B).T).norm()
+    return (error / W.norm().clamp(min=1e-30)).item()
 
 
 def find_linears(net, targets):
@@ -214,7 +222,8 @@ def disabled(net):
 
 def to_linears(net, weight):
     """Replace every PissaLinear m by an nn.Linear with weight(m), in place."""
-    for name, m in list(layers(net)):
+    for name in [n for n, _ in layers(net)]:          # names, so that each m is freed at once
+        m = net.get_submodule(name)
         W = weight(m)
         linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), m.bias
@@ -346,7 +355,8 @@ def load(net, directory, *, keep_base=True):
                          f"{info['base'][:12]}, this one has {base[:12]})")
     net.requires_grad_(False)
     for name, (A, B) in pairs.items():
-        linear, W = linears[name], linears[name].weight.detach()
+        linear = linears.pop(name)
+        W = linear.weight.detach()
         A, B = (wide(M.to(W.device)).contiguous() for M in (A, B))
         if not info or info["method"] == "lora":
             put(net, name, PissaLinear(W, linear.bias, A, B))

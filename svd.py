@@ -77,11 +77,12 @@ def orthonormalise(Y):
     float64 has room for: with Y in float32 the result is orthonormal to float32 rounding. Where the
     columns are (nearly) dependent, as for a W of low rank, Householder QR takes over.
     """
-    L, info = torch.linalg.cholesky_ex(gram(Y))
+    wide = Y.double()
+    L, info = torch.linalg.cholesky_ex(wide.mT @ wide)
     pivots = L.diagonal(dim1=-2, dim2=-1)
     if bool((info > 0).any() | (pivots.amin() <= 1e-5 * pivots.amax())):
         return torch.linalg.qr(Y).Q
-    return torch.linalg.solve_triangular(L.mT, Y.double(), upper=True, left=False).to(Y.dtype)
+    return torch.linalg.solve_triangular(L.mT, wide, upper=True, left=False).to(Y.dtype)
 
 
 def small_svd(Z):
@@ -89,18 +90,14 @@ def small_svd(Z):
 
     Z^T Z = X S^2 X^T gives X and S, and V = Z X / S. In float64, for the same reason as above.
     """
-    S2, X = torch.linalg.eigh(gram(Z))                                            # ascending
+    wide = Z.double()
+    S2, X = torch.linalg.eigh(wide.mT @ wide)                                     # ascending
     S, X = S2.clamp(min=0).sqrt().flip(-1), X.flip(-1)
     if bool((S[..., -1] <= 1e-5 * S[..., 0]).any()):      # dividing by such an S would be noise
         V, S, Xh = torch.linalg.svd(Z, full_matrices=False)
         return Xh.mT, S, V
-    V = Z.double() @ X / S[..., None, :]
+    V = wide @ X / S[..., None, :]
     return X.to(Z.dtype), S.to(Z.dtype), V.to(Z.dtype)
-
-
-def gram(Y):
-    """Y^T Y in float64, (..., m, l) -> (..., l, l)."""
-    return Y.double().mT @ Y.double()
 
 
 def fix_signs(U, S, Vh):

@@ -145,6 +145,20 @@ def test_inject_errors_change_nothing(net, call, message):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_inject_frees_every_weight_before_the_next(net, monkeypatch):
+    """At no time is there more than one original weight beside the residuals."""
+    import weakref
+    refs, alive = [weakref.ref(m) for m in net.modules() if type(m) is nn.Linear][:-1], []
+
+    def spy(weight, *args):
+        alive.append(sum(r() is not None for r in refs))
+        return pissa.init_pissa(weight, *args)
+
+    monkeypatch.setitem(pissa.METHODS, "pissa", spy)
+    quiet(net, keep_base=False)
+    assert alive == list(range(14, 0, -1))
+
+
 def test_inject_twice(net):
     quiet(net)
     with pytest.raises(ValueError, match="injected already"):
