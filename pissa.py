@@ -298,7 +298,7 @@ def read_adapter(directory):
         raise ValueError(f"{path}: not the config of a LoRA adapter ({e!r})") from None
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")):
-        raise ValueError(f"{path}: init_lora_weights={init} needs the changed base it came with; "
+        raise ValueError(f"{path}: init_lora_weights={init} needs the changed base it was made with; "
                          "save it from PEFT with path_initial_model_for_weight_conversion")
     if other := [k for k in ("use_dora", "alpha_pattern", "lora_bias", "layer_replication",
                              "modules_to_save", "fan_in_fan_out") if config.get(k)]:
