@@ -10,11 +10,12 @@ import torch
 
 
 def report(result, out=None):
-    """Add what is needed to read the figures later, print one JSON line, write it to `out`."""
+    """Add what is needed to repeat the measurement, print one JSON line, write it to `out`."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (
         f"{torch.get_num_threads()} threads of {platform.machine()}")
-    command = f"python -m bench.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
+    words = [f"bench/results/{Path(w).name}" if w == out else w for w in sys.argv[1:]]
+    command = f"python -m bench.{Path(sys.argv[0]).stem} {shlex.join(words)}"
     line = json.dumps({**result, "command": command, "commit": git.stdout.strip() or None,
                        "device": device, "torch": torch.__version__})
     print(line)

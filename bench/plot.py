@@ -1,0 +1,128 @@
+"""The README's tables and figure, from bench/results/*.json: python -m bench.plot
+
+Rewrites what stands between <!-- NAME --> and <!-- end --> in README.md (and in checkpoints/tiny/
+README.md), and bench/figures/demo.png. Nothing there is typed by hand.
+"""
+import json
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+COLOURS = {"pissa": "#c0392b", "lora": "#2471a3", "full": "#7f8c8d"}
+
+
+def read(name):
+    """One result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head, rows):
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def source(result):
+    """Where the figures come from."""
+    return (f"\n\n`{result['command']}` · {result['device']}, torch {result['torch']}, commit "
+            f"{result['commit']}")
+
+
+def by_rate(demo, method, key):
+    """{learning rate: [value of every seed]} of one method."""
+    rates = sorted({r["lr"] for r in demo["runs"] if r["method"] == method})
+    return {lr: [r[key] for r in demo["runs"] if (r["method"], r["lr"]) == (method, lr)]
+            for lr in rates}
+
+
+def demo_table():
+    """Every method at its own best learning rate, and at the others."""
+    demo = read("demo_h200")
+    rows = []
+    for method, best in demo["best"].items():
+        scores, losses = (by_rate(demo, method, k) for k in ("accuracy", "val_loss"))
+        lr, n = best["lr"], len(scores[best["lr"]])
+        sweep = ", ".join(f"{rate:g}: {statistics.mean(s):.0%}" for rate, s in scores.items())
+        rows.append([method, f"{lr:g}", f"**{best['accuracy']:.1%}** ({min(scores[lr]):.1%} to "
+                     f"{max(scores[lr]):.1%})", f"{statistics.mean(losses[lr]):.3f}", sweep])
+    head = ["method", "best rate", f"accuracy, mean of {n} seeds", "validation loss",
+            "mean accuracy at every rate"]
+    return table(head, rows) + source(demo)
+
+
+def demo_figure():
+    """Left: loss of every method at its best rate. Right: accuracy against the learning rate."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    demo = read("demo_h200")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    for method, best in demo["best"].items():
+        runs = [r["losses"] for r in demo["runs"] if (r["method"], r["lr"]) == (method, best["lr"])]
+        mean = [statistics.mean(step) for step in zip(*runs)]
+        smooth = [statistics.mean(mean[max(0, i - 4):i + 1]) for i in range(len(mean))]
+        left.plot(range(1, len(mean) + 1), smooth, color=COLOURS[method],
+                  label=f"{method}, lr {best['lr']:g}")
+        scores = by_rate(demo, method, "accuracy")
+        right.plot(list(scores), [statistics.mean(s) for s in scores.values()], "o-",
+                   color=COLOURS[method], label=method, markersize=4)
+        right.fill_between(list(scores), [min(s) for s in scores.values()],
+                           [max(s) for s in scores.values()], color=COLOURS[method], alpha=0.15)
+    left.set(xlabel="step", ylabel="training loss", yscale="log",
+             title="each at its best learning rate")
+    right.set(xlabel="learning rate", ylabel="accuracy on held-out problems", xscale="log",
+              ylim=(0, 1), title="what the learning rate does")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
+    figure.tight_layout()
+    figure.savefig(ROOT / "bench" / "figures" / "demo.png", dpi=130)
+
+
+def svd_table():
+    """Seconds and excess residual for the 224 matrices of Llama-2-7B."""
+    svd = read("svd_h200")
+    rows = [[rank, name, f"{row['seconds']:.2f} s", f"{row['excess_max']:.1e}"]
+            for rank, methods in svd["ranks"].items() for name, row in methods.items()]
+    return table(["rank", "224 matrices of Llama-2-7B's shapes", "time", "excess residual, worst"],
+                 rows) + source(svd)
+
+
+def train_table():
+    """Load, decomposition, step and memory of train.py at Llama-2-7B's size."""
+    train = read("train_7b_h200")
+    rows = [[name, f"{r['load_seconds']:.1f} s", f"{r['init_seconds']:.1f} s",
+             f"{r['step_seconds']:.3f} s", f"{r['tokens_per_second']:,.0f}",
+             f"{r['peak_gpu_gib']:.1f} GiB", f"{r['first_step_seconds']:.0f} s"]
+            for name, r in train["runs"].items()]
+    return table(["Llama-2-7B, rank 64, 8 x 512 tokens", "load", "decompose", "step", "tokens/s",
+                  "peak memory", "first step"], rows) + source(train)
+
+
+def tiny_text():
+    """How checkpoints/tiny was pretrained."""
+    p = read("pretrain_tiny")
+    return (f"{p['steps']} steps of {p['batch']} windows of 256 tokens: {p['tokens'] / 1e6:.0f} "
+            f"million tokens in {p['seconds'] / 60:.1f} minutes on one {p['device']} "
+            f"({p['tokens_per_second'] / 1e6:.1f} million tokens/s, torch {p['torch']}).\n"
+            f"Loss on held-out text: {p['held_out_loss']['text']} natural, "
+            f"{p['held_out_loss']['stories']} generated.")
+
+
+def main():
+    """Every table into its place."""
+    parts = {"demo": demo_table(), "svd": svd_table(), "train": train_table(), "tiny": tiny_text()}
+    for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
+        text = path.read_text()
+        for name, part in parts.items():
+            text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)",
+                          lambda m: m[1] + part + m[2], text, flags=re.S)
+        path.write_text(text)
+    demo_figure()
+
+
+if __name__ == "__main__":
+    main()
