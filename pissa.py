@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from svd import randomized_svd
+from svd import full_float32, randomized_svd
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -46,6 +46,7 @@ def wide(W):
     return W if W.dtype == torch.float64 else W.float()
 
 
+@full_float32()
 def residual(weight, A, B):
     """W - A B, computed in float32 and rounded once to the dtype of `weight` (out, in)."""
     return (wide(weight) - (A @ B).T).to(weight.dtype)
@@ -161,6 +162,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, keep_
 
 
 @torch.no_grad()
+@full_float32()
 def relative_error(weight, layer):
     """|W - (W_res + A B)| / |W|, Frobenius norms: what rounding the residual to its dtype costs."""
     W = wide(weight)

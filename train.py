@@ -10,6 +10,7 @@ checkpoint/ for --method full), log.jsonl (a line per step), loss.png, args.json
 import argparse
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -26,9 +27,9 @@ import model
 import pissa
 from eval import accuracy, complete
 
-TINY = Path(__file__).parent / "checkpoints" / "tiny"
-DEMO = ("--ckpt tiny --test-data checkpoints/tiny/test.jsonl --rank 16 --lr 2e-3 --batch 16 "
-        "--steps 120 --max-new-tokens 64 --out runs/demo")
+TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
+DEMO = (f"--ckpt {TINY} --data {TINY}/train.jsonl --test-data {TINY}/test.jsonl --rank 16 "
+        "--lr 2e-3 --batch 16 --steps 120 --max-new-tokens 64 --out runs/demo")
 
 
 def arguments():
@@ -37,7 +38,7 @@ def arguments():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", help="directory with Meta's raw weights, or a name under checkpoints/")
-    add("--data", default=str(TINY / "train.jsonl"), help="jsonl with instruction/output, "
+    add("--data", default=f"{TINY}/train.jsonl", help="jsonl with instruction/output, "
         "query/response, question/answer or text (default: the demo's word problems)")
     add("--fields", help="field names of the jsonl, e.g. question,answer")
     add("--val-data", help="jsonl for the validation loss")
@@ -63,7 +64,7 @@ def arguments():
     add("--steps", type=int, help="stop after so many steps (default: the epochs decide)")
     add("--seed", type=int, default=0)
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--dtype", choices=["float32", "bfloat16", "float16"],
+    add("--dtype", choices=["float32", "bfloat16"],
         help="of the frozen weights (default: bfloat16 on a GPU that has it, else float32)")
     add("--compile", action="store_true", help="torch.compile, layer by layer")
     add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")

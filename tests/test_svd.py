@@ -171,3 +171,16 @@ def test_not_finite(bad):
 def test_integers():
     with pytest.raises(ValueError, match="floating-point matrix, not torch.int64"):
         randomized_svd(torch.ones(5, 5, dtype=torch.int64), 2)
+
+
+def test_tf32_settings_do_not_reach_the_svd():
+    """A program may allow TF32 (on some CPUs: bfloat16) products; a decomposition must not."""
+    W = matrix(256, 256).float()
+    want = randomized_svd(W, 16)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        got = randomized_svd(W, 16)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
