@@ -17,8 +17,8 @@ from pathlib import Path
 
 from bench import report
 
-RATES = {"pissa": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "lora": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
-         "full": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]}
+RATES = {"pissa": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3], "lora": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+         "full": [6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3]}
 
 
 def run(method, lr, seed, args):

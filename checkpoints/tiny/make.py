@@ -179,7 +179,7 @@ PROMPTS = ["Nora had 14 shells. She found 8 more and gave 5 to Leo. In the end",
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=512, help="windows of 256 tokens in a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,633 @@
+"""train.py: the loss by its definition, what is trained, what a run leaves, what a user gets wrong."""
+import copy
+import io
+import json
+import math
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import eval as evaluation
+import model
+import pissa
+import train
+from conftest import ROOT, TINY
+
+LEARNING_RATE = {"pissa": 2e-3, "lora": 1e-2, "full": 5e-4}      # each method at a good one
+
+
+def command(main, *argv):
+    """What `main` prints with this command line."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", ["program", *map(str, argv)])
+        main()
+    return out.getvalue()
+
+
+def parse(*argv):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        return train.arguments()
+
+
+def failure(script, *argv):
+    """What a failing script writes as its last words, as the shell would show them."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e, \
+            redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
+        patch.setattr(sys, "argv", [script, *map(str, argv)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert e.value.code not in (0, None), "it should have failed"
+    return e.value.code if isinstance(e.value.code, str) else err.getvalue().strip()
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same_state(a, b):
+    assert a.keys() == b.keys()
+    return {n for n in a if torch.equal(a[n], b[n])}
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return data.Tokenizer(TINY)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small files of training examples and of problems."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train.jsonl", 48), ("test.jsonl", 6)):
+        lines = (TINY / name).read_text().splitlines(keepends=True)[:count]
+        (folder / name).write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(files):
+    """The start of a command line that takes a second."""
+    return ["--ckpt", "tiny", "--data", files / "train.jsonl", "--val-fraction", 0.25, "--rank", 8,
+            "--lr", 2e-3, "--batch", 8, "--micro-batch", 4, "--max-new-tokens", 8]
+
+
+@pytest.fixture(scope="module")
+def examples(tok, files):
+    return data.encode(data.read(files / "train.jsonl"), tok, 512)[0]
+
+
+def prepared(method, seed=0):
+    """The tiny model, ready for training as main() makes it."""
+    net = model.load("tiny", "cpu")
+    if method == "full":
+        return net.requires_grad_(True)
+    return pissa.inject(net, 8, method, seed=seed, progress=False)
+
+
+def fit(examples, out, method="pissa", steps=8, seed=0, net=None, **changes):
+    """Train in `out`; the network, the rows of the log."""
+    out.mkdir(exist_ok=True)
+    more = [x for k, v in changes.items() for x in ("--" + k.replace("_", "-"), v)]
+    args = parse("--ckpt", "tiny", "--out", out, "--method", method, "--rank", 8, "--lr",
+                 LEARNING_RATE[method], "--batch", 8, "--steps", steps, "--seed", seed, *more)
+    net = net or prepared(method, seed)
+    rows, interrupted = train.train(net, examples, args, nullcontext())
+    assert not interrupted and read_lines(out / "log.jsonl") == rows
+    return net, rows
+
+
+def full_logits_loss(net, batch):
+    """Mean cross-entropy per learnt token, from all the logits, every example by itself."""
+    total = count = 0
+    for ids, n_prompt in batch:
+        log_p = torch.log_softmax(net(torch.tensor([ids[:-1]]))[0].double(), -1)       # (T, V)
+        learnt = torch.arange(n_prompt - 1, len(ids) - 1)
+        total = total - log_p[learnt, torch.tensor(ids)[learnt + 1]].sum()
+        count += len(learnt)
+    return total / count
+
+
+# --- the loss
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_loss_and_gradient_are_those_of_the_whole_batch(examples, micro):
+    """The mean over the tokens of a batch, however it is cut; every example by itself agrees."""
+    net, batch = prepared("pissa"), examples[:8]
+    params = [p for p in net.parameters() if p.requires_grad]
+    learnt = sum(len(ids) - n for ids, n in batch)
+    total = 0.0
+    for tokens, labels in data.micro_batches(batch, micro):
+        loss = train.loss_sum(net, tokens, labels) / learnt
+        loss.backward()
+        total += loss.item()
+    got = [p.grad.clone() for p in params]
+    expected = full_logits_loss(net, batch)
+    assert total == pytest.approx(expected.item(), rel=1e-6)
+    for g, e in zip(got, torch.autograd.grad(expected, params)):
+        assert (g - e).norm() <= 1e-5 * e.norm()
+
+
+def test_loss_sum_by_hand(tok):
+    """Against cross_entropy over the logits of all positions, padding and prompt included."""
+    net = model.load("tiny", "cpu")
+    tokens = torch.randint(3, 2000, (3, 11), generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(3, 2000, (3, 11), generator=torch.Generator().manual_seed(2))
+    labels[0, :7], labels[1, 4:], labels[2] = -100, -100, -100
+    expected = F.cross_entropy(net(tokens).flatten(0, 1), labels.flatten(), reduction="sum",
+                               ignore_index=-100)
+    torch.testing.assert_close(train.loss_sum(net, tokens, labels), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_the_loop_averages_over_tokens(examples, tmp_path, micro):
+    """The loss and the gradient norm of the log do not depend on --micro-batch, and are those of
+    the mean over tokens: not of a mean of means, which gives short answers more weight."""
+    _, (row,) = fit(examples[:8], tmp_path, steps=1, micro_batch=micro, clip=1e9)
+    net = prepared("pissa")
+    loss = full_logits_loss(net, examples[:8])
+    grads = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])
+    norm = torch.stack([g.norm() for g in grads]).norm().item()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    with torch.no_grad():
+        of_means = sum(full_logits_loss(net, [e]).item() for e in examples[:8]) / 8
+    assert abs(of_means - row["loss"]) > 1e-3, "these examples cannot tell the two means apart"
+
+
+def test_validation_loss(examples, flags):
+    net = model.load("tiny", "cpu").requires_grad_(False)
+    args = parse(*flags)
+    got = train.validation_loss(net, examples[:7], args, nullcontext())
+    assert got == pytest.approx(full_logits_loss(net, examples[:7]).item(), rel=1e-6)
+
+
+# --- the schedule
+
+def test_learning_rate():
+    args = parse("--ckpt", "tiny", "--lr", 0.5, "--warmup", 0.1)
+    lr = [train.learning_rate(s, 100, args) for s in range(100)]
+    assert lr[:10] == pytest.approx([0.05 * s for s in range(1, 11)])    # linear, never 0
+    assert lr[9] == lr[10] == max(lr) == 0.5
+    assert all(a > b for a, b in zip(lr[10:], lr[11:]))
+    assert lr[55] == pytest.approx(0.25)                                 # half-way down
+    assert 0 < lr[99] < 1e-3 * 0.5
+
+
+@pytest.mark.parametrize("steps, warmup, expected", [
+    (1, 0.03, [1.0]), (1, 0.0, [1.0]), (2, 0.03, [1.0, 1.0]), (2, 1.0, [0.5, 1.0])])
+def test_learning_rate_of_short_runs(steps, warmup, expected):
+    args = parse("--ckpt", "tiny", "--lr", 1, "--warmup", warmup)
+    assert [train.learning_rate(s, steps, args) for s in range(steps)] == expected
+
+
+# --- the loop
+
+@pytest.mark.parametrize("method", ["pissa", "lora", "full"])
+def test_learns_and_changes_only_what_it_should(examples, tmp_path, method):
+    net = prepared(method)
+    before = copy.deepcopy(net.state_dict())
+    trained = {n for n, p in net.named_parameters(remove_duplicate=False) if p.requires_grad}
+    net, rows = fit(examples, tmp_path, method, net=net)
+    losses = [r["loss"] for r in rows]
+    assert max(losses[-2:]) < 0.75 * losses[0], losses
+    assert same_state(before, net.state_dict()) == set(before) - trained
+    with torch.no_grad():
+        assert full_logits_loss(net, examples) < 0.75 * losses[0]
+
+
+def test_the_seed_decides(examples, tmp_path):
+    """Bit for bit; the seed draws LoRA's A and the order of the examples."""
+    a, b, c = ([r["loss"] for r in fit(examples, tmp_path / str(i), "lora", 4, seed)[1]]
+               for i, seed in enumerate((0, 0, 1)))
+    assert a == b and a != c
+
+
+def test_epochs(examples, tmp_path, monkeypatch):
+    """Without --steps every example is seen once an epoch, in another order each time."""
+    seen, real = [], data.micro_batches
+    monkeypatch.setattr(data, "micro_batches", lambda b, n: seen.append(b) or real(b, n))
+    args = parse("--ckpt", "tiny", "--out", tmp_path, "--batch", 4, "--epochs", 2)
+    rows, _ = train.train(prepared("pissa"), examples[:10], args, nullcontext())
+    assert [len(b) for b in seen] == [4, 4, 2, 4, 4, 2] and len(rows) == 6
+    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    assert first != second and sorted(first) == sorted(second) == sorted(examples[:10])
+
+
+def test_clipping_and_weight_decay_reach_the_optimiser(examples, tmp_path, monkeypatch):
+    clips, real = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(params, largest):
+        norm = real(params, largest)
+        clips.append(torch.stack([p.grad.norm() for p in params]).norm().item())
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    _, rows = fit(examples, tmp_path / "a", steps=1, clip=0.5)
+    assert clips == [pytest.approx(0.5, rel=1e-3)] and rows[0]["grad_norm"] > 1
+    a, b = (fit(examples, tmp_path / str(d), steps=1, weight_decay=d)[0] for d in (0, 100))
+    layer = "model.layers.0.mlp.up_proj.A"
+    lr = LEARNING_RATE["pissa"]
+    decayed = prepared("pissa").get_parameter(layer) * lr * 100
+    torch.testing.assert_close(a.get_parameter(layer) - b.get_parameter(layer), decayed,
+                               rtol=1e-3, atol=1e-6)
+
+
+def test_checkpointing_changes_nothing(examples, tmp_path, flags):
+    """Recomputed activations are the same activations: bit for bit, in a whole run."""
+    logs = []
+    for extra in ([], ["--checkpointing"]):
+        out = tmp_path / str(len(logs))
+        recomputed = []
+        with pytest.MonkeyPatch.context() as patch:
+            real = model.checkpoint
+            patch.setattr(model, "checkpoint", lambda *a, **k: recomputed.append(1) or real(*a, **k))
+            command(train.main, *flags, "--steps", 3, "--out", out, *extra)
+        assert bool(recomputed) == bool(extra)
+        logs.append([(r["loss"], r["grad_norm"]) for r in read_lines(out / "log.jsonl")])
+    assert logs[0] == logs[1]
+
+
+def test_compile_changes_nothing(flags, tmp_path, monkeypatch):
+    """torch.compile up to the generation of code, which takes minutes on a CPU: the layers are
+    traced, whole, and give the same losses."""
+    compiled, real = [], torch.nn.Module.compile
+
+    def without_code(module, *args, **kwargs):
+        compiled.append(module)
+        real(module, *args, **{**kwargs, "backend": "aot_eager", "fullgraph": True})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_code)
+    logs = []
+    for extra in ([], ["--compile"]):
+        out = tmp_path / str(len(logs))
+        command(train.main, *flags, "--steps", 2, "--out", out, *extra)
+        assert len(compiled) == (6 if extra else 0)
+        logs.append([r["loss"] for r in read_lines(out / "log.jsonl")])
+        assert (out / "summary.json").is_file() and (out / "adapter").is_dir()
+    torch._dynamo.reset()
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+
+
+# --- a run
+
+@pytest.fixture(scope="module")
+def run(flags, files, tmp_path_factory):
+    """A run of 6 steps: its directory and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    text = command(train.main, *flags, "--test-data", files / "test.jsonl", "--steps", 6,
+                   "--out", out)
+    return out, text
+
+
+def split_of_run(tok, files):
+    """Training and validation examples of `run`, encoded."""
+    sides = data.split(data.read(files / "train.jsonl"), 0.25, 0)
+    return [data.encode(side, tok, 512)[0] for side in sides]
+
+
+def test_run_leaves_its_files(run, flags, tok, files):
+    out, _ = run
+    assert {"adapter", "args.json", "log.jsonl", "summary.json"} <= set(os.listdir(out))
+    assert not [f for f in out.rglob("*") if f.suffix == ".tmp"]
+    args = json.loads((out / "args.json").read_text())
+    assert (args["rank"], args["lr"], args["steps"], args["seed"]) == (8, 2e-3, 6, 0)
+    assert args["out"] == str(out) and args["targets"] == list(pissa.TARGETS)
+    rows = read_lines(out / "log.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(r.keys() >= {"step", "loss", "grad_norm", "lr", "tokens", "seconds"} for r in rows)
+    expected = parse(*flags)
+    assert [r["lr"] for r in rows] == [train.learning_rate(s, 6, expected) for s in range(6)]
+    training, _ = split_of_run(tok, files)
+    batches = data.batches(training, 8, 0, 0) + data.batches(training, 8, 0, 1)   # 36: 5 an epoch
+    assert [r["tokens"] for r in rows] == [sum(len(ids) for ids, _ in b) for b in batches[:6]]
+    assert all(r["seconds"] > 0 and r["grad_norm"] > 0 for r in rows)
+
+
+def test_run_draws_the_loss(run):
+    pytest.importorskip("matplotlib")
+    assert (run[0] / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_run_starts_at_the_base_model(run, tok, files):
+    """The line of step 0 says that nothing has changed yet, and so it is."""
+    injected, base = re.search(r"step 0: .*?(\d+\.\d+).*?(\d+\.\d+)", run[1]).groups()
+    net, (_, val) = model.load("tiny", "cpu").requires_grad_(False), split_of_run(tok, files)
+    assert injected == base == f"{full_logits_loss(net, val).item():.4f}"
+
+
+def test_run_summary_is_what_the_adapter_does(run, tok, files):
+    """The adapter, on a fresh base, has the loss, the answers and the accuracy of summary.json."""
+    out, text = run
+    summary = json.loads((out / "summary.json").read_text())
+    net, (_, val) = model.load("tiny", "cpu").requires_grad_(False), split_of_run(tok, files)
+    problems = data.read(files / "test.jsonl")
+    for when in ("before", "after"):
+        claimed = summary[when]
+        if when == "after":
+            pissa.load(net, out / "adapter")
+        with torch.no_grad():
+            assert claimed["loss"] == pytest.approx(full_logits_loss(net, val).item(), rel=1e-5)
+        questions = list(claimed["answers"])
+        assert len(questions) == 2
+        assert list(claimed["answers"].values()) == evaluation.complete(
+            net, tok, questions, max_new_tokens=8)
+        assert claimed["accuracy"] == evaluation.accuracy(net, tok, problems, max_new_tokens=8)[0]
+        assert f"{claimed['loss']:.4f}" in text.partition("validation loss")[2]
+        assert all(a in text for a in claimed["answers"].values())
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    assert summary["steps"] == 6 and summary["tokens_per_second"] > 0
+
+
+def eval_command(text):
+    """The arguments of the eval.py command that a run prints last."""
+    line = [line for line in text.splitlines() if "eval.py" in line][-1]
+    argv = shlex.split(line)
+    return argv[argv.index("eval.py") + 1:]
+
+
+def test_run_says_how_to_use_it(run):
+    out, text = run
+    summary = json.loads((out / "summary.json").read_text())
+    printed = command(evaluation.main, *eval_command(text), "--max-new-tokens", 8)
+    question = eval_command(text)[-1]
+    base, _, adapted = printed.removeprefix("--- base\n").partition(
+        f"\n--- with {out / 'adapter'}\n")
+    assert base == summary["before"]["answers"][question]
+    assert adapted.rstrip("\n") == summary["after"]["answers"][question]
+
+
+def test_adapter_goes_on(run, flags, tok, files, tmp_path):
+    """--adapter starts where the other run ended: the first loss is the saved adapter's."""
+    first, _ = run
+    second = tmp_path / "second"
+    text = command(train.main, *flags, "--steps", 2, "--adapter", first / "adapter", "--out", second)
+    training, val = split_of_run(tok, files)
+    net = pissa.load(model.load("tiny", "cpu"), first / "adapter").requires_grad_(False)
+    rows = read_lines(second / "log.jsonl")
+    start = full_logits_loss(net, data.batches(training, 8, 0, 0)[0]).item()
+    assert rows[0]["loss"] == pytest.approx(start, rel=1e-5)
+    assert rows[0]["loss"] < 0.8 * read_lines(first / "log.jsonl")[0]["loss"]
+    # It is an adapter of the same base: its A_0 and B_0 are the first one's, its A and B moved on.
+    again = pissa.load(model.load("tiny", "cpu"), second / "adapter")
+    for (_, a), (_, b) in zip(pissa.layers(net), pissa.layers(again)):
+        assert torch.equal(a.A0, b.A0) and torch.equal(a.B0, b.B0) and not torch.equal(a.A, b.A)
+    after = json.loads((second / "summary.json").read_text())["after"]["loss"]
+    with torch.no_grad():
+        assert after == pytest.approx(full_logits_loss(again, val).item(), rel=1e-5)
+    assert str(second / "adapter") in text
+
+
+@pytest.mark.parametrize("adapter", ["rank of the file", "with --method full"])
+def test_adapter_and_other_flags(run, flags, tmp_path, adapter):
+    """args.json tells the adapter's own method and rank; --method full has no use for one."""
+    if adapter == "with --method full":
+        message = failure("train.py", *flags, "--method", "full", "--adapter", run[0] / "adapter",
+                          "--steps", 1, "--out", tmp_path / "x")
+        assert "--adapter" in message.splitlines()[-1]
+        return
+    flags = [*flags, "--rank", 3, "--method", "lora"]
+    command(train.main, *flags, "--steps", 1, "--adapter", run[0] / "adapter", "--out", tmp_path)
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert (args["rank"], args["method"]) == (8, "pissa")
+
+
+def test_full_writes_a_checkpoint(flags, tok, files, tmp_path):
+    """In Meta's layout, the tokenizer beside it: it loads like any other."""
+    text = command(train.main, *flags, "--method", "full", "--lr", 5e-4, "--steps", 3,
+                   "--out", tmp_path)
+    there = tmp_path / "checkpoint"
+    assert sorted(os.listdir(there)) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
+    assert not (tmp_path / "adapter").exists()
+    assert data.Tokenizer(there).encode("a word") == tok.encode("a word")
+    summary, (_, val) = json.loads((tmp_path / "summary.json").read_text()), split_of_run(tok, files)
+    net = model.load(there, "cpu").requires_grad_(False)
+    loss = full_logits_loss(net, val).item()
+    assert loss == pytest.approx(summary["after"]["loss"], rel=0.02)          # bfloat16 products
+    assert loss < 0.9 * summary["before"]["loss"]
+    assert eval_command(text)[:2] == ["--ckpt", str(there)]
+    assert command(evaluation.main, *eval_command(text), "--max-new-tokens", 2).strip()
+
+
+def test_lora_is_a_plain_lora(flags, tmp_path):
+    command(train.main, *flags, "--method", "lora", "--steps", 1, "--out", tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 8 and config["pissa"]["method"] == "lora"
+    net = pissa.load(model.load("tiny", "cpu"), tmp_path / "adapter")
+    assert all(m.A.shape[1] == 8 and m.A0 is None for _, m in pissa.layers(net))
+
+
+def test_targets_and_val_data(flags, files, tmp_path):
+    text = command(train.main, *flags, "--steps", 1, "--targets", "q_proj,v_proj", "--niter",
+                   "exact", "--val-data", files / "test.jsonl", "--out", tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"] and config["pissa"]["niter"] is None
+    assert "48 examples, 6 for validation" in text and "12 matrices at rank 8" in text
+
+
+@pytest.mark.parametrize("instead", [["--val-fraction", 0], ["--val-fraction", 0.9]])
+def test_step_0_is_checked_with_few_examples(flags, tmp_path, instead):
+    """Without validation examples a loss of 0.0000 would be a lie, and step 0 go unchecked."""
+    text = command(train.main, *flags, *instead, "--steps", 1, "--out", tmp_path)
+    injected, base = re.search(r"step 0: .*?(\d+\.\d+).*?(\d+\.\d+)", text).groups()
+    assert injected == base and float(base) > 1
+
+
+def test_a_model_that_is_not_the_base_is_refused(flags, tmp_path, monkeypatch):
+    """A residual that was not installed, the classic mistake: W_res = W, A B on top of it."""
+    real = pissa.METHODS["pissa"]
+    monkeypatch.setitem(pissa.METHODS, "pissa",
+                        lambda W, *rest: (W.clone(), *real(W, *rest)[1:]))
+    with pytest.raises(ValueError, match="not the base model"):
+        command(train.main, *flags, "--steps", 1, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# --- the demo
+
+def test_demo(files, tmp_path, monkeypatch):
+    """Without --ckpt: the printed command means what is run, and what was given comes last."""
+    text = command(train.main, "--steps", 1, "--test-data", files / "test.jsonl", "--out", tmp_path,
+                   "--max-new-tokens", 2)
+    line = next(line for line in text.splitlines() if line.strip().startswith("python train.py"))
+    spelled_out = vars(parse(*shlex.split(line)[2:]))
+    assert "--ckpt" in line
+    ran = json.loads((tmp_path / "args.json").read_text())
+    assert ran == json.loads(json.dumps(spelled_out, default=str))
+    assert (ran["steps"], ran["max_new_tokens"], ran["out"]) == (1, 2, str(tmp_path))
+    assert (ran["ckpt"], ran["method"]) == ("tiny", "pissa") and ran["lr"] > 1e-4
+    assert "demo" in text and "accuracy on" in text
+
+
+def test_demo_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = parse()
+    assert len(data.read(args.data)) == 4000 and len(data.read(args.test_data)) == 500
+
+
+def test_no_demo_with_ckpt():
+    with redirect_stdout(io.StringIO()) as out:
+        args = parse("--ckpt", "tiny")
+    assert out.getvalue() == ""
+    assert (args.rank, args.lr, args.batch, args.max_length) == (128, 2e-5, 128, 512)
+    assert (args.warmup, args.weight_decay, args.epochs, args.steps) == (0.03, 0.0, 1, None)
+
+
+# --- advice
+
+@pytest.fixture(scope="module")
+def wide_checkpoint(tmp_path_factory, tok):
+    """As wide as a large model, and otherwise as small as can be."""
+    folder = tmp_path_factory.mktemp("wide")
+    net = model.init_weights(model.Llama(model.Config(
+        dim=1024, n_layers=1, n_heads=8, n_kv_heads=1, vocab_size=tok.vocab_size, ffn_dim=256,
+        tied=True)))
+    model.save(net.bfloat16(), folder)
+    (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("width, method, lr, noted", [
+    ("wide", "pissa", 2e-3, True), ("wide", "pissa", 1e-4, False), ("wide", "lora", 2e-3, False),
+    ("tiny", "pissa", 2e-3, False)])
+def test_note_on_the_learning_rate(wide_checkpoint, flags, tmp_path, width, method, lr, noted):
+    flags = [*flags, "--ckpt", wide_checkpoint if width == "wide" else "tiny"]
+    text = command(train.main, *flags, "--method", method, "--lr", lr, "--rank", 2, "--niter", 1,
+                   "--steps", 1, "--max-new-tokens", 1, "--out", tmp_path)
+    notes = [line for line in text.splitlines() if line.startswith("note:")]
+    assert len(notes) == noted
+    assert not noted or "2e-5" in notes[0] and f"{lr:g}" in notes[0]
+
+
+def test_without_matplotlib(flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = command(train.main, *flags, "--steps", 1, "--out", tmp_path)
+    assert [line for line in text.splitlines() if "pip install matplotlib" in line]
+    assert not (tmp_path / "loss.png").exists() and (tmp_path / "summary.json").exists()
+
+
+# --- interruptions
+
+def test_ctrl_c_saves_what_was_learnt(flags, tok, files, tmp_path):
+    # A shell's background jobs ignore SIGINT, and children inherit that: set it back.
+    script = ("import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+              "runpy.run_path('train.py', run_name='__main__')")
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, flags), "--warmup", "0", "--steps", "5000", "--out",
+         str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "log.jsonl", time.time() + 60
+    while time.time() < deadline and process.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= 4:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, -signal.SIGINT), err
+    assert "Traceback" not in err and str(tmp_path / "adapter") in out + err
+    done = len(read_lines(log))
+    assert done >= 4 and f"interrupted after {done} of 5000 steps" in out
+    net = pissa.load(model.load("tiny", "cpu"), tmp_path / "adapter").requires_grad_(False)
+    assert full_logits_loss(net, split_of_run(tok, files)[1]) < 0.8 * read_lines(log)[0]["loss"]
+
+
+def test_ctrl_c_before_anything_was_learnt(flags, tmp_path, monkeypatch):
+    def ctrl_c(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", ctrl_c)
+    assert "nothing" in failure("train.py", *flags, "--steps", 3, "--out", tmp_path)
+    assert not (tmp_path / "adapter").exists()
+    monkeypatch.setattr(pissa, "inject", ctrl_c)
+    assert failure("train.py", *flags, "--steps", 3, "--out", tmp_path) == "interrupted"
+
+
+@pytest.mark.parametrize("steps, step", [(3, 2), (1, None)])
+def test_loss_that_is_not_finite(flags, tmp_path, steps, step):
+    """One line with the remedy; also where the last step did it, and no further loss tells."""
+    message = failure("train.py", *flags, "--lr", 1e38, "--steps", steps, "--out", tmp_path)
+    assert re.search(r"loss is -?(nan|inf)" + (f" at step {step}" if step else ""), message)
+    assert "--lr" in message and "\n" not in message
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_gradient_that_is_not_finite(flags, tmp_path, monkeypatch):
+    """Clipping spreads it over all weights, under a finite loss: nothing of that is saved."""
+    real = torch.nn.utils.clip_grad_norm_
+
+    def broken(params, largest):
+        params[0].grad[0, 0] = torch.inf
+        return real(params, largest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    message = failure("train.py", *flags, "--steps", 1, "--out", tmp_path)
+    assert "gradient" in message and "step 1" in message and "\n" not in message
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_out_of_memory(flags, tmp_path, monkeypatch):
+    def full_up(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd more")
+
+    monkeypatch.setattr(model.Llama, "hidden", full_up)
+    message = failure("train.py", *flags, "--steps", 1, "--out", tmp_path)
+    assert "--micro-batch" in message and "--checkpointing" in message and "\n" not in message
+
+
+# --- mistakes
+
+def test_a_mistake_is_one_line_on_stderr(tmp_path):
+    """As a process: the rest of the mistakes are tried in this one."""
+    run = subprocess.run([sys.executable, "train.py", "--ckpt", "llama9-7b", "--out",
+                          str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ""
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("train.py: no checkpoint llama9-7b") and "consolidated.00.pth" in line
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--val-data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--test-data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--data", "{tmp}/broken.jsonl"], r"broken.jsonl:2: not JSON"),
+    (["--fields", "question,reply"], "no field 'reply' among question, answer"),
+    (["--test-data", "{tmp}/open.jsonl"], "record 2: the reference answer names no number"),
+    (["--rank", 129], r"k_proj: rank 129 is not between 1 and 128"),
+    (["--targets", "nothing"], "no module is called nothing; the linear layers here are down_proj"),
+    (["--targets", ""], "--targets"),
+    (["--max-length", 20], "no example left; raise --max-length"),
+    (["--val-fraction", 1.5], r"must be in \[0, 1\), not 1.5"),
+    (["--adapter", "{tmp}"], "adapter_config.json is missing"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--device", "abacus"], "abacus")])
+def test_mistakes(flags, tmp_path, argv, message):
+    good = '{"question": "1 + 1?", "answer": "#### 2"}\n'
+    (tmp_path / "broken.jsonl").write_text(good + '{"question": "2 +\n')
+    (tmp_path / "open.jsonl").write_text(good + '{"question": "Who?", "answer": "Me."}\n')
+    argv = [str(a).format(tmp=tmp_path) for a in argv]
+    text = failure("train.py", *flags, "--steps", 1, "--out", tmp_path / "out", *argv)
+    assert text.startswith("train.py: ") and "\n" not in text, text
+    assert re.search(message, text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("argv", [
+    ["--rank", 0], ["--rank", "many"], ["--batch", 0], ["--micro-batch", -1], ["--epochs", 0],
+    ["--steps", 0], ["--steps", -3], ["--max-length", 0], ["--max-new-tokens", 0], ["--lr", -1],
+    ["--lr", "nan"], ["--clip", 0], ["--niter", -1], ["--niter", "some"], ["--method", "dora"],
+    ["--dtype", "int8"], ["--warmup", -0.5], ["--ranks", 3]])
+def test_numbers_out_of_range(tmp_path, argv):
+    """Refused before anything is read; a line of usage and a line that names the flag."""
+    text = failure("train.py", "--ckpt", "nowhere", "--out", tmp_path / "out", *argv)
+    assert argv[0] in text.splitlines()[-1] and len(text.splitlines()) <= 2, text
+    assert not (tmp_path / "out").exists()
