@@ -33,14 +33,18 @@ import torch
 @contextmanager
 def full_float32():
     """Float32 products in float32, even where a program allows TF32, which keeps 11 of 24 bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [b.fp32_precision for b in backends]
     try:
+        for b in backends:
+            b.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for b, precision in zip(backends, before):
+            b.fp32_precision = precision
 
 
+@torch.no_grad()
 @full_float32()
 def randomized_svd(W, rank, *, oversample=32, niter=8, generator=None):
     """Leading `rank` singular triplets of W.
