@@ -29,7 +29,7 @@ from eval import accuracy, complete
 
 TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
 DEMO = (f"--ckpt {TINY} --data {TINY}/train.jsonl --test-data {TINY}/test.jsonl --rank 16 "
-        "--lr 2e-3 --batch 16 --steps 120 --max-new-tokens 64 --out runs/demo")
+        "--lr 1e-3 --batch 16 --steps 120 --max-new-tokens 64 --out runs/demo")
 
 
 def arguments():

@@ -69,7 +69,7 @@ def tok():
 def files(tmp_path_factory):
     """Small files of training examples and of problems."""
     folder = tmp_path_factory.mktemp("data")
-    for name, count in (("train.jsonl", 48), ("test.jsonl", 6)):
+    for name, count in (("train.jsonl", 32), ("test.jsonl", 6)):
         lines = (TINY / name).read_text().splitlines(keepends=True)[:count]
         (folder / name).write_text("".join(lines))
     return folder
@@ -207,10 +207,27 @@ def test_learns_and_changes_only_what_it_should(examples, tmp_path, method):
 
 
 def test_the_seed_decides(examples, tmp_path):
-    """Bit for bit; the seed draws LoRA's A and the order of the examples."""
-    a, b, c = ([r["loss"] for r in fit(examples, tmp_path / str(i), "lora", 4, seed)[1]]
+    """Bit for bit. With --method full it draws only the order of the examples."""
+    a, b, c = ([r["loss"] for r in fit(examples, tmp_path / str(i), "full", 3, seed)[1]]
                for i, seed in enumerate((0, 0, 1)))
     assert a == b and a != c
+
+
+def test_steps_are_those_of_a_plain_loop(examples, tmp_path):
+    """Three steps as a textbook writes them: all logits, one pass a batch, AdamW, clipping."""
+    _, rows = fit(examples[:24], tmp_path, steps=3, micro_batch=3, warmup=0.5)
+    net = prepared("pissa")
+    params = [p for p in net.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(params, weight_decay=0.0), []
+    for batch, share in zip(data.batches(examples[:24], 8, 0, 0), (0.5, 1.0, 1.0)):
+        loss = full_logits_loss(net, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.param_groups[0]["lr"] = share * LEARNING_RATE["pissa"]
+        optimizer.step()
+        losses.append(loss.item())
+    assert [r["loss"] for r in rows] == pytest.approx(losses, rel=1e-4)
 
 
 def test_epochs(examples, tmp_path, monkeypatch):
@@ -310,7 +327,7 @@ def test_run_leaves_its_files(run, flags, tok, files):
     expected = parse(*flags)
     assert [r["lr"] for r in rows] == [train.learning_rate(s, 6, expected) for s in range(6)]
     training, _ = split_of_run(tok, files)
-    batches = data.batches(training, 8, 0, 0) + data.batches(training, 8, 0, 1)   # 36: 5 an epoch
+    batches = data.batches(training, 8, 0, 0) + data.batches(training, 8, 0, 1)   # 24: 3 an epoch
     assert [r["tokens"] for r in rows] == [sum(len(ids) for ids, _ in b) for b in batches[:6]]
     assert all(r["seconds"] > 0 and r["grad_norm"] > 0 for r in rows)
 
@@ -423,9 +440,10 @@ def test_full_writes_a_checkpoint(flags, tok, files, tmp_path):
 
 
 def test_lora_is_a_plain_lora(flags, tmp_path):
-    command(train.main, *flags, "--method", "lora", "--steps", 1, "--out", tmp_path)
+    command(train.main, *flags, "--method", "lora", "--steps", 1, "--seed", 5, "--out", tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 8 and config["pissa"]["method"] == "lora"
+    assert config["pissa"]["seed"] == 5
     net = pissa.load(model.load("tiny", "cpu"), tmp_path / "adapter")
     assert all(m.A.shape[1] == 8 and m.A0 is None for _, m in pissa.layers(net))
 
@@ -435,7 +453,7 @@ def test_targets_and_val_data(flags, files, tmp_path):
                    "exact", "--val-data", files / "test.jsonl", "--out", tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "v_proj"] and config["pissa"]["niter"] is None
-    assert "48 examples, 6 for validation" in text and "12 matrices at rank 8" in text
+    assert "32 examples, 6 for validation" in text and "12 matrices at rank 8" in text
 
 
 def test_without_validation_examples(flags, tmp_path):
