@@ -23,19 +23,18 @@ Everything here works on any nn.Module with nn.Linear inside.
     pissa.inject(net, rank=64); ...train...; pissa.save(net, "adapter"); pissa.load(base, "adapter")
 """
 import hashlib
-import json
-import os
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from adapter import compress, read_adapter, write_adapter  # noqa: F401
 from svd import full_float32, randomized_svd
 
+NOT_KEPT = "the base weights were not kept (keep_base=False): load the model again for that"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -78,33 +77,35 @@ class PissaLinear(nn.Module):
     does not move with the module). A0 is None where `weight` is still W itself.
     """
 
-    def __init__(self, weight, bias, A, B, A0=None, B0=None, base=None):
+    def __init__(self, linear, weight, A, B, A0=None, B0=None, keep_base=True):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)                   # (out, in)
-        self.bias = bias
+        self.bias, self.enabled = linear.bias, True
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
-        self.A0, self.B0, self.base, self.enabled = A0, B0, base, True
+        self.A0 = self.B0 = self.base = None
+        if A0 is not None:
+            self.A0, self.B0 = A0.to("cpu", copy=True), B0.to("cpu", copy=True)
+            self.base = linear.weight.detach().cpu() if keep_base else None
 
     @classmethod
     def from_linear(cls, linear, rank, *, method="pissa", niter=8, generator=None, keep_base=True):
         """Decompose `linear.weight` by `method`; the arguments are those of `inject`."""
         W = linear.weight.detach()
         weight, A, B = METHODS[method](W, rank, niter, generator)
-        if weight is W:
-            return cls(W, linear.bias, A, B)
-        A0, B0 = A.to("cpu", copy=True), B.to("cpu", copy=True)
-        return cls(weight, linear.bias, A, B, A0, B0, W.cpu() if keep_base else None)
+        first = (None, None) if weight is W else (A, B)
+        return cls(linear, weight, A, B, *first, keep_base)
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        return y + (x @ self.A.to(x.dtype)) @ self.B.to(x.dtype) if self.enabled else y
+        if not self.enabled:
+            return y
+        return y + (x @ self.A.to(x.dtype)) @ self.B.to(x.dtype)
 
     def switch(self, on):
         """Turn the adapter on or off. Off, the original weight takes the place of the residual."""
         if self.enabled != on and self.A0 is not None:
             if self.base is None:
-                raise ValueError("the base weights were not kept (keep_base=False): load the model "
-                                 "again to get them back")
+                raise ValueError(NOT_KEPT)
             parked = self.weight.data.cpu()
             self.weight.data, self.base = self.base.to(self.weight), parked
         self.enabled = on
@@ -137,7 +138,8 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, keep_
                              f"smaller side of its {m.in_features} x {m.out_features} matrix")
         if not m.weight.isfinite().all():
             raise ValueError(f"{name}: the weight holds NaN or Inf")
-    start, base, worst = time.perf_counter(), fingerprint(linears), 0.0
+    start, worst = time.perf_counter(), 0.0
+    base = fingerprint({n: m.weight for n, m in linears.items()})
     net.requires_grad_(False)
     generators = {d: torch.Generator(d).manual_seed(seed)
                   for d in {m.weight.device for m in linears.values()}}
@@ -172,7 +174,8 @@ def relative_error(weight, layer):
 
 def find_linears(net, targets):
     """{name: nn.Linear} of the modules whose leaf name is among `targets`."""
-    named = {n: m for n, m in net.named_modules() if n.rpartition(".")[2] in targets}
+    targets = [targets] if isinstance(targets, str) else targets
+    named = {n: m for n, m in net.named_modules() if n and n.rpartition(".")[2] in targets}
     if nothing := set(targets) - {n.rpartition(".")[2] for n in named}:
         there = sorted({n.rpartition(".")[2] for n, m in net.named_modules()
                         if type(m) is nn.Linear})
@@ -195,18 +198,31 @@ def put(net, name, module):
     setattr(net.get_submodule(parent), leaf, module)
 
 
-def fingerprint(linears):
+def fingerprint(weights):
     """A hash of names, shapes and 256 entries of every weight, to tell one base from another.
 
-    The entries are rounded to bfloat16, so that a checkpoint read in any dtype has the same one.
+    weights: {module name: (out, in)}. The entries are rounded to bfloat16, so that a checkpoint has
+    one fingerprint whether it is read in float32 or in bfloat16.
     """
     h, sample = hashlib.sha256(), []
-    for name in sorted(linears):
-        W = linears[name].weight.detach()
+    for name in sorted(weights):
+        W = weights[name].detach()
         h.update(f"{name} {tuple(W.shape)}\n".encode())
-        sample.append(W.flatten()[::max(1, W.numel() // 256)].bfloat16())
+        step = max(1, W.numel() // 256) | 1                # odd, or it could stay in one column
+        sample.append(W.flatten()[::step].bfloat16().cpu())
     h.update(bytes(torch.cat(sample).view(torch.uint8).tolist()))
     return h.hexdigest()
+
+
+def base_weight(m, name):
+    """The original weight (out, in) of an nn.Linear or of the PissaLinear in its place."""
+    if isinstance(m, PissaLinear) and m.A0 is not None and m.enabled:
+        if m.base is None:
+            raise ValueError(NOT_KEPT)
+        return m.base
+    if type(m) not in (nn.Linear, PissaLinear):
+        raise ValueError(f"{name} is a {type(m).__name__}, not an nn.Linear")
+    return m.weight
 
 
 @contextmanager
@@ -246,9 +262,7 @@ def remove(net):
     return to_linears(net, lambda m: m.weight.data)
 
 
-# ----------------------------------------------------------------------------------- adapter files
-# adapter_config.json + adapter_model.safetensors (.bin without the safetensors package): PEFT's
-# format. lora_A is (r, in) and lora_B (out, r), the transposes of our A and B.
+# --------------------------------------------------------------------------------- save and load
 
 def save(net, directory):
     """Write the adapter of an injected `net` as a PEFT LoRA: of rank 2r for pissa, r for lora."""
@@ -263,131 +277,41 @@ def save(net, directory):
     write_adapter(directory, tensors, net.pissa, "CAUSAL_LM" if hasattr(net, "lm_head") else None)
 
 
-def write_adapter(directory, tensors, info, task_type):
-    """tensors: {module name: (A (in, r), B (r, out))}, with scaling 1; info: our own metadata."""
-    ranks = {A.shape[1] for A, _ in tensors.values()}
-    assert len(ranks) == 1, f"one rank for all modules, not {ranks}"
-    config = {"peft_type": "LORA", "task_type": task_type, "r": min(ranks),
-              "lora_alpha": min(ranks), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-              "target_modules": sorted({n.rpartition(".")[2] for n in tensors}), "pissa": info}
-    state = {f"base_model.model.{n}.lora_{k}.weight": M.T.contiguous()
-             for n, pair in tensors.items() for k, M in zip("AB", pair)}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        from safetensors.torch import save_file
-        name, other = "adapter_model.safetensors", "adapter_model.bin"
-        save_file(state, directory / (name + ".tmp"), metadata={"format": "pt"})
-    except ImportError:
-        name, other = "adapter_model.bin", "adapter_model.safetensors"
-        torch.save(state, directory / (name + ".tmp"))
-    (directory / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    for file in (name, "adapter_config.json"):
-        os.replace(directory / f"{file}.tmp", directory / file)
-    (directory / other).unlink(missing_ok=True)
-
-
-def read_adapter(directory):
-    """config dict and {module name: (A (in, r), B (r, out))} with the scaling folded into B."""
-    directory = Path(directory)
-    path = directory / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text())
-        rank, alpha = config["r"], config["lora_alpha"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: {directory} is not an adapter") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: not the config of a LoRA adapter ({e!r})") from None
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")):
-        raise ValueError(f"{path}: init_lora_weights={init} needs the changed base it was made with; "
-                         "save it from PEFT with path_initial_model_for_weight_conversion")
-    if other := [k for k in ("use_dora", "alpha_pattern", "lora_bias", "layer_replication",
-                             "modules_to_save", "fan_in_fan_out") if config.get(k)]:
-        raise ValueError(f"{path}: {', '.join(other)} is not supported")
-    state, pairs = read_tensors(directory), {}
-    for key, M in state.items():
-        name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if kind not in ("A.weight", "B.weight"):
-            raise ValueError(f"{directory}: {key} is not a LoRA matrix of a linear layer")
-        pairs.setdefault(name, {})[kind[0]] = M.float().T
-    if half := [n for n, p in pairs.items() if len(p) < 2]:
-        raise ValueError(f"{directory}: {half[0]} has only one of lora_A and lora_B")
-    scale = {n: alpha / (p["A"].shape[1] ** (0.5 if config.get("use_rslora") else 1))
-             for n, p in pairs.items()}
-    return config, {n: (p["A"], p["B"] * scale[n]) for n, p in pairs.items()}
-
-
-def read_tensors(directory):
-    """The tensors of adapter_model.safetensors or adapter_model.bin."""
-    path = directory / "adapter_model.safetensors"
-    try:
-        if path.exists():
-            from safetensors.torch import load_file
-            return load_file(path)
-        path = directory / "adapter_model.bin"
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{directory}: adapter_model.safetensors is missing") from None
-    except Exception as e:        # both readers raise many kinds for a damaged file
-        raise ValueError(f"{path}: not readable, perhaps truncated ({str(e)[:100]})") from None
-
-
 def load(net, directory, *, keep_base=True):
     """Put an adapter on `net`, in place: one of ours, to use or train on, or a LoRA made by PEFT.
 
-    An adapter already on `net` is removed first. Refuses (ValueError) an adapter of ours that was
-    made on another base, and one whose modules `net` does not have.
+    An adapter already on `net` is removed first. Refuses (ValueError), before anything is changed,
+    an adapter of ours that was made on another base, and one whose modules `net` does not have.
     """
     config, pairs = read_adapter(directory)
-    if any(layers(net)):
-        remove(net)
-    linears = find_linears(net, {n.rpartition(".")[2] for n in pairs})
+    modules, weights, info = dict(net.named_modules()), {}, config.get("pissa")
     for name, (A, B) in pairs.items():
-        W = linears[name].weight.shape if name in linears else None
-        if W != (B.shape[1], A.shape[0]):
+        if name not in modules:
+            raise ValueError(f"{directory}: the model has no {name}")
+        weights[name] = W = base_weight(modules[name], name)
+        if W.shape != (B.shape[1], A.shape[0]):
             raise ValueError(f"{directory}: {name} is {A.shape[0]} x {B.shape[1]}, the model's is "
-                             + (f"{W[1]} x {W[0]}" if W else "missing"))
-    linears, info = {n: linears[n] for n in pairs}, config.get("pissa")
-    base = fingerprint(linears)
+                             f"{W.shape[1]} x {W.shape[0]}")
+    base = fingerprint(weights)
     if info and info["base"] != base:
         raise ValueError(f"{directory} was made on another base model (fingerprint "
                          f"{info['base'][:12]}, this one has {base[:12]})")
+    if info and info["method"] not in METHODS:
+        raise ValueError(f"{directory}: method {info['method']} is none of {', '.join(METHODS)}")
+    del modules, weights                                   # or every W would live to the end
+    remove(net)
     net.requires_grad_(False)
     for name, (A, B) in pairs.items():
-        linear = linears.pop(name)
+        linear = net.get_submodule(name)
         W = linear.weight.detach()
-        A, B = (wide(M.to(W.device)).contiguous() for M in (A, B))
+        A, B = (M.to(W.device, wide(W).dtype).contiguous() for M in (A, B))
         if not info or info["method"] == "lora":
-            put(net, name, PissaLinear(W, linear.bias, A, B))
-            continue
-        r = A.shape[1] // 2
-        A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
-        put(net, name, PissaLinear(residual(W, A0, B0), linear.bias, A, B, A0.cpu(), B0.cpu(),
-                                   W.cpu() if keep_base else None))
+            layer = PissaLinear(linear, W, A, B)
+        else:
+            r = A.shape[1] // 2
+            A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
+            layer = PissaLinear(linear, residual(W, A0, B0), A, B, A0, B0, keep_base)
+        put(net, name, layer)
     net.pissa = info or {"method": "lora", "rank": config["r"], "niter": None, "seed": None,
                          "base": base}
     return net
-
-
-def compress(directory, out, rank=None):
-    """Cut a saved adapter down to `rank` (default half, 2r -> r) and write it to `out` as a LoRA.
-
-    The best approximation of Delta W = M N takes two thin QRs and a small SVD, never the full
-    matrix: M = Q_M R_M, N^T = Q_N R_N, then the leading triplets of R_M R_N^T.
-    Returns {module name: ||Delta W - Delta W_r|| / ||Delta W||}, Frobenius norms.
-    """
-    config, pairs = read_adapter(directory)
-    small, errors = {}, {}
-    for name, (M, N) in pairs.items():
-        r = rank or M.shape[1] // 2
-        (QM, RM), (QN, RN) = torch.linalg.qr(M.double()), torch.linalg.qr(N.T.double())
-        U, S, Vh = torch.linalg.svd(RM @ RN.T)
-        small[name] = ((QM @ (U * S.sqrt())[:, :r]).float(),
-                       ((S.sqrt()[:, None] * Vh)[:r] @ QN.T).float())
-        errors[name] = (S[r:].norm() / S.norm().clamp(min=1e-30)).item()
-    info = config.get("pissa")
-    write_adapter(out, small, info and {**info, "method": "lora", "rank": r}, config["task_type"])
-    return errors

@@ -57,7 +57,7 @@ def randomized_svd(W, rank, *, oversample=32, niter=8, generator=None):
     column of U the entry of largest magnitude is positive.
     Raises ValueError for a rank outside 1 ... min(m, n), NaN or Inf in W, or a W of integers.
     """
-    check(W, rank)
+    check(W, rank, oversample, niter)
     W = W if W.dtype == torch.float64 else W.float()
     m, n = W.shape[-2:]
     if niter is None or rank + oversample >= min(m, n):
@@ -77,8 +77,11 @@ def randomized_svd(W, rank, *, oversample=32, niter=8, generator=None):
     return fix_signs(Q @ X[..., :rank], S[..., :rank], V[..., :rank].mT)
 
 
-def check(W, rank):
+def check(W, rank, oversample=0, niter=0):
     """Raise ValueError for what cannot be decomposed."""
+    if W.ndim < 2 or oversample < 0 or (niter or 0) < 0:
+        raise ValueError(f"SVD of shape {tuple(W.shape)} with oversample {oversample}, niter {niter}:"
+                         " it takes (m, n) or (b, m, n), and no negative numbers")
     if not W.is_floating_point():
         raise ValueError(f"SVD needs a floating-point matrix, not {W.dtype}")
     if not 1 <= rank <= min(W.shape[-2:]):

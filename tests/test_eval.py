@@ -85,11 +85,14 @@ def test_complete_is_the_greedy_answer(net, tok):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_complete_keeps_the_order_in_any_batch(net, tok, batch):
-    """Prompts of many lengths, sorted inside, come back as they were given."""
+def test_complete_keeps_the_order_in_any_batch(tok, batch):
+    """Prompts of many lengths, sorted inside, come back as they were given.
+
+    Large random weights, for a model that answers every prompt differently."""
+    net = model.init_weights(model.load("tiny", "cpu").requires_grad_(False), std=0.2)
     prompts = [p for p, _ in EXAMPLES[:9]] + ["Hi", "A much longer one. " * 12, ""]
     one_by_one = [evaluation.complete(net, tok, [p], max_new_tokens=6)[0] for p in prompts]
-    assert len(set(one_by_one)) > 4, "the answers are too much alike to tell their order"
+    assert len(set(one_by_one)) == len(prompts), "the answers are too much alike to tell their order"
     assert evaluation.complete(net, tok, prompts, max_new_tokens=6, batch=batch) == one_by_one
 
 
@@ -315,4 +318,7 @@ def test_ctrl_c(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(model, "generate", ctrl_c)
-    assert failure("--prompt", "Hi") == "interrupted"
+    try:
+        assert failure("--prompt", "Hi") == "interrupted"
+    except KeyboardInterrupt:                  # it would end pytest
+        pytest.fail("Ctrl-C ends in a traceback")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import adapter
 import model
 import pissa
 from conftest import assert_logits_equal, hugging_face, small_net
@@ -136,7 +137,9 @@ def test_inject_reports(net, capsys):
      "model.layers.0.self_attn.k_proj: rank 17 is not between 1 and 16"),
     (dict(rank=0), "rank 0 is not between 1 and"),
     (dict(rank=4, method="dora"), "method 'dora' is none of pissa, lora"),
-    (dict(rank=4, targets=["mlp"]), "model.layers.0.mlp is a MLP, not an nn.Linear")])
+    (dict(rank=4, targets=["mlp"]), "model.layers.0.mlp is a MLP, not an nn.Linear"),
+    (dict(rank=4, targets="attn"), "no module is called attn;"),
+    (dict(rank=4, niter=-1), "niter -1")])
 def test_inject_errors_change_nothing(net, call, message):
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -278,7 +281,7 @@ def test_saved_file_is_a_lora_of_rank_2r(tmp_path, net, tokens):
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (8, 8, "LORA")
     assert config["pissa"]["method"] == "pissa" and config["pissa"]["rank"] == 4
     assert {"niter", "seed", "base"} <= set(config["pissa"])
-    tensors, name = pissa.read_tensors(tmp_path), "model.layers.1.mlp.down_proj"
+    tensors, name = adapter.read_tensors(tmp_path), "model.layers.1.mlp.down_proj"
     A, B = (tensors[f"base_model.model.{name}.lora_{k}.weight"] for k in "AB")
     assert A.shape == (8, 128) and B.shape == (48, 8)
     m = net.get_submodule(name)
@@ -296,14 +299,30 @@ def test_another_base_is_refused(tmp_path, net):
     assert not any(pissa.layers(other))
     with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj is 128 x 48, the model's is"):
         pissa.load(small_net(ffn_dim=96), tmp_path)
-    with pytest.raises(ValueError, match="model.layers.1.* the model's is missing"):
+    with pytest.raises(ValueError, match="the model has no model.layers.1"):
         pissa.load(small_net(n_layers=1), tmp_path)
 
 
-def test_one_fingerprint_in_any_dtype():
-    linears = [pissa.find_linears(small_net().bfloat16().to(d), pissa.TARGETS)
-               for d in (torch.bfloat16, torch.float32, torch.float64)]
-    assert len({pissa.fingerprint(x) for x in linears}) == 1
+def test_fingerprint():
+    """The same in float32 and bfloat16; another for any other weight, shape or name."""
+    def of(net):
+        return pissa.fingerprint({n: m.weight for n, m in
+                                  pissa.find_linears(net, pissa.TARGETS).items()})
+
+    want, changed, renamed = of(small_net().bfloat16()), small_net(), small_net()
+    assert want == of(small_net().bfloat16().float()) == of(small_net())
+    changed.model.layers[1].mlp.up_proj.weight[:, 7] += 0.1      # one column of one matrix
+    del renamed.model.layers[1]
+    assert len({want, of(changed), of(renamed), of(small_net(seed=1))}) == 4
+
+
+def test_failed_load_keeps_the_adapter_that_is_there(tmp_path, net, tokens):
+    pissa.save(quiet(small_net(n_layers=3)), tmp_path)
+    quiet(net)
+    want = net(tokens)
+    with pytest.raises(ValueError, match="the model has no model.layers.2"):
+        pissa.load(net, tmp_path)
+    assert torch.equal(net(tokens), want) and net.pissa["rank"] == 4
 
 
 def test_without_safetensors(tmp_path, net, tokens, monkeypatch):
@@ -329,12 +348,25 @@ def damage(tmp_path, change):
 
 @pytest.mark.parametrize("change, message", [
     (dict(use_dora=True), "use_dora is not supported"),
+    (dict(peft_type="LOHA"), "not the config of a LoRA adapter .*peft_type is LOHA"),
+    (dict(lora_alpha=None), "not the config of a LoRA adapter"),
+    (dict(lora_alpha=16), "not the config of a LoRA adapter .*lora_alpha 16"),
+    (dict(pissa="yes"), "not the config of a LoRA adapter"),
+    (dict(pissa={"method": "pissa"}), "not the config of a LoRA adapter"),
+    (dict(pissa={"method": "x", "rank": 4, "base": "?"}), "made on another base model"),
     (dict(modules_to_save=["lm_head"]), "modules_to_save is not supported"),
     (dict(init_lora_weights="pissa_niter_4"), "needs the changed base it was made with")])
 def test_what_cannot_be_loaded_is_refused(tmp_path, net, change, message):
     pissa.save(quiet(net), tmp_path)
     damage(tmp_path, change)
     with pytest.raises(ValueError, match=message):
+        pissa.load(small_net(), tmp_path)
+
+
+def test_a_method_of_the_future_is_refused(tmp_path, net):
+    pissa.save(quiet(net), tmp_path)
+    damage(tmp_path, dict(pissa={**net.pissa, "method": "qpissa"}))
+    with pytest.raises(ValueError, match="method qpissa is none of pissa, lora"):
         pissa.load(small_net(), tmp_path)
 
 
@@ -369,9 +401,18 @@ def test_failed_save_leaves_the_old_adapter(tmp_path, net, tokens, monkeypatch):
         patch.setattr(json, "dumps", disk_full)
         pissa.save(net, tmp_path)
     assert torch.equal(pissa.load(small_net(), tmp_path)(tokens), want)
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 # --- compress
+
+@pytest.mark.parametrize("rank", [0, -1, 9])
+def test_compress_to_an_impossible_rank(tmp_path, net, rank):
+    pissa.save(quiet(net, 4), tmp_path / "a")
+    with pytest.raises(ValueError, match=f"cannot compress rank 8 to {rank}"):
+        pissa.compress(tmp_path / "a", tmp_path / "b", rank)
+    assert not (tmp_path / "b").exists()
+
 
 def test_compress(tmp_path, net, tokens):
     optimise(quiet(net, 4), tokens, 5)

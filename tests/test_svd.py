@@ -171,6 +171,17 @@ def test_not_finite(bad):
         randomized_svd(W, 2)
 
 
+@pytest.mark.parametrize("shape, wrong", [((5,), {}), ((5, 5), dict(oversample=-1)),
+                                          ((5, 5), dict(niter=-1))])
+def test_shape_and_negative_numbers(shape, wrong):
+    with pytest.raises(ValueError, match="no negative numbers"):
+        randomized_svd(torch.ones(shape), 2, **wrong)
+
+
+def test_nothing_is_recorded_for_autograd():
+    assert not randomized_svd(matrix(50, 40).requires_grad_(), 4)[0].requires_grad
+
+
 def test_integers():
     with pytest.raises(ValueError, match="floating-point matrix, not torch.int64"):
         randomized_svd(torch.ones(5, 5, dtype=torch.int64), 2)

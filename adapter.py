@@ -1,0 +1,128 @@
+"""Adapter files in PEFT's LoRA format: adapter_config.json + adapter_model.safetensors (or .bin).
+
+PEFT's lora_A is (r, in) and its lora_B (out, r): the transposes of A (in, r) and B (r, out) here,
+under the name base_model.model.<module>.lora_A.weight. A saved PiSSA adapter is the LoRA of rank 2r
+with the factors [A | A_0] and [B ; -B_0]; the key "pissa" of its config says how it was made.
+"""
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+UNSUPPORTED = ("use_dora", "alpha_pattern", "lora_bias", "layer_replication", "modules_to_save",
+               "fan_in_fan_out", "trainable_token_indices", "target_parameters")
+
+
+@contextmanager
+def written(path):
+    """`with written(path) as tmp:` write to tmp; it becomes `path` only if nothing went wrong."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_adapter(directory, tensors, info, task_type):
+    """tensors: {module name: (A (in, r), B (r, out))}, with scaling 1; info: our own metadata."""
+    ranks = {A.shape[1] for A, _ in tensors.values()}
+    assert len(ranks) == 1, f"one rank for all modules, not {ranks}"
+    config = {"peft_type": "LORA", "task_type": task_type, "r": min(ranks),
+              "lora_alpha": min(ranks), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+              "target_modules": sorted({n.rpartition(".")[2] for n in tensors}), "pissa": info}
+    state = {f"base_model.model.{n}.lora_{k}.weight": M.T.contiguous()
+             for n, pair in tensors.items() for k, M in zip("AB", pair)}
+    try:
+        from safetensors.torch import save_file
+        name, other = "adapter_model.safetensors", "adapter_model.bin"
+    except ImportError:
+        save_file, name, other = torch.save, "adapter_model.bin", "adapter_model.safetensors"
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with written(directory / "adapter_config.json") as tmp, written(directory / name) as weights:
+        save_file(state, weights)
+        tmp.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / other).unlink(missing_ok=True)
+
+
+def read_adapter(directory):
+    """config dict and {module name: (A (in, r), B (r, out))} float32, the scaling folded into B.
+
+    Raises FileNotFoundError or ValueError, naming the file, for what is missing, damaged, or would
+    be loaded wrongly.
+    """
+    directory = Path(directory)
+    path = directory / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        alpha, info = float(config["lora_alpha"]), config.get("pissa")
+        if config["peft_type"] != "LORA":
+            raise ValueError(f"peft_type is {config['peft_type']}")
+        if info and (int(config["r"]) != alpha or not {"method", "base", "rank"} <= set(info)):
+            raise ValueError(f"r {config['r']}, lora_alpha {alpha:g}, pissa {info}")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {directory} is not an adapter") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: not the config of a LoRA adapter ({e!r})") from None
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")):
+        raise ValueError(f"{path}: init_lora_weights={init} needs the changed base it was made "
+                         "with; save it from PEFT with path_initial_model_for_weight_conversion")
+    if other := [k for k in UNSUPPORTED if config.get(k)]:
+        raise ValueError(f"{path}: {', '.join(other)} is not supported")
+    pairs = {}
+    for key, M in read_tensors(directory).items():
+        name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if kind not in ("A.weight", "B.weight"):
+            raise ValueError(f"{directory}: {key} is not a LoRA matrix of a linear layer")
+        pairs.setdefault(name, {})[kind[0]] = M.float().T
+    for name, p in pairs.items():
+        if len(p) < 2 or p["A"].shape[1] != p["B"].shape[0]:
+            raise ValueError(f"{directory}: lora_A and lora_B of {name} do not belong together")
+        r = p["A"].shape[1]
+        p["B"] = p["B"] * (alpha / (r ** 0.5 if config.get("use_rslora") else r))
+    return config, {n: (p["A"], p["B"]) for n, p in pairs.items()}
+
+
+def read_tensors(directory):
+    """The tensors of adapter_model.safetensors or adapter_model.bin."""
+    path = directory / "adapter_model.safetensors"
+    try:
+        if path.exists():
+            from safetensors.torch import load_file
+            return load_file(path)
+        path = directory / "adapter_model.bin"
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory}: adapter_model.safetensors is missing") from None
+    except Exception as e:        # both readers raise many kinds for a damaged file
+        raise ValueError(f"{path}: not readable, perhaps truncated ({str(e)[:100]})") from None
+
+
+def compress(directory, out, rank=None):
+    """Cut a saved adapter down to `rank` (default half, 2r -> r) and write it to `out` as a LoRA.
+
+    The best approximation of Delta W = M N takes two thin QRs and a small SVD, never the full
+    matrix: M = Q_M R_M, N^T = Q_N R_N, then the leading triplets of R_M R_N^T.
+    Returns {module name: ||Delta W - Delta W_r|| / ||Delta W||}, Frobenius norms.
+    """
+    config, pairs = read_adapter(directory)
+    smallest = min(M.shape[1] for M, _ in pairs.values())
+    r = smallest // 2 if rank is None else rank
+    if not 1 <= r <= smallest:
+        raise ValueError(f"{directory}: cannot compress rank {smallest} to {r}")
+    small, errors = {}, {}
+    for name, (M, N) in pairs.items():
+        (QM, RM), (QN, RN) = torch.linalg.qr(M.double()), torch.linalg.qr(N.T.double())
+        U, S, Vh = torch.linalg.svd(RM @ RN.T)
+        small[name] = ((QM @ (U * S.sqrt())[:, :r]).float(),
+                       ((S.sqrt()[:, None] * Vh)[:r] @ QN.T).float())
+        errors[name] = (S[r:].norm() / S.norm().clamp(min=1e-30)).item()
+    info = config.get("pissa")
+    write_adapter(out, small, info and {**info, "method": "lora", "rank": r}, config["task_type"])
+    return errors
