@@ -16,6 +16,7 @@ K head width (D / H), V vocabulary.
 import json
 import os
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tied: bool = False             # the output projection is the embedding matrix
+    max_seq_len: int = 0           # positions it was trained for, 0: not stated; nothing here asks
 
     @property
     def head_dim(self):
@@ -45,18 +47,6 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------- network
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight; torch computes it in float32 (arXiv 1910.07467)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.dim))
-        self.eps = config.norm_eps
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
 
 def rope_tables(config, positions):
     """cos and sin of position x frequency, each (B or 1, 1, T, K/2) float32 (arXiv 2104.09864)."""
@@ -93,8 +83,10 @@ class Attention(nn.Module):
         if cache is not None:                       # append to the cache, attend to all of it
             cache[0][:, :, start:start + T], cache[1][:, :, start:start + T] = k, v
             k, v = cache[0][:, :, :start + T], cache[1][:, :, :start + T]         # (B, G, S, K)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                           is_causal=mask is None and T > 1,
+        if mask is not None and (groups := q.shape[1] // k.shape[1]) > 1:
+            # SDPA's fast CUDA kernels take a mask or grouped heads, never both.
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -113,12 +105,13 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer: attention and feed-forward, each normalised first and added back."""
+    """Attention and feed-forward, each RMS-normalised first (arXiv 1910.07467) and added back."""
 
     def __init__(self, config):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(config), RMSNorm(config)
+        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x, rope, mask=None, cache=None, start=0):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
@@ -134,7 +127,7 @@ class Llama(nn.Module):
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.dim),
             layers=nn.ModuleList(Layer(config) for _ in range(config.n_layers)),
-            norm=RMSNorm(config)))
+            norm=nn.RMSNorm(config.dim, config.norm_eps)))
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -148,18 +141,19 @@ class Llama(nn.Module):
         T = tokens.shape[1]
         index = torch.arange(start, start + T, device=tokens.device)[None]        # (1, T)
         mask = None
+        if pad is None and start and T > 1:      # is_causal would align the T x S mask top left
+            pad = torch.zeros(1, dtype=torch.int64, device=tokens.device)
         if pad is not None:
             key, query = torch.arange(start + T, device=tokens.device), index[..., None]
             # Causal and not padding; a padding position sees itself, or its softmax would be 0/0.
-            mask = (key <= query) & (key >= pad[:, None, None]) | (key == query)  # (B, T, S)
+            mask = ((key <= query) & (key >= pad[:, None, None])) | (key == query)  # (B, T, S)
             mask, index = mask[:, None], (index - pad[:, None]).clamp(min=0)
         rope = rope_tables(self.config, index)
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)
         for i, layer in enumerate(self.model.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, use_reentrant=False)
-            else:
-                x = layer(x, rope, mask, cache and cache[i], start)
+            args = x, rope, mask, cache and cache[i], start
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return self.model.norm(x)
 
     def forward(self, tokens, **kwargs):
@@ -175,8 +169,7 @@ class Llama(nn.Module):
 
 def init_weights(net, seed=0, std=0.02):
     """Draw every matrix from N(0, std^2), in place: to train from scratch and for benchmarks."""
-    device = net.lm_head.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(net.lm_head.weight.device).manual_seed(seed)
     for p in net.parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=std, generator=generator)
@@ -194,6 +187,12 @@ def generate(net, prompts, max_new_tokens=64, *, temperature=0.0, top_p=1.0, eos
     smallest set of tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751).
     """
     assert prompts and all(prompts), "every prompt needs at least one token (the BOS)"
+    if not 0 <= temperature < inf:
+        raise ValueError(f"temperature should be 0 (greedy) or a number above 0, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p should be above 0 and at most 1, not {top_p}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens should be at least 1, not {max_new_tokens}")
     device = net.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     T, B = max(map(len, prompts)), len(prompts)
@@ -217,7 +216,7 @@ def generate(net, prompts, max_new_tokens=64, *, temperature=0.0, top_p=1.0, eos
 
 def sample(logits, temperature, top_p, generator):
     """One token per row, (B, V) float32 -> (B, 1) int64."""
-    if temperature <= 0:
+    if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     probs, order = torch.softmax(logits / temperature, -1).sort(-1, descending=True)
     # Keep a token if the mass before it is below top_p: the most likely one always stays.
@@ -253,8 +252,10 @@ def reorder(W, name, config, to_meta=False):
     """Rows of q and k between Meta's interleaved order and the split halves used here (a copy)."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return W
-    pair = (2, -1) if to_meta else (-1, 2)
-    return W.view(W.shape[0] // config.head_dim, *pair, W.shape[1]).transpose(1, 2).reshape(W.shape)
+    # The rows of a head are a table, (K/2, 2) in Meta's files and (2, K/2) here: transpose it.
+    table = (2, -1) if to_meta else (-1, 2)
+    heads = W.view(-1, config.head_dim, W.shape[1]).unflatten(1, table)
+    return heads.transpose(1, 2).reshape(W.shape)
 
 
 def find(ckpt):
@@ -269,58 +270,67 @@ def find(ckpt):
 
 def ffn_dim(dim, multiple_of, multiplier=None):
     """Meta's rule for the feed-forward width: 2/3 of 4 dim, scaled, rounded up to a multiple."""
-    width = int(2 * 4 * dim / 3)
-    width = int(multiplier * width) if multiplier else width
+    width = int((multiplier or 1) * int(2 * 4 * dim / 3))
     return multiple_of * -(-width // multiple_of)
+
+
+# The numbers in params.json, and the values by which it leaves one of them open.
+INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
+FLOATS = ("ffn_dim_multiplier", "norm_eps", "rope_theta")
+OPEN = {"n_kv_heads": None, "vocab_size": -1, "max_seq_len": None, "ffn_dim_multiplier": None}
 
 
 def read_config(directory, shards):
     """Config from params.json; what the file leaves open (vocab_size, tied) the tensors tell."""
     path = directory / "params.json"
     try:
-        p = json.loads(path.read_text())
-        rows, width = shards[0]["tok_embeddings.weight"].shape
-        if (vocab := p.pop("vocab_size", -1)) <= 0:      # Llama 1 and 2: "ask the tokenizer"
-            vocab = rows if width != p["dim"] else rows * len(shards)
-        c = Config(dim=p.pop("dim"), n_layers=p.pop("n_layers"), n_heads=p.pop("n_heads"),
-                   n_kv_heads=0, vocab_size=vocab, ffn_dim=0, norm_eps=p.pop("norm_eps", 1e-5),
-                   rope_theta=p.pop("rope_theta", 10000.0), tied="output.weight" not in shards[0])
-        c.n_kv_heads = p.pop("n_kv_heads", None) or c.n_heads
-        c.ffn_dim = ffn_dim(c.dim, p.pop("multiple_of", 256), p.pop("ffn_dim_multiplier", None))
-        whole = c.dim % c.n_heads == 0 and c.n_heads % c.n_kv_heads == 0 and c.head_dim % 2 == 0
+        p = json.loads(path.read_text("utf-8"))
+        p = {**OPEN, "multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 10000.0, **p}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: it comes with Meta's weights") from None
-    except KeyError as e:
-        raise ValueError(f"{path}: {e} is missing") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
+    except (TypeError, ValueError) as e:                 # not an object, not JSON, not UTF-8
         raise ValueError(f"{path}: not a LLaMA's params.json ({e})") from None
-    if not whole or min(c.dim, c.n_layers, c.ffn_dim) < 1:
-        raise ValueError(f"{path}: {c.dim} / {c.n_heads} heads / {c.n_kv_heads} kv heads do not "
-                         "divide into heads of even width")
-    if unknown := {k: v for k, v in p.items() if v and k not in ("max_batch_size", "max_seq_len")}:
+    for name in INTS + FLOATS:
+        v, kind = p.get(name), "whole number" if name in INTS else "number"
+        good = (type(v) is int or (type(v) is float and name in FLOATS)) and 0 < v < inf
+        if not good and (name not in OPEN or v != OPEN[name]):
+            raise ValueError(f"{path}: {name} is missing or not a {kind} above 0: {json.dumps(v)}")
+    if unknown := {k: v for k, v in p.items() if v and k not in (*INTS, *FLOATS, "max_batch_size")}:
         raise ValueError(f"{path}: this model does not know {unknown}; it would compute something "
                          "else than the weights were trained for")
+    rows, width = shards[0]["tok_embeddings.weight"].shape
+    if (vocab := p["vocab_size"]) == -1:                 # Llama 1 and 2: "ask the tokenizer"
+        vocab = rows if width != p["dim"] else rows * len(shards)
+    c = Config(p["dim"], p["n_layers"], p["n_heads"], p["n_kv_heads"] or p["n_heads"], vocab,
+               ffn_dim(p["dim"], p["multiple_of"], p["ffn_dim_multiplier"]), p["norm_eps"],
+               p["rope_theta"], "output.weight" not in shards[0], p["max_seq_len"] or 0)
+    if c.dim % c.n_heads or c.n_heads % c.n_kv_heads or c.head_dim % 2:
+        raise ValueError(f"{path}: {c.dim} / {c.n_heads} heads / {c.n_kv_heads} kv heads do not "
+                         "divide into heads of even width")
     return c
 
 
 def read_shards(directory):
     """The tensors of consolidated.NN.pth, one dict per file, memory-mapped: nothing is read yet."""
-    files = sorted(directory.glob("consolidated.*.pth"))
-    for i, file in enumerate(files or [directory / "consolidated.00.pth"]):
-        if not files or file.name != f"consolidated.{i:02d}.pth":
-            raise FileNotFoundError(f"{directory / f'consolidated.{i:02d}.pth'} is missing")
     shards = []
-    for file in files:
+    for i in range(max(1, len(list(directory.glob("consolidated.*.pth"))))):
+        file = directory / f"consolidated.{i:02d}.pth"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing")
         try:
             shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             shards.append({k: v for k, v in shard.items() if k != "rope.freqs"})
         except Exception as e:               # torch.load raises many kinds; all mean the same here
-            reason = str(e).strip().splitlines()[0][:120]
+            reason = str(e).strip().partition("\n")[0][:120]
             raise ValueError(f"{file}: not a readable PyTorch file, perhaps truncated: download "
                              f"it again ({reason})") from None
-        if "tok_embeddings.weight" not in shards[-1]:
-            raise ValueError(f"{file}: tok_embeddings.weight is missing; this is not a LLaMA in "
-                             "Meta's layout")
+        for name, W in shards[-1].items():
+            if not (isinstance(W, torch.Tensor) and W.is_floating_point()):
+                raise ValueError(f"{file}: {name} should be a tensor of floats, not "
+                                 f"{getattr(W, 'dtype', type(W).__name__)}")
+        if getattr(shards[-1].get("tok_embeddings.weight"), "ndim", 0) != 2:
+            raise ValueError(f"{file}: tok_embeddings.weight is missing or not a matrix; this is "
+                             "not a LLaMA in Meta's layout")
     return shards
 
 
@@ -331,16 +341,24 @@ def merge_shards(parts, shape, where):
     columns in Llama 2, by rows in Llama 3; norms are copies. The shapes tell which: the split axis
     is the only one whose sizes add up.
     """
-    if parts[0].ndim == 1 or len(parts) == 1:
-        merged = parts[0]
-    else:
-        axis = 0 if parts[0].shape[1:] == shape[1:] else 1
-        same = all(p.ndim == 2 and p.shape[1 - axis] == shape[1 - axis] for p in parts)
-        merged = torch.cat(parts, axis) if same else parts[0]
+    merged, axis = parts[0], 0 if parts[0].shape[1:] == shape[1:] else 1
+    if len(parts) > 1 and all(p.ndim == 2 and p.shape[1 - axis] == shape[1 - axis] for p in parts):
+        merged = torch.cat(parts, axis)
     if merged.shape != shape:
-        raise ValueError(f"{where}: expected shape {tuple(shape)}, found {tuple(merged.shape)}"
-                         + f" in {len(parts)} shards" * (len(parts) > 1))
+        raise ValueError(f"{where}: expected shape {tuple(shape)}, found {tuple(merged.shape)} "
+                         f"in {len(parts)} shard(s)")
     return merged
+
+
+def default_device(device=None):
+    """A torch.device that works here; None: the GPU if there is one, else the CPU."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=found).item()              # meta, which holds no numbers, fails too
+    except Exception as e:          # of many kinds: no driver, no such index, a misspelling
+        reason = str(e).strip().partition("\n")[0][:120]
+        raise ValueError(f"{device or found} is not available here: {reason}") from None
+    return found
 
 
 def load(ckpt, device=None, dtype=None):
@@ -352,28 +370,25 @@ def load(ckpt, device=None, dtype=None):
     converted and moved by itself, so there is never a second copy of the model in memory.
     Raises FileNotFoundError or ValueError naming file, tensor, expected and found.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    device = default_device(device)
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = dtype or (torch.bfloat16 if half else torch.float32)
     directory = find(ckpt)
     shards = read_shards(directory)
     with torch.device("meta"):
         net = Llama(read_config(directory, shards))
-    names = {n: meta_name(n) for n in net.state_dict() if not (net.config.tied and "lm_head" in n)}
+    names = {n: meta_name(n) for n, _ in net.named_parameters()}     # no lm_head if it is tied
     for i, shard in enumerate(shards):
         missing, extra = set(names.values()) - set(shard), set(shard) - set(names.values())
         if missing or extra:
             what = f"{len(missing)} missing" if missing else f"{len(extra)} unexpected"
             raise ValueError(f"{directory}/consolidated.{i:02d}.pth: {what} "
-                             f"tensor(s), first {min(missing or extra)}")
-    state = {}
+                             f"tensor(s), first {min(missing or extra, key=str)}")
     for name in tqdm(names, desc=f"load {directory.name}", unit="tensor", delay=1, leave=False):
         parts = [shard.pop(names[name]) for shard in shards]
         W = merge_shards(parts, net.get_parameter(name).shape, f"{directory}: {names[name]}")
-        state[name] = reorder(W, name, net.config).to(device, dtype)
-    if net.config.tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    net.load_state_dict(state, strict=True, assign=True)
+        W = reorder(W, name, net.config).to(device, dtype)
+        net.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(W)
     if net.config.tied:
         net.lm_head.weight = net.model.embed_tokens.weight
     return net
@@ -386,13 +401,19 @@ def save(net, directory):
     rule = next(({"multiple_of": m} for m in (256, 128, 64, 32, 16, 8, 4, 2, 1)
                  if ffn_dim(c.dim, m) == c.ffn_dim),
                 {"multiple_of": 1, "ffn_dim_multiplier": (c.ffn_dim + 0.5) / ffn_dim(c.dim, 1)})
-    params = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads,
-              "n_kv_heads": c.n_kv_heads, "vocab_size": c.vocab_size, **rule,
-              "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
+    # Config's names are Meta's; max_seq_len is left out where it is not stated.
+    params = {k: v for k, v in vars(c).items() if v and k not in ("ffn_dim", "tied")} | rule
     state = {meta_name(n): reorder(W.detach(), n, c, to_meta=True).cpu().contiguous()
              for n, W in net.named_parameters()}
-    # Under temporary names first, so that an interruption never leaves half a checkpoint behind.
-    torch.save(state, directory / "consolidated.00.pth.tmp")
-    (directory / "params.json.tmp").write_text(json.dumps(params, indent=2) + "\n")
-    for name in ("consolidated.00.pth", "params.json"):
-        os.replace(directory / f"{name}.tmp", directory / name)
+    weights, numbers = directory / "consolidated.00.pth", directory / "params.json"
+    tmp = {path: path.with_name(path.name + ".tmp") for path in (weights, numbers)}
+    try:                     # temporary names first: an interruption never leaves half a checkpoint
+        torch.save(state, tmp[weights])
+        tmp[numbers].write_text(json.dumps(params, indent=2) + "\n")
+        for path in tmp:
+            os.replace(tmp[path], path)
+    finally:
+        for path in tmp.values():
+            path.unlink(missing_ok=True)
+    for stale in set(directory.glob("consolidated.*.pth")) - {weights}:   # an older one's shards
+        stale.unlink()

@@ -68,6 +68,17 @@ def test_checkpointing_changes_nothing(net, tokens):
     assert all(torch.equal(a, b) for a, b in zip(before, grads))
 
 
+def test_checkpointing_keeps_every_argument(net, tokens):
+    net.requires_grad_()
+    got = []
+    for net.checkpointing in (False, True):
+        cache = net.new_cache(3, 17)
+        got.append([net(tokens, pad=torch.tensor([0, 4, 9])), net(tokens[:, :7], cache=cache),
+                    net(tokens[:, 7:], cache=cache, start=7)])
+    assert all(torch.equal(a, b) for a, b in zip(*got))
+    assert not torch.equal(got[0][0], net(tokens))
+
+
 def test_causal(net, tokens):
     a = net(tokens)
     tokens[:, 9] = (tokens[:, 9] + 1) % 101
@@ -84,11 +95,23 @@ def test_kv_cache_equals_full_forward(net, tokens):
     assert_logits_equal(torch.cat(got, 1), want, 1e-5)
 
 
-def test_left_padding_equals_no_padding(net, tokens):
-    row = tokens[:1, :6]
+@pytest.mark.parametrize("heads", [6, 2, 1])
+@pytest.mark.parametrize("n", [1, 7, 16])
+def test_kv_cache_in_two_pieces(n, heads, tokens):
+    net = small_net(n_kv_heads=heads)
+    c = net.new_cache(3, 17)
+    got = torch.cat([net(tokens[:, :n], cache=c), net(tokens[:, n:], cache=c, start=n)], 1)
+    assert_logits_equal(got, net(tokens), 1e-5)
+
+
+@pytest.mark.parametrize("heads", [6, 2, 1])
+def test_left_padding_equals_no_padding(heads, tokens):
+    net, row, pad = small_net(n_kv_heads=heads), tokens[:1, :6], torch.tensor([5])
     padded = torch.cat([tokens[1:2, :5], row], 1)
-    got = net(padded, pad=torch.tensor([5]))[:, 5:]
-    assert_logits_equal(got, net(row), 1e-5)
+    assert_logits_equal(net(padded, pad=pad)[:, 5:], net(row), 1e-5)
+    cache = net.new_cache(1, 11)                                 # and in two pieces
+    net(padded[:, :8], cache=cache, pad=pad)
+    assert_logits_equal(net(padded[:, 8:], cache=cache, start=8, pad=pad), net(row)[:, 3:], 1e-5)
 
 
 def test_greedy_equals_transformers(net):
@@ -129,6 +152,18 @@ def test_top_p_keeps_the_nucleus():
     g = torch.Generator().manual_seed(0)
     drawn = model.sample(logits, 1.0, 0.7, g).flatten().bincount(minlength=4) / 20000
     torch.testing.assert_close(drawn, torch.tensor([0.625, 0.375, 0, 0]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(temperature=-0.1), "temperature should be 0 .* not -0.1"),
+    (dict(temperature=float("nan")), "temperature should be .* not nan"),
+    (dict(temperature=float("inf")), "temperature should be .* not inf"),
+    (dict(top_p=0), "top_p should be above 0 and at most 1, not 0"),
+    (dict(top_p=1.5), "top_p should be .* not 1.5"),
+    (dict(max_new_tokens=0), "max_new_tokens should be at least 1, not 0")])
+def test_wrong_options(net, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(net, [[1, 5]], **options)
 
 
 # --- reading
@@ -199,6 +234,42 @@ def test_dtype_and_device(tmp_path, net):
     assert torch.equal(half.get_parameter(name), net.get_parameter(name).bfloat16())
 
 
+def test_default_device():
+    assert model.default_device("cpu") == torch.device("cpu")
+    assert model.default_device(torch.device("cpu")) == torch.device("cpu")
+    assert model.default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "cuda:x", "meta", "vulkan", "hpu"])
+def test_wrong_device(device):
+    with pytest.raises(ValueError, match=f"^{device} is not available here: .*") as e:
+        model.load("tiny", device)
+    assert len(str(e.value)) < 160 and "\n" not in str(e.value)
+
+
+def test_cuda_without_cuda(monkeypatch):
+    def zeros(*args, device):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ValueError, match="cuda is not available here: Torch not compiled with"):
+        model.default_device("cuda")
+
+
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_emulated_bfloat16_is_not_the_default(monkeypatch, native, dtype):
+    """An older GPU, for which PyTorch says yes unless it is asked about the hardware."""
+    class GPU(str):
+        type = "cuda"
+
+    asked, to = [], torch.Tensor.to
+    monkeypatch.setattr(model, "default_device", GPU)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(torch.Tensor, "to", lambda W, device, d: asked.append(d) or to(W, "cpu", d))
+    model.load("tiny", "cuda")
+    assert set(asked) == {dtype}
+
+
 def test_name_under_checkpoints():
     assert model.find("tiny") == TINY
     with pytest.raises(FileNotFoundError, match="no checkpoint llama9: .*params.json, "
@@ -222,7 +293,15 @@ def break_shard(directory, change, i=0):
      r"layers.0.feed_forward.w2.weight: expected shape \(48, 128\), found \(48, 99\)"),
     (lambda s: s.pop("tok_embeddings.weight"), "tok_embeddings.weight is missing"),
     (lambda s: s.update({"norm.weight": torch.ones(47)}),
-     r"norm.weight: expected shape \(48,\), found \(47,\)")])
+     r"norm.weight: expected shape \(48,\), found \(47,\) in 1 shard"),
+    (lambda s: s.update({"tok_embeddings.weight": torch.ones(48)}),
+     "00.pth: tok_embeddings.weight is missing or not a matrix"),
+    (lambda s: s.update({"norm.weight": [1.0, 2.0]}),
+     "00.pth: norm.weight should be a tensor of floats, not list"),
+    (lambda s: s.update({"norm.weight": torch.ones(48).int()}),
+     "00.pth: norm.weight should be a tensor of floats, not torch.int32"),
+    (lambda s: s.update({1: torch.ones(2), "b": torch.ones(2)}),
+     r"2 unexpected tensor\(s\), first 1")])
 def test_wrong_tensors(tmp_path, net, change, message):
     break_shard(write(tmp_path, net), change)
     with pytest.raises(ValueError, match=message):
@@ -261,11 +340,11 @@ def test_pickled_code_is_not_run(tmp_path, net):
 
 
 @pytest.mark.parametrize("params, message", [
-    (dict(dim=None), "params.json: 'dim' is missing"),
+    (dict(dim=None), "params.json: dim is missing or not a whole number above 0: null"),
     (dict(n_heads=7), "do not divide into heads"),
     (dict(n_kv_heads=4), "do not divide into heads"),
     (dict(use_scaled_rope=True), "does not know {'use_scaled_rope': True}"),
-    (dict(dim="wide"), "not a LLaMA's params.json"),
+    (dict(dim="wide"), 'params.json: dim is missing or not a whole number above 0: "wide"'),
     (dict(n_layers=3), r"9 missing tensor\(s\), first layers.2"),
     (dict(multiple_of=100), r"w1.weight: expected shape \(200, 48\), found \(128, 48\)")])
 def test_wrong_params(tmp_path, net, params, message):
@@ -274,9 +353,45 @@ def test_wrong_params(tmp_path, net, params, message):
         model.load(tmp_path, "cpu")
 
 
-def test_params_missing_or_broken(tmp_path, net):
+@pytest.mark.parametrize("field, value", [
+    *[(field, bad) for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size",
+                                 "multiple_of", "max_seq_len") for bad in (64.0, True, "a", 0, -4)],
+    *[(field, bad) for field in ("norm_eps", "rope_theta", "ffn_dim_multiplier")
+      for bad in (False, "x", 0, -1.0, [1], float("inf"), float("nan"))],
+    *[(field, None) for field in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps",
+                                  "rope_theta", "vocab_size")]])
+def test_wrong_numbers(tmp_path, field, value):
+    params = {"dim": 48, "n_layers": 2, "n_heads": 6, field: value}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    kind = "number" if field in model.FLOATS else "whole number"
+    with pytest.raises(ValueError) as e:
+        model.read_config(tmp_path, [{"tok_embeddings.weight": torch.ones(101, 48)}])
+    assert str(e.value) == (f"{tmp_path}/params.json: {field} is missing or not a {kind} above 0: "
+                            f"{json.dumps(value)}")
+
+
+def test_numbers_left_open(tmp_path):
+    params = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": None, "vocab_size": -1,
+              "ffn_dim_multiplier": None, "max_seq_len": None, "max_batch_size": 32}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    c = model.read_config(tmp_path, [{"tok_embeddings.weight": torch.ones(101, 48)}])
+    assert c == model.Config(48, 2, 6, 6, 101, 256, tied=True)
+
+
+def test_max_seq_len_is_kept(tmp_path, net):
+    write(tmp_path, net, max_seq_len=256)
+    again = model.load(tmp_path, "cpu")
+    assert again.config.max_seq_len == 256 and net.config.max_seq_len == 0
+    model.save(again, tmp_path)
+    assert model.load(tmp_path, "cpu").config == again.config
+    model.save(net, tmp_path)
+    assert "max_seq_len" not in (tmp_path / "params.json").read_text()
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"[1, 2]", b"7", b'{"dim": "\xff"}'])
+def test_params_missing_or_broken(tmp_path, net, content):
     write(tmp_path, net)
-    (tmp_path / "params.json").write_text("{")
+    (tmp_path / "params.json").write_bytes(content)
     with pytest.raises(ValueError, match="params.json: not a LLaMA's params.json"):
         model.load(tmp_path, "cpu")
     (tmp_path / "params.json").unlink()
@@ -284,13 +399,24 @@ def test_params_missing_or_broken(tmp_path, net):
         model.load(tmp_path, "cpu")
 
 
-def test_failed_save_leaves_the_old_checkpoint(tmp_path, net, monkeypatch):
+@pytest.mark.parametrize("owner, name", [(json, "dumps"), (torch, "save"), (os, "replace")])
+def test_failed_save_leaves_the_old_checkpoint(tmp_path, net, monkeypatch, owner, name):
     model.save(net, tmp_path)
 
     def disk_full(*args, **kwargs):
+        if name == "save":
+            args[1].write_bytes(b"half a file")
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(json, "dumps", disk_full)
+        patch.setattr(owner, name, disk_full)
         model.save(small_net(seed=1), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["consolidated.00.pth", "params.json"]
+    assert_same_weights(model.load(tmp_path, "cpu"), net)
+
+
+def test_save_over_a_sharded_checkpoint(tmp_path, net):
+    write(tmp_path, small_net(seed=1), shards=2)
+    model.save(net, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["consolidated.00.pth", "params.json"]
     assert_same_weights(model.load(tmp_path, "cpu"), net)
