@@ -9,7 +9,6 @@ With an adapter, --prompt shows the base model's completion beside the adapted o
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 import data
 import model
 import pissa
+from adapter import written
 
 
 def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, desc=None, **sampling):
@@ -35,6 +35,16 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, desc=None, **sa
     return out
 
 
+def references(examples, where):
+    """The final answer of every reference; ValueError for one that has none."""
+    answers = [data.final_answer(reference) for _, reference in examples]
+    if None in answers:
+        i = answers.index(None)
+        raise ValueError(f"{where}: record {i + 1}: the reference answer names no number after "
+                         f"'####' or 'The answer is': {examples[i][1][:60]!r}")
+    return answers
+
+
 def accuracy(net, tok, examples, *, max_new_tokens=128, batch=64, desc="accuracy"):
     """Share of exact final answers, and a list of predictions (dicts), greedily decoded.
 
@@ -42,16 +52,12 @@ def accuracy(net, tok, examples, *, max_new_tokens=128, batch=64, desc="accuracy
     greedy answer of at most max_new_tokens; it counts when the first number after "####" or "The
     answer is" equals the reference's as a rational number. A reference without: ValueError.
     """
-    references = [data.final_answer(reference) for _, reference in examples]
-    if None in references:
-        i = references.index(None)
-        raise ValueError(f"record {i + 1}: the reference answer names no number after '####' or "
-                         f"'The answer is': {examples[i][1][:60]!r}")
+    answers = references(examples, "accuracy")
     texts = complete(net, tok, [p for p, _ in examples], max_new_tokens=max_new_tokens, batch=batch,
                      desc=desc)
     rows = [{"prompt": p, "response": text, "answer": data.final_answer(text), "reference": ref,
              "correct": data.same_answer(data.final_answer(text), ref)}
-            for (p, _), text, ref in zip(examples, texts, references)]
+            for (p, _), text, ref in zip(examples, texts, answers)]
     return sum(r["correct"] for r in rows) / len(rows), rows
 
 
@@ -68,18 +74,35 @@ def perplexity(net, tok, text, length=512):
     return math.exp(total / len(ids)), len(ids)
 
 
+def load_model(ckpt, tok, device=None, dtype=None):
+    """model.load, dtype by name, of a model whose vocabulary holds every id of the tokenizer."""
+    net = model.load(ckpt, device, dtype and getattr(torch, dtype))
+    if tok.vocab_size > net.config.vocab_size:
+        raise ValueError(f"{model.find(ckpt)}: tokenizer.model has {tok.vocab_size} pieces, but "
+                         f"the model embeds {net.config.vocab_size}: they do not belong together")
+    return net
+
+
 def write_lines(path, rows):
-    """Write dicts as jsonl, under a temporary name until all are written."""
+    """Write dicts as jsonl; the file appears when all are written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    os.replace(tmp, path)
+    with written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), file=file)
+
+
+def check_ranges(parser, args, **ranges):
+    """Refuse an option outside its (low, high), both included; NaN is outside of any."""
+    for name, (low, high) in ranges.items():
+        value, limit = getattr(args, name), f" and at most {high:g}" if high < math.inf else ""
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low:g}{limit}, not {value}")
 
 
 def arguments():
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__, usage="python eval.py [--option value ...]",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", default="tiny", help="directory, or a name under checkpoints/")
     p.add_argument("--adapter", help="adapter directory, as train.py or PEFT wrote it")
@@ -94,49 +117,72 @@ def arguments():
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=int, default=64, help="prompts decoded together")
-    p.add_argument("--length", type=int, default=512, help="window of --ppl, in tokens")
+    p.add_argument("--length", type=int, help="window of --ppl, in tokens (default: 512, or what "
+                   "the model was trained for, if that is less)")
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
-    args = p.parse_args()
+    args, at_least_1 = p.parse_args(), (1, math.inf)
+    check_ranges(p, args, limit=at_least_1, max_new_tokens=at_least_1, batch=at_least_1,
+                 length=at_least_1, temperature=(0, 1e6), top_p=(1e-9, 1), seed=(0, 2**63 - 1))
     if not (args.prompt or args.accuracy or args.ppl):
         p.error("nothing to do: give --prompt, --accuracy or --ppl")
+    if (args.prompt or "").encode(errors="replace").decode() != (args.prompt or ""):
+        p.error("--prompt is not valid UTF-8")
     return args
 
 
+def show_accuracy(net, tok, examples, args):
+    """--accuracy: the protocol, the score with its standard error, and a file of predictions."""
+    print(f"protocol: the template of data.PROMPT, greedy, at most {args.max_new_tokens} new "
+          "tokens; the first number after '####' or 'The answer is' must equal the reference")
+    score, rows = accuracy(net, tok, examples, batch=args.batch, max_new_tokens=args.max_new_tokens)
+    error = math.sqrt(score * (1 - score) / len(rows))
+    folder = Path(args.adapter).parent if args.adapter else Path("runs")
+    out = args.out or folder / f"predictions-{Path(args.accuracy).stem}.jsonl"
+    write_lines(out, rows)
+    print(f"accuracy {score:.1%} ± {error:.1%} (standard error) on {len(rows)} problems; "
+          f"predictions in {out}")
+
+
 def main():
-    """Load the model, then whatever was asked for."""
+    """Read everything, load the model, then do whatever was asked for."""
     args = arguments()
-    tok, net = data.Tokenizer(model.find(args.ckpt)), model.load(args.ckpt, args.device)
     examples = data.read(args.accuracy, args.fields)[:args.limit] if args.accuracy else []
-    text = Path(args.ppl).read_text() if args.ppl else ""
-
-    def answer():
-        return complete(net, tok, [args.prompt], max_new_tokens=args.max_new_tokens, seed=args.seed,
-                        temperature=args.temperature, top_p=args.top_p)[0]
-
+    references(examples, args.accuracy)
+    try:
+        text = Path(args.ppl).read_text(encoding="utf-8") if args.ppl else ""
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.ppl}: not UTF-8; convert the file (see iconv)") from None
+    tok = data.Tokenizer(model.find(args.ckpt))
+    net = load_model(args.ckpt, tok, args.device)
     if args.adapter:
-        if args.prompt:
-            print(f"--- base\n{answer()}\n--- with {args.adapter}")
-        pissa.load(net, args.adapter, keep_base=False)
+        pissa.load(net, args.adapter, keep_base=bool(args.prompt))
     if args.prompt:
-        print(answer())
+        sampling = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "top_p", "seed")}
+        if args.adapter:
+            with pissa.disabled(net):
+                print(f"--- base\n{complete(net, tok, [args.prompt], **sampling)[0]}")
+            print(f"--- with {args.adapter}")
+        print(complete(net, tok, [args.prompt], **sampling)[0])
     if args.accuracy:
-        print(f"protocol: the template of data.PROMPT, greedy, at most {args.max_new_tokens} new "
-              "tokens; the first number after '####' or 'The answer is' must equal the reference")
-        score, rows = accuracy(net, tok, examples, batch=args.batch,
-                               max_new_tokens=args.max_new_tokens)
-        error = math.sqrt(score * (1 - score) / len(rows))
-        folder = Path(args.adapter).parent if args.adapter else Path("runs")
-        out = args.out or folder / f"predictions-{Path(args.accuracy).stem}.jsonl"
-        write_lines(out, rows)
-        print(f"accuracy {score:.1%} ± {error:.1%} (standard error) on {len(rows)} problems; "
-              f"predictions in {out}")
+        show_accuracy(net, tok, examples, args)
     if args.ppl:
-        ppl, n = perplexity(net, tok, text, args.length)
-        print(f"perplexity {ppl:.4f} per token ({n:,} tokens, windows of {args.length})")
+        length = args.length or min(512, net.config.max_seq_len or 512)
+        ppl, n = perplexity(net, tok, text, length)
+        print(f"perplexity {ppl:.4f} per token ({n:,} tokens, windows of {length})")
+
+
+def run(main, name):
+    """main(), with one line and exit code 1 in place of a traceback for what is no bug of ours."""
+    try:
+        main()
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"{name}: {str(e).splitlines()[0]} Lower --batch or --micro-batch, use "
+                 "--checkpointing, a smaller --rank or --max-length")
+    except (ValueError, OSError) as e:
+        sys.exit(f"{name}: {e}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:      # the user's mistakes: one line, no traceback
-        sys.exit(f"eval.py: {e}")
+    run(main, "eval.py")

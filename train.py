@@ -25,16 +25,30 @@ from tqdm import tqdm
 import data
 import model
 import pissa
-from eval import accuracy, complete
+from adapter import written
+from eval import accuracy, check_ranges, complete, load_model, references, run
 
 TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
 DEMO = (f"--ckpt {TINY} --data {TINY}/train.jsonl --test-data {TINY}/test.jsonl --rank 16 "
         "--lr 1e-3 --batch 16 --steps 120 --max-new-tokens 64 --out runs/demo")
 
 
+def power_iterations(text):
+    """--niter: a number, or `exact` for None."""
+    return None if text == "exact" else int(text)
+
+
+def names(text):
+    """--targets: names between commas."""
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise ValueError
+    return found
+
+
 def arguments():
     """The command line; without --ckpt, the demo's, which what was given overrides."""
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__, usage="python train.py [--option value ...]",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", help="directory with Meta's raw weights, or a name under checkpoints/")
@@ -49,9 +63,9 @@ def arguments():
         help="what is trained: A and B (pissa, lora) or every weight (full)")
     add("--adapter", help="go on training this adapter instead of a new one")
     add("--rank", type=int, default=128, help="r, the width of A and B")
-    add("--niter", default=8, type=lambda s: None if s == "exact" else int(s),
+    add("--niter", type=power_iterations, default=8,
         help="power iterations of the SVD, or: exact")
-    add("--targets", type=lambda s: s.split(","), default=pissa.TARGETS,
+    add("--targets", type=names, default=pissa.TARGETS,
         help="leaf names of the linear layers, e.g. q_proj,v_proj (default: all seven)")
     add("--lr", type=float, default=2e-5, help="peak learning rate (cosine to 0)")
     add("--warmup", type=float, default=0.03, help="share of the steps that warm up")
@@ -71,14 +85,21 @@ def arguments():
     add("--max-new-tokens", type=int, default=128, help="of completions before and after")
     given = sys.argv[1:]
     args = p.parse_args(given)
-    if not args.ckpt:
+    if args.ckpt is None:
         args = p.parse_args(DEMO.split() + given)
         print("the demo, since no --ckpt was given; spelled out:\n  python train.py "
               + shlex.join(DEMO.split() + given))
-    for name in ("rank", "batch", "micro_batch", "max_length", "epochs"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    inf, at_least_1 = math.inf, (1, math.inf)
+    check_ranges(p, args, rank=at_least_1, batch=at_least_1, micro_batch=at_least_1,
+                 max_length=(2, inf), epochs=at_least_1, steps=at_least_1, niter=(0, inf),
+                 max_new_tokens=at_least_1, lr=(1e-12, 1e38), clip=(1e-12, inf),
+                 weight_decay=(0, inf), warmup=(0, 1), seed=(0, 2**63 - 1))
+    if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
+        p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
     args.out = Path(args.out or f"runs/{Path(args.ckpt).name}-{args.method}")
+    there = next(d for d in (args.out, *args.out.absolute().parents) if d.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        p.error(f"--out {args.out}: {there} is not a directory that can be written to")
     return args
 
 
@@ -89,6 +110,9 @@ def read_data(args, tok):
         train, val = examples, data.read(args.val_data, args.fields)
     else:
         train, val = data.split(examples, args.val_fraction, args.seed)
+    if not val:
+        val = train[:32]
+        print("no validation examples: the validation loss below is that of 32 training examples")
     encoded, cut, dropped = data.encode(train, tok, args.max_length)
     print(f"data: {args.data}, {len(encoded)} examples, {len(val)} for validation; {cut} truncated "
           f"to {args.max_length} tokens, {dropped} dropped (prompts that leave nothing to learn)")
@@ -126,7 +150,7 @@ def learning_rate(step, steps, args):
 
 
 def train(net, examples, args, autocast):
-    """The loop. Returns the logged rows and whether Ctrl-C ended it."""
+    """The loop. Returns the logged rows and why it ended early, or None."""
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     epoch = math.ceil(len(examples) / args.batch)          # steps in one
@@ -149,24 +173,25 @@ def train(net, examples, args, autocast):
                 loss.backward()
                 total += loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
             row = {"step": step + 1, "loss": total.item(), "grad_norm": norm.item(), "lr": lr,
                    "tokens": sum(len(ids) for ids, _ in batch)}
+            for what in ("loss", "grad_norm"):                 # before it spoils the weights
+                if not math.isfinite(row[what]):
+                    name = {"loss": "loss", "grad_norm": "gradient norm"}[what]
+                    return rows, f"the {name} is {row[what]} at step {step + 1}: lower --lr"
+            optimizer.step()
+            optimizer.zero_grad()
             row["seconds"] = time.perf_counter() - start
-            if not math.isfinite(row["loss"]):
-                raise ValueError(f"the loss is {row['loss']} at step {step + 1}: lower --lr")
             rows.append(row)
             print(json.dumps(row), file=log, flush=True)
             bar.set_postfix(loss=f"{row['loss']:.3f}", norm=f"{row['grad_norm']:.2f}",
                             tok_s=f"{row['tokens'] / row['seconds']:,.0f}")
     except KeyboardInterrupt:
-        print(f"\ninterrupted after {len(rows)} of {steps} steps: saving what was learnt")
-        return rows, True
+        return rows, f"interrupted after {len(rows)} of {steps} steps"
     finally:
         bar.close()
         log.close()
-    return rows, False
+    return rows, None
 
 
 def look(net, tok, val, val_texts, test, args, autocast, when):
@@ -181,6 +206,8 @@ def look(net, tok, val, val_texts, test, args, autocast, when):
 
 def write_weights(net, args):
     """The adapter, or for --method full a checkpoint in Meta's layout; returns the directory."""
+    with written(args.out / "args.json") as tmp:
+        tmp.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
     if args.method == "full":
         model.save(net.to(torch.bfloat16), args.out / "checkpoint")
         shutil.copy(model.find(args.ckpt) / "tokenizer.model", args.out / "checkpoint")
@@ -203,89 +230,105 @@ def plot(rows, args):
     plt.ylabel("training loss")
     plt.title(f"{args.ckpt}, {args.method}, learning rate {args.lr:g}", fontsize=10)
     plt.tight_layout()
-    plt.savefig(args.out / "loss.png", dpi=120)
+    with written(args.out / "loss.png") as tmp:
+        plt.savefig(tmp, dpi=120, format="png")
+    plt.close()
 
 
-def summarise(rows, before, after, args, seconds):
+def summarise(rows, before, after, args, seconds, device):
     """Print what came out and write it to summary.json. seconds: dict of load, init, all."""
-    trained = sum(r["seconds"] for r in rows)
+    trained, gpu = sum(r["seconds"] for r in rows), device.type == "cuda"
     summary = {"steps": len(rows), "seconds": {**seconds, "train": trained},
                "tokens_per_second": sum(r["tokens"] for r in rows) / trained,
-               "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+               "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu else 0,
                "before": before, "after": after}
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with written(args.out / "summary.json") as tmp:
+        tmp.write_text(json.dumps(summary, indent=2) + "\n")
     for prompt, answer in before["answers"].items():
         print(f"\n--- {prompt}\nbefore: {answer[:200]}\nafter:  {after['answers'][prompt]}")
     print(f"\nvalidation loss {before['loss']:.4f} -> {after['loss']:.4f}")
     if args.test_data:
         print(f"accuracy on {args.test_data}: {before['accuracy']:.1%} -> {after['accuracy']:.1%}")
     print(f"{len(rows)} steps in {trained:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s; "
-          f"{seconds['all']:.0f} s in all" + f", peak GPU memory "
-          f"{summary['peak_gpu_bytes'] / 2**30:.1f} GiB" * torch.cuda.is_available())
+          f"{seconds['all']:.0f} s in all")
+    if gpu:
+        print(f"peak GPU memory {summary['peak_gpu_bytes'] / 2**30:.1f} GiB")
+
+
+def prepare(net, args):
+    """Make the parameters of args.method trainable: whole weights, an adapter, or a new one."""
+    if args.method == "full":
+        net.requires_grad_(True)
+    elif args.adapter:
+        pissa.load(net, args.adapter, keep_base=False)
+        vars(args).update({key: net.pissa[key] for key in ("method", "rank", "niter")})
+        print(f"going on with {args.adapter}: {args.method}, rank {args.rank}")
+    else:
+        pissa.inject(net, args.rank, args.method, args.targets, args.niter, args.seed,
+                     keep_base=False)
+    net.checkpointing = args.checkpointing
+    for layer in net.model.layers if args.compile else ():
+        layer.compile()
+
+
+def advise(net, examples, args):
+    """A line for what would run, but not as the user may expect."""
+    if args.method == "pissa" and net.config.dim >= 1024 and args.lr > 1e-4:
+        print(f"note: --lr {args.lr:g} suits LoRA, whose B starts at 0; PiSSA starts at the largest"
+              " singular values and wants less: the paper uses 2e-5, see also arXiv 2602.04998")
+    longest = max(len(ids) for ids, _ in examples)
+    if 0 < net.config.max_seq_len < longest:
+        print(f"note: the longest example has {longest} tokens, and the model was trained for "
+              f"{net.config.max_seq_len} positions: see --max-length")
 
 
 def main():
     """Load, look, inject, train, save, look again."""
-    begin = time.perf_counter()
-    args = arguments()
+    begin, args = time.perf_counter(), arguments()
     tok = data.Tokenizer(model.find(args.ckpt))
     examples, val, val_texts = read_data(args, tok)
     test = data.read(args.test_data, args.fields) if args.test_data else []
-
+    references(test, args.test_data)
     start, full = time.perf_counter(), args.method == "full"
-    dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if full else None
-    net = model.load(args.ckpt, args.device, dtype)
+    net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype)
     seconds = {"load": time.perf_counter() - start}
     device = net.lm_head.weight.device
     # Whole weights are trained in float32 with bfloat16 products; A and B are float32 anyway.
-    mixed = full and not args.dtype and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    mixed = full and not args.dtype and device.type == "cuda"
+    mixed = mixed and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
     print(f"model: {args.ckpt}, {sum(p.numel() for p in net.parameters()):,} parameters, "
           f"{net.lm_head.weight.dtype} on {device}, read in {seconds['load']:.1f} s")
-    if args.method == "pissa" and net.config.dim >= 1024 and args.lr > 1e-4:
-        print(f"note: --lr {args.lr:g} suits LoRA, whose B starts at 0; PiSSA starts at the largest"
-              " singular values and wants less: the paper uses 2e-5, see also arXiv 2602.04998")
     before = look(net, tok, val, val_texts, test, args, autocast, "before")
 
     start = time.perf_counter()
-    if full:
-        net.requires_grad_(True)
-    elif args.adapter:
-        pissa.load(net, args.adapter, keep_base=False)
-    else:
-        pissa.inject(net, args.rank, args.method, args.targets, args.niter, args.seed,
-                     keep_base=False)
+    prepare(net, args)
     seconds["init"] = time.perf_counter() - start
+    advise(net, examples, args)
     if not full and not args.adapter:
         loss = validation_loss(net, val, args, autocast)
         print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
         if abs(loss - before["loss"]) > 0.02 * before["loss"]:
             raise ValueError("the injected model is not the base model: the loss differs at step 0")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
-    net.checkpointing = args.checkpointing
-    for layer in net.model.layers if args.compile else ():
-        layer.compile()
 
-    rows, interrupted = train(net, examples, args, autocast)
+    rows, stopped = train(net, examples, args, autocast)
     if not rows:
-        sys.exit("nothing was learnt yet, nothing is saved")
+        sys.exit(f"train.py: {stopped}; nothing was learnt yet, nothing is saved")
     where = write_weights(net, args)
     plot(rows, args)
-    if interrupted:
-        sys.exit(f"weights in {where}")
+    if stopped:
+        sys.exit(f"train.py: {stopped}; what was learnt before is in {where}")
     with torch.compiler.set_stance("force_eager"):         # generation has a new shape every token
         after = look(net, tok, val, val_texts, test, args, autocast, "after")
-    summarise(rows, before, after, args, {**seconds, "all": time.perf_counter() - begin})
+    if not math.isfinite(after["loss"]):
+        raise ValueError(f"the validation loss is {after['loss']} after the last step: lower --lr")
+    seconds["all"] = time.perf_counter() - begin
+    summarise(rows, before, after, args, seconds, device)
     use = f"--ckpt {where}" if full else f"--ckpt {args.ckpt} --adapter {where}"
     print(f"weights in {where}; use them:\n  python eval.py {use} --prompt "
           + shlex.quote(next(iter(before["answers"]), "your question")))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:      # the user's mistakes: one line, no traceback
-        sys.exit(f"train.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    run(main, "train.py")

@@ -1,6 +1,7 @@
 """The demo with every method at every learning rate: which is best, and how sure can one be?
 
-    python -m bench.bench_demo --jobs 2 --out bench/results/demo_cpu.json
+    python -m bench.bench_demo --device cuda --jobs 10 --out bench/results/demo_h200.json
+    python -m bench.bench_demo --rates pissa=1e-3 lora=4e-3 full=2.5e-4 --jobs 2 --out ...
 
 Runs the demo (train.py without --ckpt, in float32) for pissa, lora and full, over learning rates and
 seeds; a seed changes the random numbers of the method and the order of the data. Each method's own
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from bench import report
 
-RATES = {"pissa": [5e-4, 1e-3, 2e-3, 4e-3], "lora": [1e-3, 2e-3, 4e-3, 8e-3],
-         "full": [1.25e-4, 2.5e-4, 5e-4, 1e-3]}
+RATES = {"pissa": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3], "lora": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+         "full": [6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3]}
 
 
 def run(method, lr, seed, args):
@@ -48,19 +49,22 @@ def main():
     p.add_argument("--device", default="cpu")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time")
     p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--methods", nargs="+", default=list(RATES), choices=list(RATES))
+    p.add_argument("--rates", nargs="+", metavar="METHOD=LR,LR", help="instead of all of them")
     p.add_argument("--scratch", default="runs/bench-demo")
     p.add_argument("--out")
-    args = p.parse_args()
+    args, rates = p.parse_args(), RATES
+    if args.rates:
+        rates = {m: [float(lr) for lr in text.split(",")]
+                 for m, text in (word.split("=") for word in args.rates)}
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run, m, lr, s, args) for m in args.methods for lr in RATES[m]
+        jobs = [pool.submit(run, m, lr, s, args) for m in rates for lr in rates[m]
                 for s in range(args.seeds)]
         rows = [job.result() for job in jobs]
     best = {}
-    for m in args.methods:
+    for m in rates:
         def scores(lr):
             return [r["accuracy"] for r in rows if (r["method"], r["lr"]) == (m, lr)]
-        lr = max(RATES[m], key=lambda lr: statistics.mean(scores(lr)))
+        lr = max(rates[m], key=lambda lr: statistics.mean(scores(lr)))
         best[m] = {"lr": lr, "accuracy": statistics.mean(scores(lr)),
                    "spread": max(scores(lr)) - min(scores(lr))}
         print(f"{m}: best at {lr:g}, {best[m]['accuracy']:.1%} (spread {best[m]['spread']:.1%})")

@@ -557,7 +557,7 @@ def test_ctrl_c_saves_what_was_learnt(flags, tok, files, tmp_path):
     assert process.returncode not in (0, -signal.SIGINT), err
     assert "Traceback" not in err and str(tmp_path / "adapter") in out + err
     done = len(read_lines(log))
-    assert done >= 4 and f"interrupted after {done} of 5000 steps" in out
+    assert done >= 4 and f"interrupted after {done} of 5000 steps" in err
     net = pissa.load(model.load("tiny", "cpu"), tmp_path / "adapter").requires_grad_(False)
     assert full_logits_loss(net, split_of_run(tok, files)[1]) < 0.8 * read_lines(log)[0]["loss"]
 
@@ -570,7 +570,7 @@ def test_ctrl_c_before_anything_was_learnt(flags, tmp_path, monkeypatch):
     assert "nothing" in failure("train.py", *flags, "--steps", 3, "--out", tmp_path)
     assert not (tmp_path / "adapter").exists()
     monkeypatch.setattr(pissa, "inject", ctrl_c)
-    assert failure("train.py", *flags, "--steps", 3, "--out", tmp_path) == "interrupted"
+    assert failure("train.py", *flags, "--steps", 3, "--out", tmp_path).endswith("interrupted")
 
 
 @pytest.mark.parametrize("steps, step", [(3, 2), (1, None)])

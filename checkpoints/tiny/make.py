@@ -36,7 +36,7 @@ import model  # noqa: E402
 import stories  # noqa: E402
 
 CONFIG = model.Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=2048, ffn_dim=688,
-                      tied=True)
+                      tied=True, max_seq_len=256)
 WINDOW = 256
 NATURAL = 0.15              # share of the natural text in a batch; the rest is generated
 BOS, EOS = 1, 2
