@@ -86,7 +86,7 @@ class Attention(nn.Module):
         if mask is not None and (groups := q.shape[1] // k.shape[1]) > 1:
             # SDPA's fast CUDA kernels take a mask or grouped heads, never both.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and start == 0,
                                            enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -1,9 +1,9 @@
 """The README's own command at Llama-2-7B's size: `python train.py --ckpt DIR --rank 64 ...`.
 
-    python -m bench.bench_train --tokenizer llama2/tokenizer.model --out bench/results/train_7b_h200.json
+    python -m bench.bench_train --tokenizer llama2/tokenizer.model --out bench/results/train_7b.json
 
-Writes a randomly initialised Llama-2-7B in Meta's raw layout (13.5 GB) unless --ckpt is there already,
-and texts long enough to fill every row; runs train.py as a user would, once for each variant, and
+Writes a randomly initialised Llama-2-7B in Meta's raw layout (13.5 GB) unless --ckpt is there
+already, and texts long enough to fill every row; runs train.py as a user would, once for each variant, and
 reads what it logged: seconds to load, to decompose, per step, tokens per second, peak memory.
 """
 import argparse
@@ -80,7 +80,8 @@ def main():
         write_checkpoint(args.ckpt, args.tokenizer, args.layers)
     write_texts(scratch / "texts.jsonl", "checkpoints/tiny/train.jsonl")
     rows = {name: run(args, scratch, name, VARIANTS[name]) for name in args.variants}
-    report({"bench": "train", "model": f"Llama-2-7B shape, {args.layers} layers, random weights, bf16",
+    shape = f"Llama-2-7B shape, {args.layers} layers, random weights, bf16"
+    report({"bench": "train", "model": shape,
             "batch": "8 x 512 tokens, rank 64, seven linears", "runs": rows}, args.out)
 
 

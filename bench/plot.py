@@ -84,13 +84,12 @@ def demo_figure():
     figure.savefig(ROOT / "bench" / "figures" / "demo.png", dpi=130)
 
 
-def svd_table():
-    """Seconds and excess residual for the 224 matrices of Llama-2-7B."""
-    svd = read("svd_h200")
+def svd_table(result="svd_h200"):
+    """Seconds and excess residual for the matrices of a whole model."""
+    svd = read(result)
     rows = [[rank, name, f"{row['seconds']:.2f} s", f"{row['excess_max']:.1e}"]
             for rank, methods in svd["ranks"].items() for name, row in methods.items()]
-    return table(["rank", "224 matrices of Llama-2-7B's shapes", "time", "excess residual, worst"],
-                 rows) + source(svd)
+    return table(["rank", svd["matrices"], "time", "excess residual, worst"], rows) + source(svd)
 
 
 def train_table():
@@ -102,6 +101,12 @@ def train_table():
             for name, r in train["runs"].items()]
     return table(["Llama-2-7B, rank 64, 8 x 512 tokens", "load", "decompose", "step", "tokens/s",
                   "peak memory", "first step"], rows) + source(train)
+
+
+def demo_output():
+    """The end of what `python train.py` printed, as it was."""
+    text = (RESULTS / "demo_output.txt").read_text()
+    return "```\n" + text[text.index("step 0:"):].rstrip() + "\n```"
 
 
 def tiny_text():
@@ -116,12 +121,13 @@ def tiny_text():
 
 def main():
     """Every table into its place."""
-    parts = {"demo": demo_table(), "svd": svd_table(), "train": train_table(), "tiny": tiny_text()}
+    parts = {"demo": demo_table(), "svd": svd_table(), "svd-cpu": svd_table("svd_smollm2_cpu"),
+             "train": train_table(), "tiny": tiny_text(), "demo-output": demo_output()}
     for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
         text = path.read_text()
         for name, part in parts.items():
-            text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)",
-                          lambda m: m[1] + part + m[2], text, flags=re.S)
+            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+                          lambda m: f"{m[1]}{part}\n{m[2]}", text, flags=re.S)
         path.write_text(text)
     demo_figure()
 

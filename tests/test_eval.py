@@ -92,7 +92,7 @@ def test_complete_keeps_the_order_in_any_batch(tok, batch):
     net = model.init_weights(model.load("tiny", "cpu").requires_grad_(False), std=0.2)
     prompts = [p for p, _ in EXAMPLES[:9]] + ["Hi", "A much longer one. " * 12, ""]
     one_by_one = [evaluation.complete(net, tok, [p], max_new_tokens=6)[0] for p in prompts]
-    assert len(set(one_by_one)) == len(prompts), "the answers are too much alike to tell their order"
+    assert len(set(one_by_one)) == len(prompts), "answers too much alike to tell the order"
     assert evaluation.complete(net, tok, prompts, max_new_tokens=6, batch=batch) == one_by_one
 
 
@@ -319,6 +319,6 @@ def test_ctrl_c(monkeypatch):
 
     monkeypatch.setattr(model, "generate", ctrl_c)
     try:
-        assert failure("--prompt", "Hi") == "interrupted"
+        assert failure("--prompt", "Hi") == "eval.py: interrupted"
     except KeyboardInterrupt:                  # it would end pytest
         pytest.fail("Ctrl-C ends in a traceback")

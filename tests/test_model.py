@@ -32,6 +32,17 @@ def test_tiny_logits_equal_transformers():
         assert_logits_equal(net(x), hugging_face(net)(x).logits)
 
 
+def test_tiny_can_tell_the_tokens_of_an_answer_apart():
+    """Tokens that pretraining never met share one embedding; an answer must not need them."""
+    import data
+    tok, net = data.Tokenizer(TINY), model.load(TINY, "cpu", torch.float32)
+    E = F.normalize(net.model.embed_tokens.weight.detach(), dim=1)
+    answers = [answer for _, answer in data.read(TINY / "train.jsonl")]
+    used = {i for answer in answers for i in tok.encode(answer, eos=True)}
+    cosines = (E[sorted(used)] @ E.T).topk(2).values[:, 1]
+    assert cosines.max() < 0.96
+
+
 def test_stories_logits_equal_transformers(stories):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(stories / "hf", dtype=torch.float32)
