@@ -2,10 +2,13 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
+# One thread: the matrices are tiny, and on a busy machine threads mostly wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import model
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import model  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "checkpoints" / "tiny"
