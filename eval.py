@@ -10,7 +10,10 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # nothing here needs it
 
 import torch
 import torch.nn.functional as F

@@ -80,8 +80,8 @@ def randomized_svd(W, rank, *, oversample=32, niter=8, generator=None):
 def check(W, rank, oversample=0, niter=0):
     """Raise ValueError for what cannot be decomposed."""
     if W.ndim < 2 or oversample < 0 or (niter or 0) < 0:
-        raise ValueError(f"SVD of shape {tuple(W.shape)}, oversample {oversample}, niter {niter}: it "
-                         "takes (m, n) or (b, m, n), and no negative numbers")
+        raise ValueError(f"SVD of shape {tuple(W.shape)}, oversample {oversample}, niter {niter}: "
+                         "it takes (m, n) or (b, m, n), and no negative numbers")
     if not W.is_floating_point():
         raise ValueError(f"SVD needs a floating-point matrix, not {W.dtype}")
     if not 1 <= rank <= min(W.shape[-2:]):

@@ -15,8 +15,11 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # nothing here needs it
 
 import torch
 import torch.nn.functional as F
