@@ -181,7 +181,9 @@ def run(main, name):
     except torch.OutOfMemoryError as e:
         sys.exit(f"{name}: {str(e).splitlines()[0]} Lower --batch or --micro-batch, use "
                  "--checkpointing, a smaller --rank or --max-length")
-    except (ValueError, OSError) as e:
+    except OSError as e:
+        sys.exit(f"{name}: {e.filename}: {e.strerror.lower()}" if e.filename else f"{name}: {e}")
+    except ValueError as e:
         sys.exit(f"{name}: {e}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")

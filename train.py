@@ -38,6 +38,8 @@ DEMO = ["--ckpt", TINY, "--data", f"{TINY}/train.jsonl", "--test-data", f"{TINY}
 
 def power_iterations(text):
     """--niter: a number, or `exact` for None."""
+    if text != "exact" and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is neither a number nor: exact")
     return None if text == "exact" else int(text)
 
 
@@ -45,7 +47,7 @@ def names(text):
     """--targets: names between commas."""
     found = tuple(name.strip() for name in text.split(",") if name.strip())
     if not found:
-        raise ValueError
+        raise argparse.ArgumentTypeError("names between commas, at least one")
     return found
 
 

@@ -4,8 +4,8 @@
     python -m bench.bench_demo --rates pissa=1e-3 lora=4e-3 full=2.5e-4 --jobs 2 --out ...
 
 Runs the demo (train.py without --ckpt, in float32) for pissa, lora and full, over learning rates
-and seeds; a seed changes the random numbers of the method and the order of the data. Each method's own
-best rate is the one with the highest mean accuracy on the held-out problems.
+and seeds; a seed changes the random numbers of the method and the order of the data. Each method's
+own best rate is the one with the highest mean accuracy on the held-out problems.
 """
 import argparse
 import json

@@ -3,8 +3,9 @@
     python -m bench.bench_train --tokenizer llama2/tokenizer.model --out bench/results/train_7b.json
 
 Writes a randomly initialised Llama-2-7B in Meta's raw layout (13.5 GB) unless --ckpt is there
-already, and texts long enough to fill every row; runs train.py as a user would, once for each variant, and
-reads what it logged: seconds to load, to decompose, per step, tokens per second, peak memory.
+already, and texts long enough to fill every row; runs train.py as a user would, once for each
+variant, and reads what it logged: seconds to load, to decompose, per step, tokens per second, peak
+memory.
 """
 import argparse
 import json

@@ -77,10 +77,12 @@ def make_tokenizer(path, texts):
 
 @cache
 def tokenizer_in(directory):
+    """The sentencepiece processor of a directory, read once per process."""
     return data.Tokenizer(directory).sp
 
 
 def encode(directory, documents):
+    """Documents as one row of int16 ids, in bytes: BOS document EOS BOS document EOS ..."""
     ids = array.array("h")
     for document in tokenizer_in(directory).encode(documents, num_threads=1):
         ids.extend([BOS, *document, EOS])
@@ -178,6 +180,7 @@ PROMPTS = ["Nora had 14 shells. She found 8 more and gave 5 to Leo. In the end",
 
 
 def main():
+    """Every stage whose file is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=512, help="windows of 256 tokens in a step")

@@ -52,6 +52,7 @@ IRREGULAR = {"box": "boxes", "potato": "potatoes", "brush": "brushes", "bench": 
 
 
 def plural(noun):
+    """More than one of it."""
     return IRREGULAR.get(noun, noun + "s")
 
 
@@ -120,6 +121,7 @@ def draw(rng, ranges):
 
 @cache
 def operand(source):
+    """The code of an expression of numbers, divisions exact."""
     return compile(source.replace("/", "//"), source, "eval")
 
 
@@ -192,6 +194,7 @@ def problems(rng, count, test):
 
 
 def main():
+    """Draw, divide and write both files."""
     parser = argparse.ArgumentParser(description="write train.jsonl and test.jsonl")
     parser.add_argument("--train", type=int, default=4000)
     parser.add_argument("--test", type=int, default=500)

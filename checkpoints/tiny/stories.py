@@ -60,6 +60,7 @@ def numbers(rng):
 
 
 def fact(rng):
+    """A line of plain arithmetic, in digits or in words."""
     x, op, y, z = numbers(rng)
     style = rng.random()
     if style < 0.5:
@@ -72,6 +73,7 @@ def fact(rng):
 
 
 def sentence(text):
+    """With a capital and a full stop."""
     return text[0].upper() + text[1:] + "."
 
 
@@ -154,6 +156,7 @@ def conclude(rng, workings):
 
 
 def story(rng):
+    """A situation told as prose: workings after each event, or all of them at the end."""
     it = situation(rng)
     past = rng.random() < 0.5
     told = [PRESENT.sub(lambda m: PAST[m[0]], line) if past and line.startswith("= ") else line
