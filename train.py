@@ -51,43 +51,55 @@ def names(text):
     return found
 
 
-def arguments():
-    """The command line; without --ckpt, the demo's, which what was given overrides."""
+def parser():
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, usage="python train.py [--option value ...]",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
+    add = p.add_argument_group("model and method").add_argument
     add("--ckpt", help="directory with Meta's raw weights, or a name under checkpoints/")
-    add("--data", default=f"{TINY}/train.jsonl", help="jsonl with instruction/output, "
-        "query/response, question/answer or text (default: the demo's word problems)")
-    add("--fields", help="field names of the jsonl, e.g. question,answer")
-    add("--val-data", help="jsonl for the validation loss")
-    add("--val-fraction", type=float, default=0.02, help="without --val-data: this share of --data")
-    add("--test-data", help="problems whose accuracy is measured before and after")
-    add("--out", help="directory of the run (default: runs/CKPT-METHOD)")
     add("--method", choices=[*pissa.METHODS, "full"], default="pissa",
         help="what is trained: A and B (pissa, lora) or every weight (full)")
-    add("--adapter", help="go on training this adapter instead of a new one")
     add("--rank", type=int, default=128, help="r, the width of A and B")
     add("--niter", type=power_iterations, default=8,
         help="power iterations of the SVD, or: exact")
     add("--targets", type=names, default=pissa.TARGETS,
         help="leaf names of the linear layers, e.g. q_proj,v_proj (default: all seven)")
-    add("--lr", type=float, default=2e-5, help="peak learning rate (cosine to 0)")
+    add("--adapter", help="go on training this adapter instead of a new one")
+    add("--out", help="directory of the run (default: runs/CKPT-METHOD)")
+    add = p.add_argument_group("data").add_argument
+    add("--data", default=f"{TINY}/train.jsonl", help="jsonl with instruction/output, "
+        "query/response, question/answer or text (default: the demo's word problems)")
+    add("--fields", help="field names of the jsonl files, e.g. question,answer")
+    add("--val-data", help="jsonl for the validation loss")
+    add("--val-fraction", type=float, default=0.02, help="without --val-data: this share of --data")
+    add("--test-data", help="problems whose accuracy is measured before and after")
+    add("--max-length", type=int, default=512, help="tokens; longer examples are cut")
+    add("--max-new-tokens", type=int, default=128, help="of completions before and after")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--lr", type=float, default=2e-5, help="peak learning rate, decayed to 0 by a cosine")
     add("--warmup", type=float, default=0.03, help="share of the steps that warm up")
-    add("--weight-decay", type=float, default=0.0)
+    add("--weight-decay", type=float, default=0.0, help="AdamW's")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--batch", type=int, default=128, help="examples per optimiser step")
-    add("--micro-batch", type=int, default=8, help="examples per pass: lower it to save memory")
-    add("--max-length", type=int, default=512, help="tokens; longer examples are cut")
-    add("--epochs", type=int, default=1)
+    add("--epochs", type=int, default=1, help="passes over the data")
     add("--steps", type=int, help="stop after so many steps (default: the epochs decide)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the SVD, the split and the order of the data")
+    add = p.add_argument_group("machine").add_argument
+    add("--micro-batch", type=int, default=8, help="examples per pass: lower it to save memory")
+    add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
+    add("--compile", action="store_true", help="torch.compile, layer by layer")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the frozen weights (default: bfloat16 on a GPU that has it, else float32)")
-    add("--compile", action="store_true", help="torch.compile, layer by layer")
-    add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
-    add("--max-new-tokens", type=int, default=128, help="of completions before and after")
+    for action in p._actions:
+        if type(action.default) in (int, float, str) and "default" not in action.help:
+            action.help += f" (default: {action.default})" if action.dest != "help" else ""
+    return p
+
+
+def arguments():
+    """What was asked for; without --ckpt, the demo, which what was given overrides."""
+    p = parser()
     given = sys.argv[1:]
     args = p.parse_args(given)
     if args.ckpt is None:
