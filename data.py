@@ -9,7 +9,7 @@ Fine-tuning on instructions sees one example as
    the border and the mask would have to guess; apart, it is exact. Generation starts from the same
    `prompt_ids`, so evaluation meets what training has seen.
 2. EOS is part of the response: a model that never learns it never stops.
-3. The shuffle is a function of (seed, epoch) and nothing else, so a run can resume anywhere.
+3. The shuffle is a function of (seed, epoch) and nothing else: same seed, same batches.
 4. Labels are shifted here, once: labels[t] is token t+1, or -100, which `cross_entropy` skips,
    where there is nothing to learn.
 5. Micro-batches are padded on the right. Attention is causal: a real token never looks right, so
@@ -141,7 +141,7 @@ def encode(examples, tok, max_length):
 
 
 def split(examples, fraction, seed):
-    """Set a random fraction aside -> (train, val); if it is not 0, neither side is left empty."""
+    """Set a random fraction aside -> (train, val); of two or more, neither side is left empty."""
     if not 0 <= fraction < 1:
         raise ValueError(f"the fraction to set aside must be in [0, 1), not {fraction}")
     n = min(max(round(fraction * len(examples)), fraction > 0), len(examples) - 1)

@@ -58,9 +58,11 @@ def accuracy(net, tok, examples, *, max_new_tokens=128, batch=64, desc="accuracy
     answers = references(examples, "accuracy")
     texts = complete(net, tok, [p for p, _ in examples], max_new_tokens=max_new_tokens, batch=batch,
                      desc=desc)
-    rows = [{"prompt": p, "response": text, "answer": data.final_answer(text), "reference": ref,
-             "correct": data.same_answer(data.final_answer(text), ref)}
-            for (p, _), text, ref in zip(examples, texts, answers)]
+    rows = []
+    for (prompt, _), text, reference in zip(examples, texts, answers):
+        answer = data.final_answer(text)
+        rows.append({"prompt": prompt, "response": text, "answer": answer, "reference": reference,
+                     "correct": data.same_answer(answer, reference)})
     return sum(r["correct"] for r in rows) / len(rows), rows
 
 

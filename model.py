@@ -361,6 +361,11 @@ def default_device(device=None):
     return found
 
 
+def has_bfloat16(device):
+    """Whether `device` is a GPU that computes in bfloat16 itself, without emulating it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def load(ckpt, device=None, dtype=None):
     """Read a LLaMA in Meta's raw layout.
 
@@ -371,8 +376,7 @@ def load(ckpt, device=None, dtype=None):
     Raises FileNotFoundError or ValueError naming file, tensor, expected and found.
     """
     device = default_device(device)
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = dtype or (torch.bfloat16 if half else torch.float32)
+    dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
     directory = find(ckpt)
     shards = read_shards(directory)
     with torch.device("meta"):

@@ -32,18 +32,13 @@ from torch import nn
 from tqdm import tqdm
 
 from adapter import compress, read_adapter, write_adapter  # noqa: F401
-from svd import full_float32, randomized_svd
+from svd import full_float32, randomized_svd, wide
 
 NOT_KEPT = "the base weights were not kept (keep_base=False): load the model again for that"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 # ------------------------------------------------------------- methods: weight -> residual, A, B
-
-def wide(W):
-    """W in the precision of decompositions: float32, or float64 if it has that."""
-    return W if W.dtype == torch.float64 else W.float()
-
 
 @full_float32()
 def residual(weight, A, B):
@@ -53,7 +48,7 @@ def residual(weight, A, B):
 
 def init_pissa(weight, rank, niter, generator):
     """Principal components: A = U_r S_r^1/2, B = S_r^1/2 V_r^T, W_res = W - A B (eq. 2-4)."""
-    U, S, Vh = randomized_svd(wide(weight).T, rank, niter=niter, generator=generator)
+    U, S, Vh = randomized_svd(weight.T, rank, niter=niter, generator=generator)
     A, B = (U * S.sqrt()).contiguous(), (S.sqrt()[:, None] * Vh).contiguous()
     return residual(weight, A, B), A, B
 

@@ -58,7 +58,7 @@ def randomized_svd(W, rank, *, oversample=32, niter=8, generator=None):
     Raises ValueError for a rank outside 1 ... min(m, n), NaN or Inf in W, or a W of integers.
     """
     check(W, rank, oversample, niter)
-    W = W if W.dtype == torch.float64 else W.float()
+    W = wide(W)
     m, n = W.shape[-2:]
     if niter is None or rank + oversample >= min(m, n):
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -77,7 +77,12 @@ def randomized_svd(W, rank, *, oversample=32, niter=8, generator=None):
     return fix_signs(Q @ X[..., :rank], S[..., :rank], V[..., :rank].mT)
 
 
-def check(W, rank, oversample=0, niter=0):
+def wide(W):
+    """W in the precision of decompositions: float32, or float64 if it has that."""
+    return W if W.dtype == torch.float64 else W.float()
+
+
+def check(W, rank, oversample, niter):
     """Raise ValueError for what cannot be decomposed."""
     if W.ndim < 2 or oversample < 0 or (niter or 0) < 0:
         raise ValueError(f"SVD of shape {tuple(W.shape)}, oversample {oversample}, niter {niter}: "
@@ -98,12 +103,12 @@ def orthonormalise(Y):
     float64 has room for: with Y in float32 the result is orthonormal to float32 rounding. Where the
     columns are (nearly) dependent, as for a W of low rank, Householder QR takes over.
     """
-    wide = Y.double()
-    L, info = torch.linalg.cholesky_ex(wide.mT @ wide)
+    Y64 = Y.double()
+    L, info = torch.linalg.cholesky_ex(Y64.mT @ Y64)
     pivots = L.diagonal(dim1=-2, dim2=-1)
     if bool((info > 0).any() | (pivots.amin() <= 1e-5 * pivots.amax())):
         return torch.linalg.qr(Y).Q
-    return torch.linalg.solve_triangular(L.mT, wide, upper=True, left=False).to(Y.dtype)
+    return torch.linalg.solve_triangular(L.mT, Y64, upper=True, left=False).to(Y.dtype)
 
 
 def small_svd(Z):
@@ -111,13 +116,13 @@ def small_svd(Z):
 
     Z^T Z = X S^2 X^T gives X and S, and V = Z X / S. In float64, for the same reason as above.
     """
-    wide = Z.double()
-    S2, X = torch.linalg.eigh(wide.mT @ wide)                                     # ascending
+    Z64 = Z.double()
+    S2, X = torch.linalg.eigh(Z64.mT @ Z64)                                       # ascending
     S, X = S2.clamp(min=0).sqrt().flip(-1), X.flip(-1)
     if bool((S[..., -1] <= 1e-5 * S[..., 0]).any()):      # dividing by such an S would be noise
         V, S, Xh = torch.linalg.svd(Z, full_matrices=False)
         return Xh.mT, S, V
-    V = wide @ X / S[..., None, :]
+    V = Z64 @ X / S[..., None, :]
     return X.to(Z.dtype), S.to(Z.dtype), V.to(Z.dtype)
 
 

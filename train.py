@@ -92,8 +92,9 @@ def parser():
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the frozen weights (default: bfloat16 on a GPU that has it, else float32)")
     for action in p._actions:
-        if type(action.default) in (int, float, str) and "default" not in action.help:
-            action.help += f" (default: {action.default})" if action.dest != "help" else ""
+        stated = action.dest == "help" or "default" in action.help
+        if type(action.default) in (int, float, str) and not stated:
+            action.help += f" (default: {action.default})"
     return p
 
 
@@ -192,10 +193,9 @@ def train(net, examples, args, autocast):
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
             row = {"step": step + 1, "loss": total.item(), "grad_norm": norm.item(), "lr": lr,
                    "tokens": sum(len(ids) for ids, _ in batch)}
-            for what in ("loss", "grad_norm"):                 # before it spoils the weights
-                if not math.isfinite(row[what]):
-                    name = {"loss": "loss", "grad_norm": "gradient norm"}[what]
-                    return rows, f"the {name} is {row[what]} at step {step + 1}: lower --lr"
+            for name, value in ("loss", row["loss"]), ("gradient norm", row["grad_norm"]):
+                if not math.isfinite(value):                   # stop before it spoils the weights
+                    return rows, f"the {name} is {value} at step {step + 1}: lower --lr"
             optimizer.step()
             optimizer.zero_grad()
             row["seconds"] = time.perf_counter() - start
@@ -311,8 +311,7 @@ def main():
     seconds = {"load": time.perf_counter() - start}
     device = net.lm_head.weight.device
     # Whole weights are trained in float32 with bfloat16 products; A and B are float32 anyway.
-    mixed = full and not args.dtype and device.type == "cuda"
-    mixed = mixed and torch.cuda.is_bf16_supported(including_emulation=False)
+    mixed = full and not args.dtype and model.has_bfloat16(device)
     autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
     print(f"model: {args.ckpt}, {sum(p.numel() for p in net.parameters()):,} parameters, "
           f"{net.lm_head.weight.dtype} on {device}, read in {seconds['load']:.1f} s")
