@@ -247,6 +247,8 @@ def to_linears(net, weight):
 
 def merge(net):
     """nn.Linear again, with what was learnt: W_res + A B, rounded once to the weight's dtype."""
+    for _, m in layers(net):
+        m.switch(True)               # inside `disabled`, `weight` is W: A B would come on top of it
     return to_linears(net, lambda m: residual(m.weight, -m.A.detach(), m.B.detach()))
 
 

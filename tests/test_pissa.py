@@ -221,6 +221,14 @@ def test_merge(net, tokens, method):
     assert_logits_equal(net(tokens), on, 1e-5)
 
 
+def test_merge_while_disabled(net, tokens):
+    optimise(quiet(net), tokens, 2)
+    on = net(tokens)
+    with pissa.disabled(net):
+        pissa.merge(net)
+    assert_logits_equal(net(tokens), on, 1e-5)
+
+
 def test_merge_keeps_bias():
     net = mlp()
     x, bias = torch.randn(3, 40), net.fc1.bias
