@@ -1,22 +1,28 @@
-"""LLaMA in one file: the network, its KV cache, reading and writing Meta's raw weights, generation.
+"""LLaMA in one file: the network, its KV cache, generation, reading and writing Meta's raw weights.
 
   embed_tokens -> n_layers x [x += self_attn(norm(x)), x += mlp(norm(x))] -> norm -> lm_head
 
+Llama 1 to 3.2, Mistral, Qwen2 and their kin are this network with other numbers in `Config`.
 Module and parameter names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), because
 the paper's target modules, and every adapter on disk, use them. Meta's files name and order things
-differently; `load` and `save` translate. This file knows nothing of PiSSA and can be copied alone.
+differently; `load` and `save` translate. Folders in Hugging Face's own layout are read by hf.py,
+the one file that this one looks for, and only then. It knows nothing of PiSSA.
 
     net = model.load("llama2-7b")                        # a directory, or a name under checkpoints/
     logits = net(tokens)                                 # (B, T) int64 -> (B, T, V) float32
     ids = model.generate(net, [[1, 306, 4658]], max_new_tokens=64)
 
 Shapes: B batch, T new positions, S all positions so far, D width, H heads, G key/value heads,
-K head width (D / H), V vocabulary.
+K head width (mostly D / H), V vocabulary.
 """
 import json
 import os
+import shutil
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf
+from functools import partial
+from math import inf, pi
 from pathlib import Path
 
 import torch
@@ -39,11 +45,13 @@ class Config:
     rope_theta: float = 10000.0
     tied: bool = False             # the output projection is the embedding matrix
     max_seq_len: int = 0           # positions it was trained for, 0: not stated; nothing here asks
+    head_dim: int = 0              # width of one attention head, 0: dim / n_heads
+    qkv_bias: bool = False         # Qwen2: q, k and v have biases
+    sliding_window: int = 0        # Mistral v0.1: tokens one can see, itself included; 0: all
+    rope_scaling: dict | None = None    # {"rope_type": "linear" or "llama3", "factor": ..., ...}
 
-    @property
-    def head_dim(self):
-        """Width of one attention head, K = D / H."""
-        return self.dim // self.n_heads
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.dim // self.n_heads
 
 
 # ---------------------------------------------------------------------------------------- network
@@ -52,6 +60,13 @@ def rope_tables(config, positions):
     """cos and sin of position x frequency, each (B or 1, 1, T, K/2) float32 (arXiv 2104.09864)."""
     k = torch.arange(0, config.head_dim, 2, device=positions.device)
     freqs = 1.0 / config.rope_theta ** (k.float() / config.head_dim)              # (K/2,)
+    if scaling := config.rope_scaling:      # stretched, for contexts longer than the original one
+        slow, keep = freqs / scaling["factor"], 0.0
+        if scaling["rope_type"] == "llama3":      # the faster a pair turns, the more of it is kept
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            turns = scaling["original_max_position_embeddings"] * freqs / (2 * pi)
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freqs = keep * freqs + (1 - keep) * slow
     angles = positions[:, None, :, None].float() * freqs                          # (B, 1, T, K/2)
     return angles.cos(), angles.sin()
 
@@ -68,26 +83,28 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        width, kv_width = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+        self.q_proj = nn.Linear(config.dim, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.dim, bias=False)
 
-    def forward(self, x, rope, mask, cache, start):
+    def forward(self, x, rope, mask, causal, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, H, T, K)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, G, T, K)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, G, T, K)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:                       # append to the cache, attend to all of it
-            cache[0][:, :, start:start + T], cache[1][:, :, start:start + T] = k, v
-            k, v = cache[0][:, :, :start + T], cache[1][:, :, :start + T]         # (B, G, S, K)
-        if mask is not None and (groups := q.shape[1] // k.shape[1]) > 1:
-            # SDPA's fast CUDA kernels take a mask or grouped heads, never both.
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and start == 0,
+        heads = q.shape[1]
+        if cache is not None:                    # write to the cache, attend to what it holds now
+            kv, index, seen = cache
+            k = kv[0].index_copy_(2, index, k)[:, :, :seen]                       # (B, G, S, K)
+            v = kv[1].index_copy_(2, index, v)[:, :, :seen]
+        if not causal:       # SDPA's fast kernels take a mask or grouped heads, never both: so the
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)   # H / G heads of a group become rows
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                            enable_gqa=q.shape[1] != k.shape[1])
+        y = y.reshape(B, heads, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -113,8 +130,8 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, rope, mask=None, cache=None, start=0):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
+    def forward(self, x, rope, mask=None, causal=True, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, causal, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -135,23 +152,28 @@ class Llama(nn.Module):
     def hidden(self, tokens, *, cache=None, start=0, pad=None):
         """Final hidden states, (B, T) int64 -> (B, T, D); `lm_head` turns them into logits.
 
-        cache: from `new_cache`; `tokens` then are positions start ... start + T - 1 of it.
+        cache: from `new_cache`; `tokens` then are positions start ... start + T - 1 of it. start
+        may be an int64 tensor (1,) on the device: nothing then depends on its value but numbers.
         pad: (B,) int64, how many positions at the left of each row are padding, not text.
         """
-        T = tokens.shape[1]
-        index = torch.arange(start, start + T, device=tokens.device)[None]        # (1, T)
-        mask = None
-        if pad is None and start and T > 1:      # is_causal would align the T x S mask top left
-            pad = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-        if pad is not None:
-            key, query = torch.arange(start + T, device=tokens.device), index[..., None]
-            # Causal and not padding; a padding position sees itself, or its softmax would be 0/0.
-            mask = ((key <= query) & (key >= pad[:, None, None])) | (key == query)  # (B, T, S)
-            mask, index = mask[:, None], (index - pad[:, None]).clamp(min=0)
-        rope = rope_tables(self.config, index)
+        T, window, fixed = tokens.shape[1], self.config.sliding_window, type(start) is not int
+        index = start + torch.arange(T, device=tokens.device)                     # (T,)
+        seen = cache[0].shape[3] if fixed else start + T                          # S
+        mask, positions = None, index[None]                                       # (1, T)
+        if pad is not None or fixed or start and T > 1 or 0 < window < seen:
+            key, query = torch.arange(seen, device=tokens.device), index[:, None]
+            mask = (key <= query)[None]                                           # (1, T, S)
+            if window:
+                mask = mask & (key > query - window)
+            if pad is not None:      # a padding position sees itself, or its softmax would be 0/0
+                mask = mask & (key >= pad[:, None, None]) | (key == query)        # (B, T, S)
+                positions = (index - pad[:, None]).clamp(min=0)                   # (B, T)
+        if mask is not None:                 # one row for every query head of a group: Attention
+            mask = mask.repeat(1, self.config.n_heads // self.config.n_kv_heads, 1)[:, None]
+        rope, causal = rope_tables(self.config, positions), mask is None and start == 0
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)
         for i, layer in enumerate(self.model.layers):
-            args = x, rope, mask, cache and cache[i], start
+            args = x, rope, mask, causal, cache and (cache[i], index, seen)
             recompute = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return self.model.norm(x)
@@ -161,8 +183,9 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden(tokens, **kwargs)).float()
 
     def new_cache(self, batch, length):
-        """An empty KV cache: per layer keys and values, each (batch, G, length, K)."""
+        """An empty KV cache: per layer keys and values, each (batch, G, >= length, K)."""
         c, w = self.config, self.model.embed_tokens.weight
+        length = -(-length // 64) * 64                     # aligned, as attention with a mask likes
         shape = (2, batch, c.n_kv_heads, length, c.head_dim)
         return [torch.zeros(shape, dtype=w.dtype, device=w.device) for _ in range(c.n_layers)]
 
@@ -179,46 +202,88 @@ def init_weights(net, seed=0, std=0.02):
 # ------------------------------------------------------------------------------------- generation
 
 @torch.inference_mode()
-def generate(net, prompts, max_new_tokens=64, *, temperature=0.0, top_p=1.0, eos=None, seed=0):
+def generate(net, prompts, max_new_tokens=64, *, temperature=0.0, top_k=0, top_p=1.0, eos=(),
+             stop=None, seed=0):
     """Continue token lists; returns the new ids of each, without the EOS that ended it.
 
     prompts: non-empty lists of ids, of any lengths: one batch, padded on the left.
     temperature 0 is greedy; otherwise sample from softmax(logits / temperature), restricted to the
-    smallest set of tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751).
+    top_k most likely tokens (0: all), and of these to the smallest set whose probability reaches
+    top_p (Holtzman et al., arXiv 1904.09751). eos: an id, or several: each ends a row.
+    stop: a function of a row's new ids, asked after each of them; True ends the row.
     """
     assert prompts and all(prompts), "every prompt needs at least one token (the BOS)"
     if not 0 <= temperature < inf:
         raise ValueError(f"temperature should be 0 (greedy) or a number above 0, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p should be above 0 and at most 1, not {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k should be 0 (all tokens) or more, not {top_k}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens should be at least 1, not {max_new_tokens}")
-    device = net.lm_head.weight.device
+    device, ends = net.lm_head.weight.device, {eos} if isinstance(eos, int) else set(eos or ())
     generator = torch.Generator(device).manual_seed(seed)
     T, B = max(map(len, prompts)), len(prompts)
     pad = torch.tensor([T - len(p) for p in prompts], device=device)
     tokens = torch.tensor([[p[0]] * (T - len(p)) + p for p in prompts], device=device)  # (B, T)
     pad = pad if pad.any() else None
-    cache, start, done = net.new_cache(B, T + max_new_tokens), 0, torch.zeros(B, dtype=torch.bool)
-    out = [[] for _ in prompts]
-    for _ in range(max_new_tokens):
-        x = net.hidden(tokens, cache=cache, start=start, pad=pad)[:, -1]          # (B, D)
-        tokens, start = sample(net.lm_head(x).float(), temperature, top_p, generator), T
-        T += 1
+    cache, out, live = net.new_cache(B, T + max_new_tokens), [[] for _ in prompts], set(range(B))
+    logits = net.lm_head(net.hidden(tokens, cache=cache, pad=pad)[:, -1]).float()       # (B, V)
+    step = decoder(net, cache, pad)
+    for i in range(max_new_tokens):
+        logits = step(tokens, T + i - 1) if i else logits
+        tokens = sample(logits, temperature, top_k, top_p, generator)             # (B, 1)
         for b, t in enumerate(tokens[:, 0].tolist()):
-            done[b] |= t == eos
-            if not done[b]:
+            if b in live and t not in ends:
                 out[b].append(t)
-        if done.all():
+            if t in ends or b in live and stop and stop(out[b]):
+                live.discard(b)
+        if not live:
             break
     return out
 
 
-def sample(logits, temperature, top_p, generator):
+def decoder(net, cache, pad):
+    """step(tokens (B, 1), start) -> logits (B, V) float32 of one new token per row.
+
+    A step is hundreds of small kernels, and a GPU runs them faster than Python can launch them:
+    there, they are recorded once as a CUDA graph, which every later step replays as a whole.
+    """
+    def step(tokens, start):
+        return net.lm_head(net.hidden(tokens, cache=cache, start=start, pad=pad)[:, -1]).float()
+
+    device = net.lm_head.weight.device
+    if device.type != "cuda":
+        return step
+    tokens = torch.zeros(cache[0].shape[1], 1, dtype=torch.int64, device=device)
+    # A graph reads and writes fixed addresses. What recording writes is the cache's last position,
+    # which is either overwritten by its own token or never reached.
+    start = torch.full((1,), cache[0].shape[3] - 1, device=device)
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):            # once before: libraries allocate their workspaces
+        step(tokens, start)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    with torch.cuda.graph(graph):
+        logits = step(tokens, start)
+
+    def replay(new, position):
+        tokens.copy_(new)
+        start.fill_(position)
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def sample(logits, temperature, top_k, top_p, generator):
     """One token per row, (B, V) float32 -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    probs, order = torch.softmax(logits / temperature, -1).sort(-1, descending=True)
+    logits, order = (logits / temperature).sort(-1, descending=True)
+    if top_k:
+        logits[:, top_k:] = -inf
+    probs = torch.softmax(logits, -1)
     # Keep a token if the mass before it is below top_p: the most likely one always stays.
     probs = probs * (probs.cumsum(-1) - probs < top_p)
     return order.gather(-1, torch.multinomial(probs, 1, generator=generator))
@@ -265,7 +330,8 @@ def find(ckpt):
             return directory
     raise FileNotFoundError(
         f"no checkpoint {ckpt}: neither {ckpt} nor checkpoints/{ckpt} is a directory; it should "
-        "hold params.json, consolidated.00.pth (.01 ... if there are more) and tokenizer.model")
+        "hold params.json, consolidated.00.pth (.01 ... if there are more) and tokenizer.model, or "
+        "config.json, model.safetensors and tokenizer.json")
 
 
 def ffn_dim(dim, multiple_of, multiplier=None):
@@ -274,10 +340,16 @@ def ffn_dim(dim, multiple_of, multiplier=None):
     return multiple_of * -(-width // multiple_of)
 
 
+WEIGHTS = ("consolidated.*.pth", "model*.safetensors", "model.safetensors.index.json")
+
 # The numbers in params.json, and the values by which it leaves one of them open.
 INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
 FLOATS = ("ffn_dim_multiplier", "norm_eps", "rope_theta")
 OPEN = {"n_kv_heads": None, "vocab_size": -1, "max_seq_len": None, "ffn_dim_multiplier": None}
+# Llama 3.1's stretched RoPE, which params.json only switches on.
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ROPE_KEYS = {"factor": "rope_scaling_factor", "high_freq_factor": "rope_high_freq_factor"}
 
 
 def read_config(directory, shards):
@@ -286,25 +358,45 @@ def read_config(directory, shards):
     try:
         p = json.loads(path.read_text("utf-8"))
         p = {**OPEN, "multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 10000.0, **p}
+        rope = {k: p.pop(name, None) for k, name in ROPE_KEYS.items()}
+        scaled = p.pop("use_scaled_rope", False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: it comes with Meta's weights") from None
     except (TypeError, ValueError) as e:                 # not an object, not JSON, not UTF-8
         raise ValueError(f"{path}: not a LLaMA's params.json ({e})") from None
     for name in INTS + FLOATS:
-        v, kind = p.get(name), "whole number" if name in INTS else "number"
-        good = (type(v) is int or (type(v) is float and name in FLOATS)) and 0 < v < inf
-        if not good and (name not in OPEN or v != OPEN[name]):
-            raise ValueError(f"{path}: {name} is missing or not a {kind} above 0: {json.dumps(v)}")
+        if name not in OPEN or p[name] != OPEN[name]:
+            check_number(p.get(name), name, path, whole=name in INTS)
     if unknown := {k: v for k, v in p.items() if v and k not in (*INTS, *FLOATS, "max_batch_size")}:
         raise ValueError(f"{path}: this model does not know {unknown}; it would compute something "
                          "else than the weights were trained for")
     rows, width = shards[0]["tok_embeddings.weight"].shape
     if (vocab := p["vocab_size"]) == -1:                 # Llama 1 and 2: "ask the tokenizer"
         vocab = rows if width != p["dim"] else rows * len(shards)
+    if scaled:           # Meta's files leave out the factor: 8 in Llama 3.1, 32 in 3.2 (1B and 3B)
+        given = {k: v for k, v in rope.items() if v is not None}
+        for k, v in given.items():
+            check_number(v, ROPE_KEYS[k], path)
+        scaled = {**LLAMA3_ROPE, "factor": 32.0 if p["dim"] in (2048, 3072) else 8.0, **given}
     c = Config(p["dim"], p["n_layers"], p["n_heads"], p["n_kv_heads"] or p["n_heads"], vocab,
                ffn_dim(p["dim"], p["multiple_of"], p["ffn_dim_multiplier"]), p["norm_eps"],
-               p["rope_theta"], "output.weight" not in shards[0], p["max_seq_len"] or 0)
-    if c.dim % c.n_heads or c.n_heads % c.n_kv_heads or c.head_dim % 2:
+               p["rope_theta"], "output.weight" not in shards[0], p["max_seq_len"] or 0,
+               rope_scaling=scaled or None)
+    return check_heads(c, path)
+
+
+def check_number(v, name, path, whole=False):
+    """ValueError unless v is a number above 0; one that no model has would only fill memory."""
+    good = type(v) is int or type(v) is float and not whole
+    if not good or not 0 < v < (2**30 if whole else inf):
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{path}: {name} is missing or not a {kind} above 0: {json.dumps(v)}")
+
+
+def check_heads(c, path, any_width=False):
+    """The Config, if its heads fit; any_width: they need not add up to the network's."""
+    if (c.n_heads % c.n_kv_heads or c.head_dim % 2 or not c.head_dim
+            or not any_width and c.head_dim * c.n_heads != c.dim):
         raise ValueError(f"{path}: {c.dim} / {c.n_heads} heads / {c.n_kv_heads} kv heads do not "
                          "divide into heads of even width")
     return c
@@ -366,8 +458,50 @@ def has_bfloat16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def parameter_shapes(config, tensors, where):
+    """{parameter name: shape} of the network that `config` describes, which has `tensors` files."""
+    if config.n_layers > tensors:                       # before a billion layers are constructed
+        raise ValueError(f"{where}: {config.n_layers} layers, but only {tensors} tensors")
+    with torch.device("meta"):
+        return {n: p.shape for n, p in Llama(config).named_parameters()}
+
+
+def check_names(found, expected, where):
+    """ValueError unless a file holds just the tensors that it should."""
+    expected, found = set(expected), set(found)
+    missing, extra = expected - found, found - expected
+    if missing or extra:
+        what = f"{len(missing)} missing" if missing else f"{len(extra)} unexpected"
+        raise ValueError(f"{where}: {what} tensor(s), first {min(missing or extra, key=str)}")
+
+
+def open_meta(directory):
+    """(config, {parameter name: function that reads it}) of Meta's layout; nothing is read yet."""
+    shards = read_shards(directory)
+    config = read_config(directory, shards)
+    shapes = parameter_shapes(config, len(shards[0]), directory / "params.json")
+    for i, shard in enumerate(shards):
+        check_names(shard, map(meta_name, shapes), f"{directory}/consolidated.{i:02d}.pth")
+
+    def read(name):
+        parts = [shard[meta_name(name)] for shard in shards]
+        W = merge_shards(parts, shapes[name], f"{directory}: {meta_name(name)}")
+        return reorder(W, name, config)
+
+    return config, {name: partial(read, name) for name in shapes}         # no lm_head if it is tied
+
+
+def open_checkpoint(ckpt):
+    """(config, {parameter name: function that reads it}) of a checkpoint in either layout."""
+    directory = find(ckpt)
+    if not (directory / "config.json").is_file():
+        return open_meta(directory)
+    from hf import open_folder                            # Hugging Face's layout has its own file
+    return open_folder(directory)
+
+
 def load(ckpt, device=None, dtype=None):
-    """Read a LLaMA in Meta's raw layout.
+    """Read a LLaMA in Meta's raw layout or in Hugging Face's.
 
     ckpt: a directory, or the name of one under checkpoints/. device: default the GPU if there is
     one. dtype: default bfloat16 on a GPU that has it, float32 on a CPU.
@@ -377,47 +511,70 @@ def load(ckpt, device=None, dtype=None):
     """
     device = default_device(device)
     dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
-    directory = find(ckpt)
-    shards = read_shards(directory)
+    config, tensors = open_checkpoint(ckpt)
     with torch.device("meta"):
-        net = Llama(read_config(directory, shards))
-    names = {n: meta_name(n) for n, _ in net.named_parameters()}     # no lm_head if it is tied
-    for i, shard in enumerate(shards):
-        missing, extra = set(names.values()) - set(shard), set(shard) - set(names.values())
-        if missing or extra:
-            what = f"{len(missing)} missing" if missing else f"{len(extra)} unexpected"
-            raise ValueError(f"{directory}/consolidated.{i:02d}.pth: {what} "
-                             f"tensor(s), first {min(missing or extra, key=str)}")
-    for name in tqdm(names, desc=f"load {directory.name}", unit="tensor", delay=1, leave=False):
-        parts = [shard.pop(names[name]) for shard in shards]
-        W = merge_shards(parts, net.get_parameter(name).shape, f"{directory}: {names[name]}")
-        W = reorder(W, name, net.config).to(device, dtype)
-        net.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(W)
-    if net.config.tied:
+        net = Llama(config)
+    bar = tqdm(tensors, desc=f"load {find(ckpt).name}", unit="tensor", delay=1, leave=False)
+    for name in bar:
+        module, _, leaf = name.rpartition(".")
+        setattr(net.get_submodule(module), leaf, nn.Parameter(tensors[name]().to(device, dtype)))
+    if config.tied:
         net.lm_head.weight = net.model.embed_tokens.weight
     return net
 
 
+@contextmanager
+def replaced(directory):
+    """`with replaced(directory) as tmp:` write files to tmp; they move to `directory` in the end.
+
+    An interruption never leaves half a checkpoint. What was there of another one's weights goes.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
+    try:
+        yield tmp
+        names = {file.name for file in tmp.iterdir()}
+        stale = {file for pattern in WEIGHTS for file in directory.glob(pattern)}
+        for name in names:
+            os.replace(tmp / name, directory / name)
+        for file in stale:
+            if file.name not in names:
+                file.unlink()
+    finally:
+        shutil.rmtree(tmp)
+
+
 def save(net, directory):
     """Write `net` in Meta's raw layout: params.json and consolidated.00.pth, in its own dtype."""
-    c, directory = net.config, Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    save_meta(directory, net.config, net.named_parameters())
+
+
+def save_meta(directory, config, tensors):
+    """Write (name, tensor) pairs in Meta's raw layout, for whose params.json see `meta_params`."""
+    params = meta_params(config)
+    state = {meta_name(n): reorder(W.detach(), n, config, to_meta=True).cpu().contiguous()
+             for n, W in tensors}
+    with replaced(directory) as tmp:
+        torch.save(state, tmp / "consolidated.00.pth")
+        (tmp / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+
+
+def meta_params(c):
+    """params.json of a Config; ValueError for what Meta's layout cannot say."""
+    rope, scaled = {}, c.rope_scaling
+    if scaled and scaled["rope_type"] == "llama3":
+        rope = {"use_scaled_rope": True, **{name: scaled[k] for k, name in ROPE_KEYS.items()}}
+    fixed = [k for k in LLAMA3_ROPE if k not in ROPE_KEYS]
+    for what, wrong in {"biases": c.qkv_bias, "a sliding window": c.sliding_window,
+                        "heads of this width": c.head_dim * c.n_heads != c.dim,
+                        "this RoPE scaling": scaled and any(scaled.get(k) != LLAMA3_ROPE[k]
+                                                            for k in fixed)}.items():
+        if wrong:
+            raise ValueError(f"Meta's layout has no place for {what}: write Hugging Face's (hf)")
     rule = next(({"multiple_of": m} for m in (256, 128, 64, 32, 16, 8, 4, 2, 1)
                  if ffn_dim(c.dim, m) == c.ffn_dim),
                 {"multiple_of": 1, "ffn_dim_multiplier": (c.ffn_dim + 0.5) / ffn_dim(c.dim, 1)})
-    # Config's names are Meta's; max_seq_len is left out where it is not stated.
-    params = {k: v for k, v in vars(c).items() if v and k not in ("ffn_dim", "tied")} | rule
-    state = {meta_name(n): reorder(W.detach(), n, c, to_meta=True).cpu().contiguous()
-             for n, W in net.named_parameters()}
-    weights, numbers = directory / "consolidated.00.pth", directory / "params.json"
-    tmp = {path: path.with_name(path.name + ".tmp") for path in (weights, numbers)}
-    try:                     # temporary names first: an interruption never leaves half a checkpoint
-        torch.save(state, tmp[weights])
-        tmp[numbers].write_text(json.dumps(params, indent=2) + "\n")
-        for path in tmp:
-            os.replace(tmp[path], path)
-    finally:
-        for path in tmp.values():
-            path.unlink(missing_ok=True)
-    for stale in set(directory.glob("consolidated.*.pth")) - {weights}:   # an older one's shards
-        stale.unlink()
+    # Config's names are Meta's. max_seq_len is left out where it is not stated.
+    named = {k: v for k, v in vars(c).items() if v and k in INTS + FLOATS}
+    return {**named, **rope, **rule}

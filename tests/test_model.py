@@ -161,7 +161,7 @@ def test_sampling(net):
 def test_top_p_keeps_the_nucleus():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(20000, 4)
     g = torch.Generator().manual_seed(0)
-    drawn = model.sample(logits, 1.0, 0.7, g).flatten().bincount(minlength=4) / 20000
+    drawn = model.sample(logits, 1.0, 0, 0.7, g).flatten().bincount(minlength=4) / 20000
     torch.testing.assert_close(drawn, torch.tensor([0.625, 0.375, 0, 0]), atol=0.02, rtol=0)
 
 
@@ -354,7 +354,9 @@ def test_pickled_code_is_not_run(tmp_path, net):
     (dict(dim=None), "params.json: dim is missing or not a whole number above 0: null"),
     (dict(n_heads=7), "do not divide into heads"),
     (dict(n_kv_heads=4), "do not divide into heads"),
-    (dict(use_scaled_rope=True), "does not know {'use_scaled_rope': True}"),
+    (dict(moe={"num_experts": 8}), "does not know {'moe': {'num_experts': 8}}"),
+    (dict(use_scaled_rope=True, rope_scaling_factor=-1),
+     "rope_scaling_factor is missing or not a number above 0: -1"),
     (dict(dim="wide"), 'params.json: dim is missing or not a whole number above 0: "wide"'),
     (dict(n_layers=3), r"9 missing tensor\(s\), first layers.2"),
     (dict(multiple_of=100), r"w1.weight: expected shape \(200, 48\), found \(128, 48\)")])
