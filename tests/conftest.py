@@ -69,12 +69,18 @@ def tokens():
 
 
 @pytest.fixture(scope="session")
-def smollm2():
-    """The weights of SmolLM2-135M, opened lazily (made by shared/data/make_smollm2.py)."""
-    safetensors = pytest.importorskip("safetensors")
-    path = SHARED / "smollm2" / "hf" / "model.safetensors"
-    path = Path(os.environ.get("SMOLLM2", path))
+def smollm2_path():
+    """The folder of SmolLM2-135M in Hugging Face's layout (the README makes it from GGUF)."""
+    pytest.importorskip("safetensors")
+    path = Path(os.environ.get("SMOLLM2", SHARED / "smollm2" / "hf" / "model.safetensors"))
     if not path.is_file():
         pytest.skip("SmolLM2 is not here: set SMOLLM2 to its model.safetensors")
-    with safetensors.safe_open(path, "pt") as f:
+    return path.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    """The weights of SmolLM2-135M, opened lazily."""
+    import safetensors
+    with safetensors.safe_open(smollm2_path / "model.safetensors", "pt") as f:
         yield f

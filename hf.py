@@ -1,0 +1,237 @@
+"""Hugging Face's layout: config.json + model.safetensors (or shards with an index, or .bin files).
+
+Parameter names are ours already, and RoPE pairs stand half a head apart as `model.rotate` wants
+them, so weights are read as they are. What needs care is config.json: `model.Llama` computes what
+transformers computes for the families below, and whatever in a config asks for something else is
+refused by name. A wrong model that still speaks English is worse than none.
+
+    config, tensors = hf.open_folder("SmolLM2-135M")      # {name: function that reads it}
+    hf.save_folder(out, hf.config_json(config), ((name, read()) for name, read in tensors.items()))
+"""
+import json
+
+import torch
+
+from model import Config, check_heads, check_names, check_number, parameter_shapes, replaced
+
+FAMILIES = ("llama", "mistral", "qwen2")
+
+# Our names of the numbers in config.json.
+NUMBERS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+           "n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size",
+           "ffn_dim": "intermediate_size", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+           "max_seq_len": "max_position_embeddings", "head_dim": "head_dim",
+           "sliding_window": "sliding_window"}
+OPTIONAL = ("max_seq_len", "head_dim", "sliding_window")      # may be missing or null
+
+# Keys that change what is computed, here or in relatives of LLaMA, and the values at which they do
+# not. Others (bos_token_id, torch_dtype, transformers_version ...) are none of the network's.
+NEUTRAL = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+           "partial_rotary_factor": (1,), "rope_interleaved": (False,), "layer_types": (),
+           "use_sliding_window": (False,), "quantization_config": (), "clip_qkv": (),
+           "qk_layernorm": (False,), "use_qk_norm": (False,), "qk_norm": (False,),
+           "parallel_attn": (False,), "alibi": (False,), "no_rope_layers": (), "qkv_bias": (False,),
+           "logit_scale": (1,), "logits_scaling": (1,), "embedding_multiplier": (1,),
+           "residual_multiplier": (1,), "attention_multiplier": (), "query_pre_attn_scalar": (),
+           "final_logit_softcapping": (), "attn_logit_softcapping": (), "num_experts": (0,),
+           "num_local_experts": (0,), "n_routed_experts": (0,), "is_encoder_decoder": (False,),
+           "add_cross_attention": (False,)}
+
+# What a RoPE scaling of a known type consists of.
+SCALINGS = {"default": (), "linear": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                       "original_max_position_embeddings")}
+
+
+# ------------------------------------------------------------------------------------- config.json
+
+def read_json(path):
+    """The object in a JSON file; ValueError or FileNotFoundError naming the file."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as e:                        # not JSON, or not UTF-8
+        raise ValueError(f"{path}: not JSON ({str(e)[:100]})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def read_config(path):
+    """Config from a config.json; ValueError naming what this network does not compute."""
+    p = read_json(path)
+    family = p.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{path}: model_type is {json.dumps(family)}; what works here is "
+                         f"{', '.join(FAMILIES)}")
+    p = {**p, **rope(p, path)}
+    if family == "llama":                              # transformers' defaults for missing keys
+        p.setdefault("num_key_value_heads", p.get("num_attention_heads"))
+        if p["num_key_value_heads"] is None:
+            p["num_key_value_heads"] = p.get("num_attention_heads")
+    if family == "mistral":
+        p.setdefault("sliding_window", 4096)
+    if family == "qwen2":                              # off by default, and per layer if it is on
+        p.pop("sliding_window", None)
+        p.pop("attention_bias", None)                  # q, k and v have biases, whatever it says
+    if family == "llama" and p.get("sliding_window"):
+        raise ValueError(f"{path}: sliding_window in a llama is not known")
+    kinds = {"full_attention", *["sliding_attention"] * bool(p.get("sliding_window"))}
+    if isinstance(types := p.get("layer_types"), list) and all(
+            t == "full_attention" if len(kinds) == 1 else t == "sliding_attention" for t in types):
+        del p["layer_types"]
+    for key, neutral in NEUTRAL.items():
+        if p.get(key) is not None and not any(p[key] == v for v in neutral):
+            raise ValueError(f"{path}: {key} is {json.dumps(p[key])[:80]}, which this network does "
+                             "not compute; it would be a wrong model")
+    tied = p.get("tie_word_embeddings") or False
+    if type(tied) is not bool:
+        raise ValueError(f"{path}: tie_word_embeddings is {json.dumps(tied)[:80]}")
+    numbers = {}
+    for ours, theirs in NUMBERS.items():
+        if p.get(theirs) is not None or ours not in OPTIONAL:
+            check_number(p.get(theirs), theirs, path, whole=ours not in ("norm_eps", "rope_theta"))
+            numbers[ours] = p[theirs]
+    c = Config(**numbers, tied=tied, qkv_bias=family == "qwen2", rope_scaling=p["scaling"])
+    return check_heads(c, path, any_width="head_dim" in numbers)
+
+
+def rope(p, path):
+    """rope_theta and scaling, from either spelling: flat, or transformers 5's rope_parameters."""
+    new, old = p.get("rope_parameters"), p.get("rope_scaling")
+    given = old or new or {}
+    if not isinstance(given, dict) or (old and new and old != new):
+        raise ValueError(f"{path}: rope_scaling {json.dumps(old)[:80]} and rope_parameters "
+                         f"{json.dumps(new)[:80]} are not understood")
+    given = {k: v for k, v in given.items() if v is not None}
+    theta = given.pop("rope_theta", p.get("rope_theta", 10000.0))
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+    if given.get("partial_rotary_factor") == 1:
+        del given["partial_rotary_factor"]
+    if kind not in SCALINGS or set(given) != set(SCALINGS[kind]):
+        raise ValueError(f"{path}: RoPE of type {json.dumps(kind)[:80]} with {', '.join(given)} is "
+                         f"not known here; what works is {', '.join(SCALINGS)}")
+    for key, value in given.items():
+        check_number(value, key, path)
+    if kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
+        raise ValueError(f"{path}: low_freq_factor should be below high_freq_factor")
+    return {"rope_theta": theta, "scaling": {"rope_type": kind, **given} if given else None}
+
+
+def config_json(c, dtype=torch.bfloat16, **more):
+    """The dict of a config.json that says what the Config `c` says; more: further keys."""
+    family = "qwen2" if c.qkv_bias else "mistral" if c.sliding_window else "llama"
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
+    numbers = {theirs: getattr(c, ours) for ours, theirs in NUMBERS.items()}
+    numbers = {k: v for k, v in numbers.items() if v or k != "max_position_embeddings"}
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": family, **numbers,
+            "sliding_window": c.sliding_window or None, "rope_scaling": c.rope_scaling,
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "tie_word_embeddings": c.tied, "torch_dtype": str(dtype).removeprefix("torch."), **more}
+
+
+# ----------------------------------------------------------------------------------------- weights
+
+def open_folder(directory):
+    """(config, {parameter name: function that reads it}) of a folder; no weight is read yet."""
+    config = read_config(directory / "config.json")
+    found = open_files(directory)                         # old files keep RoPE's frequencies, too
+    found = {n: read for n, read in found.items() if not n.endswith("rotary_emb.inv_freq")}
+    shapes = parameter_shapes(config, len(found), directory / "config.json")
+    if config.tied and "lm_head.weight" in found:
+        head, embedding = found.pop("lm_head.weight"), found.get("model.embed_tokens.weight")
+        if embedding and not torch.equal(head(), embedding()):
+            raise ValueError(f"{directory}: tie_word_embeddings is true, but lm_head.weight is not "
+                             "the embedding; correct config.json")
+    check_names(found, shapes, directory)
+
+    def checked(name, shape):
+        W = found[name]()
+        if W.shape != shape or not W.is_floating_point() or W.element_size() < 2:
+            raise ValueError(f"{directory}: {name}: expected floats of shape {tuple(shape)}, found "
+                             f"{str(W.dtype).removeprefix('torch.')} of shape {tuple(W.shape)}")
+        return W
+
+    return config, {n: lambda n=n, s=s: checked(n, s) for n, s in shapes.items()}
+
+
+def open_files(directory):
+    """{tensor name: function that reads it} of all weight files of a folder."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / single).is_file():
+            return open_file(directory / single)
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            break
+    else:
+        raise FileNotFoundError(f"{directory}: neither model.safetensors nor pytorch_model.bin, "
+                                "nor the index of their shards, is there")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+            isinstance(f, str) and f not in ("", "..") and not set(f) & set("/\\\0")
+            for f in weight_map.values()):
+        raise ValueError(f"{index}: weight_map should name a file of this folder for every tensor")
+    files = {f: open_file(directory / f) for f in sorted(set(weight_map.values()))}
+    for name, f in weight_map.items():
+        if name not in files[f]:
+            raise ValueError(f"{directory / f}: {name} is missing, which {index.name} puts there")
+    return {name: files[f][name] for name, f in weight_map.items()}
+
+
+def open_file(path):
+    """{tensor name: function that reads it} of one .safetensors or .bin file, memory-mapped."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+            f = safe_open(path, framework="pt")
+            return {name: lambda name=name: f.get_tensor(name) for name in f.keys()}
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not all(isinstance(W, torch.Tensor) for W in tensors.values()):
+            raise ValueError("not only tensors")
+        return {name: lambda W=W: W for name, W in tensors.items()}
+    except ImportError:
+        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
+    except Exception as e:               # both readers raise many kinds for a damaged file
+        reason = str(e).strip().partition("\n")[0][:120]
+        raise ValueError(f"{path}: not readable, perhaps truncated: download it again "
+                         f"({reason})") from None
+
+
+def save_folder(directory, config, tensors, shard_bytes=5_000_000_000):
+    """Write config.json and (name, tensor) pairs as safetensors, in shards of at most shard_bytes.
+
+    config: a dict, as from `config_json`. Only one shard is in memory at a time.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("writing this layout needs the safetensors package: pip install "
+                         "safetensors") from None
+    with replaced(directory) as tmp:
+        shards, shard, size, total = [], {}, 0, 0
+
+        def flush():
+            save_file(shard, tmp / f"{len(shards)}.part", metadata={"format": "pt"})
+            shards.append(list(shard))
+
+        for name, W in tensors:
+            W = W.detach().cpu().contiguous()
+            if shard and size + W.nbytes > shard_bytes:
+                flush()
+                shard, size = {}, 0
+            shard[name], size, total = W, size + W.nbytes, total + W.nbytes
+        flush()
+        files = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        for i, file in enumerate(files):
+            (tmp / f"{i}.part").rename(tmp / file)
+        if len(shards) > 1:
+            weight_map = {name: file for names, file in zip(shards, files) for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (tmp / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,367 @@
+"""hf.py against transformers: every family, both spellings of the config, damaged and odd files."""
+import copy
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import assert_logits_equal
+
+import hf
+import model
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+SMALL = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+             vocab_size=101, rms_norm_eps=1e-6, initializer_range=0.2)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+FAMILIES = {
+    "llama1": ("Llama", dict(num_key_value_heads=6, max_position_embeddings=64)),
+    "llama2-gqa": ("Llama", dict(num_key_value_heads=2, max_position_embeddings=64)),
+    "llama3": ("Llama", dict(num_key_value_heads=2, rope_theta=5e5)),
+    "llama3.1": ("Llama", dict(num_key_value_heads=2, rope_theta=100.0, rope_scaling=LLAMA3)),
+    "llama3.2": ("Llama", dict(num_key_value_heads=2, rope_theta=100.0, tie_word_embeddings=True,
+                               rope_scaling={**LLAMA3, "factor": 32.0})),
+    "linear": ("Llama", dict(num_key_value_heads=6,
+                             rope_scaling={"rope_type": "linear", "factor": 4.0})),
+    "head_dim": ("Llama", dict(num_key_value_heads=3, head_dim=10)),
+    "mistral": ("Mistral", dict(num_key_value_heads=2, sliding_window=7)),
+    "mistral-v0.2": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, rope_theta=1e6)),
+    "mistral-nemo": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, head_dim=16)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2, rope_theta=1e6)),
+    "qwen2-tied": ("Qwen2", dict(num_key_value_heads=3, tie_word_embeddings=True)),
+}
+
+
+def twin(family, **changes):
+    """A random transformers model of a family, its biases and norms drawn as well."""
+    name, options = FAMILIES[family]
+    torch.manual_seed(3)
+    options = {**SMALL, **copy.deepcopy(options), **changes}
+    config = getattr(transformers, f"{name}Config")(**options, bos_token_id=1, eos_token_id=2)
+    net = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for n, p in net.named_parameters():
+        if p.ndim == 1:
+            torch.nn.init.normal_(p, mean=float("norm" in n), std=0.3)
+    return net.requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def pair(request, tmp_path_factory):
+    """(transformers' model, ours read from the folder that theirs wrote)."""
+    folder, theirs = tmp_path_factory.mktemp(request.param), twin(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, model.load(folder, "cpu", torch.float32).requires_grad_(False)
+
+
+def draw(*shape, seed=0):
+    return torch.randint(3, 101, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_logits(pair):
+    """50 tokens: longer than the scaled RoPEs' 16 original positions and Mistral's window of 7."""
+    theirs, ours = pair
+    tokens = draw(3, 50)
+    assert_logits_equal(ours(tokens), theirs(tokens).logits)
+
+
+def test_logits_can_fail(pair):
+    """Other numbers in the config give other logits: what the test above relies on."""
+    theirs, ours = pair
+    wrong = copy.deepcopy(ours)
+    wrong.config.rope_theta *= 1.5
+    tokens = draw(3, 50)
+    with pytest.raises(AssertionError, match="logits differ"):
+        assert_logits_equal(wrong(tokens), theirs(tokens).logits)
+    if ours.config.rope_scaling or ours.config.sliding_window:
+        wrong.config.rope_theta, wrong.config.rope_scaling = ours.config.rope_theta, None
+        wrong.config.sliding_window = 0
+        with pytest.raises(AssertionError, match="logits differ"):
+            assert_logits_equal(wrong(tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("cuts", [(50,), (1,) * 50, (20, 1, 1, 9, 19), (3, 47)],
+                         ids=["whole", "singly", "mixed", "two"])
+def test_logits_with_cache(pair, cuts):
+    """In pieces of any size, written to a cache, the start given as an int or as a tensor."""
+    theirs, ours = pair
+    tokens = draw(2, 50, seed=1)
+    expected = theirs(tokens).logits
+    for kind in (int, lambda n: torch.tensor([n])):
+        cache, start, pieces = ours.new_cache(2, 50), 0, []
+        for piece in tokens.split(cuts, 1):
+            pieces.append(ours(piece, cache=cache, start=kind(start)))
+            start += piece.shape[1]
+        assert_logits_equal(torch.cat(pieces, 1), expected)
+
+
+def test_left_padding(pair):
+    """Every row of a left-padded batch as if it stood alone, with cache and without."""
+    theirs, ours = pair
+    rows = [draw(1, n, seed=n) for n in (40, 23, 1)]
+    pad = torch.tensor([40 - r.shape[1] for r in rows])
+    batch = torch.cat([torch.cat([draw(1, 40 - r.shape[1], seed=9), r], 1) for r in rows])
+    expected = [theirs(r).logits[0] for r in rows]
+    attention = torch.arange(40) >= pad[:, None]
+    theirs_padded = theirs(batch, attention_mask=attention.long(),
+                           position_ids=(attention.cumsum(1) - 1).clamp(min=0)).logits
+    cache = ours.new_cache(3, 40)
+    first = ours(batch[:, :25], cache=cache, pad=pad)
+    last = ours(batch[:, 25:], cache=cache, start=25, pad=pad)
+    for logits in (ours(batch, pad=pad), torch.cat([first, last], 1)):
+        for b, p in enumerate(pad):
+            assert_logits_equal(logits[b, p:], expected[b])
+            assert_logits_equal(logits[b, p:], theirs_padded[b, p:])
+
+
+def test_right_padding(pair):
+    """As in training: what stands to the right of a token cannot change it."""
+    theirs, ours = pair
+    row, batch = draw(1, 30), draw(2, 45, seed=4)
+    batch[0, :30] = row[0]
+    assert_logits_equal(ours(batch)[0, :30], theirs(row).logits[0])
+
+
+def test_greedy_generation(pair):
+    """transformers' own greedy tokens, prompts of different lengths in one batch."""
+    theirs, ours = pair
+    prompts = [draw(n, seed=n).tolist() for n in (3, 17, 9)]
+    out = model.generate(ours, prompts, 20)
+    for prompt, new in zip(prompts, out):
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False,
+                                   eos_token_id=None, pad_token_id=0,
+                                   attention_mask=torch.ones(1, len(prompt)))
+        assert new == expected[0, len(prompt):].tolist()
+
+
+def test_round_trip(pair, tmp_path):
+    """What `save_folder` writes from our Config, transformers reads as the same model."""
+    theirs, ours = pair
+    config = hf.config_json(ours.config, torch.float32)
+    hf.save_folder(tmp_path, config, ours.named_parameters(), shard_bytes=40_000)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    if "Mistral" not in type(theirs).__name__ or ours.config.sliding_window:
+        assert type(again) is type(theirs)             # without a window a Mistral is a Llama
+    tokens = draw(2, 50)
+    assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+    ours_again = model.load(tmp_path, "cpu", torch.float32)
+    assert ours_again.config == ours.config
+    assert torch.equal(ours_again(tokens), ours(tokens))
+
+
+# --- the two spellings of a config, and what a config may not say
+
+@pytest.fixture
+def folder(tmp_path):
+    twin("llama3.1").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change(folder, **changes):
+    """Rewrite config.json; a value of ... removes the key."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def test_flat_spelling(folder):
+    """rope_theta and rope_scaling as transformers 4 wrote them, or rope_parameters: one Config."""
+    nested = hf.read_config(folder / "config.json")
+    change(folder, rope_parameters=..., rope_theta=100.0, rope_scaling=LLAMA3)
+    assert hf.read_config(folder / "config.json") == nested
+    assert nested.rope_theta == 100.0 and nested.rope_scaling == LLAMA3
+    change(folder, rope_scaling={"type": "linear", "factor": 2})        # the oldest spelling
+    assert hf.read_config(folder / "config.json").rope_scaling == {"rope_type": "linear",
+                                                                   "factor": 2}
+    change(folder, rope_scaling=None, rope_theta=...)
+    c = hf.read_config(folder / "config.json")
+    assert (c.rope_theta, c.rope_scaling) == (10000.0, None)
+
+
+def test_llama1_config_is_enough(folder):
+    """The first conversions state no key/value heads, no RoPE, no tie; unknown keys are harmless."""
+    change(folder, num_key_value_heads=..., rope_parameters=..., tie_word_embeddings=...,
+           head_dim=..., max_position_embeddings=..., my_note="hello", max_sequence_length=2048)
+    c = hf.read_config(folder / "config.json")
+    assert (c.n_kv_heads, c.rope_theta, c.tied, c.head_dim, c.max_seq_len) == (6, 1e4, False, 8, 0)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(model_type="gpt2"), 'model_type is "gpt2"; what works here is llama, mistral, qwen2'),
+    (dict(model_type="mixtral"), 'model_type is "mixtral"'),
+    (dict(hidden_act="gelu"), 'hidden_act is "gelu", which this network does not compute'),
+    (dict(attention_bias=True), "attention_bias is true, which"),
+    (dict(mlp_bias=True), "mlp_bias is true, which"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5, which"),
+    (dict(logit_scale=0.1), "logit_scale is 0.1, which"),
+    (dict(num_local_experts=8), "num_local_experts is 8, which"),
+    (dict(quantization_config={"bits": 4}), 'quantization_config is {"bits": 4}, which'),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types is"),
+    (dict(sliding_window=8), "sliding_window in a llama is not known"),
+    (dict(rope_parameters=..., rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+     'RoPE of type "yarn" with factor is not known here; what works is default, linear, llama3'),
+    (dict(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), '"dynamic"'),
+    (dict(rope_parameters=..., rope_scaling={"rope_type": "linear", "factor": 2.0, "beta": 1}),
+     "linear.* with factor, beta"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_scaling .* rope_parameters"),
+    (dict(rope_parameters=[1]), "are not understood"),
+    (dict(rope_parameters={**LLAMA3, "rope_theta": 1e4, "factor": -1.0}), "factor is missing or"),
+    (dict(rope_parameters={**LLAMA3, "rope_theta": "x"}), "rope_theta is missing or not a number"),
+    (dict(hidden_size=...), "hidden_size is missing or not a whole number above 0: null"),
+    (dict(rms_norm_eps=...), "rms_norm_eps is missing"),
+    (dict(hidden_size="48"), "hidden_size is missing or not a whole number"),
+    (dict(num_hidden_layers=10**9), "1000000000 layers, but only 21 tensors"),
+    (dict(vocab_size=10**30), "vocab_size is missing or not a whole number above 0"),
+    (dict(num_key_value_heads=4), "do not divide into heads"),
+    (dict(head_dim=7), "do not divide into heads"),
+    (dict(head_dim=4), r"q_proj.weight: expected floats of shape \(24, 48\), found float32"),
+    (dict(tie_word_embeddings="yes"), "tie_word_embeddings is"),
+    (dict(tie_word_embeddings=True), "lm_head.weight is not the embedding; correct config.json"),
+    (dict(num_hidden_layers=1), r"9 unexpected tensor\(s\), first model.layers.1.input_layernorm"),
+    (dict(num_hidden_layers=3), r"9 missing tensor\(s\), first model.layers.2"),
+    (dict(vocab_size=100), r"embed_tokens.weight: expected floats of shape \(100, 48\)"),
+    (dict(model_type="qwen2"), r"6 missing tensor\(s\), first model.layers.0.self_attn.k_proj.b")])
+def test_refused_by_name(folder, changes, message):
+    change(folder, **changes)
+    with pytest.raises(ValueError, match=message) as e:
+        model.load(folder, "cpu")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_biases_on_o_are_refused(tmp_path):
+    twin("llama2-gqa", attention_bias=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention_bias is true"):
+        model.load(tmp_path, "cpu")
+    change(tmp_path, attention_bias=False)                     # the tensors tell, too
+    with pytest.raises(ValueError, match=r"8 unexpected tensor\(s\), first .*k_proj.bias"):
+        model.load(tmp_path, "cpu")
+
+
+def test_qwen2_with_sliding_layers_is_refused(tmp_path):
+    twin("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1).save_pretrained(
+        tmp_path)
+    with pytest.raises(ValueError, match="layer_types is|use_sliding_window is true"):
+        model.load(tmp_path, "cpu")
+
+
+# --- files
+
+def weights(folder, net, suffix, shards):
+    """Replace a folder's weights by .safetensors or .bin files."""
+    from safetensors.torch import save_file
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    state = {n: W.contiguous() for n, W in net.state_dict().items() if n != "lm_head.weight"
+             or not net.config.tie_word_embeddings}
+    name = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    save = save_file if suffix == "safetensors" else torch.save
+    if shards == 1:
+        return save(state, folder / name)
+    stem, weight_map = name.split(".")[0], {}
+    for i in range(shards):
+        part = {n: state[n] for n in sorted(state)[i::shards]}
+        file = f"{stem}-{i + 1:05d}-of-{shards:05d}.{suffix}"
+        save(part, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / f"{name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", ["llama3.2", "qwen2"])
+def test_every_kind_of_file(tmp_path, suffix, shards, family):
+    theirs = twin(family)
+    theirs.save_pretrained(tmp_path)
+    weights(tmp_path, theirs, suffix, shards)
+    ours, tokens = model.load(tmp_path, "cpu", torch.float32), draw(2, 20)
+    assert_logits_equal(ours(tokens), theirs(tokens).logits)
+
+
+def test_frequencies_in_the_file_are_passed_over(folder):
+    """Llama 1's first conversions hold RoPE's frequencies as tensors."""
+    from safetensors.torch import load_file, save_file
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(state, folder / "model.safetensors")
+    model.load(folder, "cpu")
+
+
+def test_damaged_files(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    for damaged in (whole[:len(whole) // 2], whole[:5], b"", b"\xff" * 100,
+                    (2**62).to_bytes(8, "little") + whole[8:]):
+        (folder / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors: not readable, perhaps truncated"):
+            model.load(folder, "cpu")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
+        model.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("weight_map, message", [
+    ({"model.norm.weight": "../model.safetensors"}, "should name a file of this folder"),
+    ({"model.norm.weight": 3}, "should name a file of this folder"),
+    ([], "should name a file of this folder"),
+    ({"model.norm.weight": "model-1.safetensors"}, "model-1.safetensors is missing"),
+    ({"other": "a.safetensors"}, "a.safetensors: other is missing, which model.safetensors.index")])
+def test_wrong_index(folder, weight_map, message):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        model.load(folder, "cpu")
+
+
+def test_missing_package(folder, monkeypatch):
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="needs the safetensors package: pip install safetensors"):
+        model.load(folder, "cpu")
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        hf.save_folder(folder, {}, [])
+
+
+def test_interrupted_save_leaves_the_old_folder(folder):
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+
+    def tensors():
+        yield "a", torch.ones(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hf.save_folder(folder, {}, tensors(), shard_bytes=1)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+
+
+def test_saving_replaces_what_was_there(folder):
+    ours = model.load(folder, "cpu", torch.float32)
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00009.safetensors")
+    hf.save_folder(folder, hf.config_json(ours.config), ours.named_parameters())
+    assert sorted(f.name for f in folder.glob("model*")) == ["model.safetensors"]
+
+
+# --- a real model
+
+@pytest.fixture(scope="module")
+def real(request):
+    path = request.getfixturevalue("smollm2_path")
+    return path, transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def test_smollm2(real):
+    path, theirs = real
+    ours = model.load(path, "cpu", torch.float32)
+    tokens = torch.randint(0, 49152, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert_logits_equal(ours(tokens), expected)
+        for layer in ours.model.layers:           # Meta's order of rows: the classic mistake
+            for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                proj.weight.data = model.reorder(proj.weight.data, "q_proj.weight", ours.config,
+                                                 to_meta=True)
+        with pytest.raises(AssertionError, match="logits differ"):
+            assert_logits_equal(ours(tokens), expected)
