@@ -28,6 +28,9 @@ PROMPT = ("Below is an instruction that describes a task. "
           "Write a response that appropriately completes the request.\n\n"
           "### Instruction:\n{instruction}\n\n### Response:")
 
+# What follows it in the test prompts of the paper's scripts (pissa-dataset), as in MetaMath's.
+STEPS = " Let's think step by step."
+
 FIELDS = [("instruction", "output"), ("query", "response"), ("question", "answer"), ("text",)]
 
 
@@ -122,9 +125,12 @@ def _string(record, name, where):
 
 # From (prompt, response) to batches ---------------------------------------------------------------
 
-def prompt_ids(prompt, tok):
-    """What the model reads before it answers; BOS alone for plain text (prompt "")."""
-    return tok.encode(PROMPT.format(instruction=prompt) if prompt else "", bos=True)
+def prompt_ids(prompt, tok, begin=""):
+    """What the model reads before it answers; BOS alone for plain text (prompt "").
+
+    begin: the first words of the answer, where they are given, such as STEPS.
+    """
+    return tok.encode((PROMPT.format(instruction=prompt) if prompt else "") + begin, bos=True)
 
 
 def encode(examples, tok, max_length):
@@ -199,6 +205,24 @@ def final_answer(text):
         if found := NUMBER.search(text.partition(marker)[2]):
             return found[0].replace(",", "")
     return None
+
+
+def paper_answer(text):
+    """The whole number (str) that the PiSSA authors' scripts read in a response; None if none.
+
+    It is the first number after the last "The answer is: ", rounded as round() does, halves to
+    even; a/b is divided, but for a/0, which is a. Such a number has one comma, point or slash at
+    most, a comma anywhere: "1,234,567" reads as 1234. Kept as it is, to compare with the paper.
+    """
+    _, marker, tail = text.rpartition("The answer is: ")
+    found = re.search(r"[-+]?\d*[.,/]?\d+", tail) if marker else None
+    if not found:
+        return None
+    above, slash, below = found[0].replace(",", "").partition("/")
+    try:
+        return str(round(int(above) / int(below) if slash and below != "0" else float(above)))
+    except (ValueError, ArithmeticError):  # /4, 4/00, and what is too large for a float
+        return None
 
 
 def same_answer(a, b):
