@@ -225,6 +225,16 @@ def paper_answer(text):
         return None
 
 
+def references(examples, where):
+    """The final answers of the responses of (prompt, response); ValueError for one without."""
+    answers = [final_answer(response) for _, response in examples]
+    for n, (answer, (_, response)) in enumerate(zip(answers, examples), 1):
+        if not same_answer(answer, answer):  # None, or 1/0
+            raise ValueError(f"{where}: record {n}: the reference answer names no number after "
+                             f"'####' or 'The answer is': {response[:60]!r}")
+    return answers
+
+
 def same_answer(a, b):
     """Equal as rational numbers: "1,234" and "1234.0", "1/2" and "0.5". None equals nothing."""
     a, b = _fraction(a), _fraction(b)

@@ -333,6 +333,38 @@ def test_final_answer_picks_the_right_marker(text, expected):
     assert data.final_answer(text) == expected
 
 
+@pytest.mark.parametrize("after, expected", [
+    ("18", "18"), ("18.", "18"), ("-3", "-3"), ("+7", "7"), ("$1,234 a year", "1234"),
+    ("1,234,567", "1234"), ("1,2345", "12345"), (",5", "5"),
+    ("7.5", "8"), ("8.5", "8"), ("0.5", "0"), (".7", "1"), ("-2.6", "-3"), ("1.2.3", "1"),
+    ("1,,5", "1"), ("7/2", "4"), ("5/2", "2"), ("-9/4", "-2"), ("1,234/2", "1234"), ("7/0", "7"),
+    ("7/00", None), ("/4", None), ("-/4", None), ("none", None), ("", None), ("-$5", "5"),
+    ("9" * 400, None), ("-" + "9" * 400, None), ("9" * 400 + "/1", None), ("9" * 5000 + "/1", None),
+])
+def test_paper_answer(after, expected):
+    assert data.paper_answer("So 3. The answer is: 4. No, The answer is: " + after) == expected
+
+
+@pytest.mark.parametrize("text", ["18", "#### 18", "The answer is 18", "The answer is:18", "",
+                                  "the answer is: 18", "The answer is: 18. The answer is: so"])
+def test_no_paper_answer(text):
+    assert data.paper_answer(text) is None
+
+
+def test_references():
+    assert data.references([("", "#### 1,000"), ("", "The answer is: 1/2")], "f") == ["1000", "1/2"]
+    for bad in ("So it is blue.", "#### 1/0", "7"):
+        with pytest.raises(ValueError, match="^f.jsonl: record 2: .* names no number .*" + bad):
+            data.references([("a", "#### 1"), ("b", bad), ("c", "####")], "f.jsonl")
+
+
+def test_prompt_ids_begin_the_answer(tok):
+    ids = data.prompt_ids("1 + 1?", tok, data.STEPS)
+    assert ids[0] == tok.bos and ids[1:] == tok.sp.encode(
+        data.PROMPT.format(instruction="1 + 1?") + " Let's think step by step.")
+    assert data.prompt_ids("", tok) == [tok.bos]
+
+
 @pytest.mark.parametrize("a, b, same", [
     ("1,234", "1234.0", True), ("1/2", "0.5", True), (".5", "0.50", True), ("-3", "-3.0", True),
     ("1234567", "1,234,567", True), ("007", "7", True), ("10/2", "5", True), ("0.1", "1/10", True),
