@@ -4,9 +4,11 @@
     python eval.py --ckpt tiny --adapter runs/demo/adapter --accuracy checkpoints/tiny/test.jsonl
     python eval.py --ckpt tiny --ppl some_text.txt
 
-With an adapter, --prompt shows the base model's completion beside the adapted one.
+With an adapter, --prompt shows the base model's completion beside the adapted one. Where --accuracy
+was interrupted, the same command goes on.
 """
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -24,59 +26,89 @@ import model
 import pissa
 from adapter import written
 
+# Of each protocol: what follows the template, --max-new-tokens, and the rule of the answer.
+PROTOCOLS = {
+    "strict": ("", 256, data.final_answer, "the first number after '####' or 'The answer is'"),
+    "paper": (data.STEPS, 1024, data.paper_answer,
+              "the rounded number after the last 'The answer is: '")}
 
-def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, desc=None, **sampling):
-    """Responses (str) to instructions, in the paper's template; `desc` names a progress bar."""
-    ids = [data.prompt_ids(p, tok) for p in prompts]
+
+def describe(protocol, max_new_tokens, stop=()):
+    """The line that says how an accuracy was measured."""
+    begin, _, _, rule = PROTOCOLS[protocol]
+    return (f"protocol {protocol}: data.PROMPT{begin and f' + {begin!r}'}, greedy, at most "
+            f"{max_new_tokens} new tokens{f', stop at {stop}' if stop else ''}; {rule} must equal "
+            "the reference")
+
+
+def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=(), **sampling):
+    """Responses (str) to instructions, in the paper's template, up to the first text of `stop`.
+
+    begin: the first words of every response, not repeated in it. sampling: see model.generate.
+    """
+    ids = [data.prompt_ids(p, tok, begin) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))    # like lengths: little padding
-    out = [""] * len(ids)
-    for start in tqdm(range(0, len(ids), batch), desc=desc, disable=desc is None, leave=False):
+    # The tokens that may hold a stop text: a byte each, and one whose leading space decode() drops.
+    width, out = 1 + max((len(s.encode()) for s in stop), default=0), [""] * len(ids)
+
+    def ended(new):
+        return any(s in tok.decode(new[-width:]) for s in stop)
+
+    for start in range(0, len(ids), batch):
         rows = order[start:start + batch]
-        new = model.generate(net, [ids[i] for i in rows], max_new_tokens, eos=tok.eos, **sampling)
-        for i, t in zip(rows, new):
-            out[i] = tok.decode(t).strip()
+        new = model.generate(net, [ids[i] for i in rows], max_new_tokens, eos=tok.eos, stop=ended,
+                             **sampling)
+        for i, text in zip(rows, map(tok.decode, new)):
+            out[i] = text[:min((text.find(s) for s in stop if s in text), default=None)].strip()
     return out
 
 
-def references(examples, where):
-    """The final answer of every reference; ValueError for one that has none."""
-    answers = [data.final_answer(reference) for _, reference in examples]
-    if None in answers:
-        i = answers.index(None)
-        raise ValueError(f"{where}: record {i + 1}: the reference answer names no number after "
-                         f"'####' or 'The answer is': {examples[i][1][:60]!r}")
-    return answers
+def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch=64, stop=(),
+             desc="accuracy", done=(), log=None):
+    """Share of right final answers, by a protocol, and a list of predictions (dicts).
 
-
-def accuracy(net, tok, examples, *, max_new_tokens=128, batch=64, desc="accuracy"):
-    """Share of exact final answers, and a list of predictions (dicts), greedily decoded.
-
-    examples: (instruction, reference) from `data.read`. Protocol: the template of data.PROMPT, one
-    greedy answer of at most max_new_tokens; it counts when the first number after "####" or "The
-    answer is" equals the reference's as a rational number. A reference without: ValueError.
+    examples: (instruction, reference) from `data.read`. done: {index: prediction} of those answered
+    before. log: a file that gets [index, prediction] of the others, batch by batch.
+    A reference without a final answer: ValueError.
     """
-    answers = references(examples, "accuracy")
-    texts = complete(net, tok, [p for p, _ in examples], max_new_tokens=max_new_tokens, batch=batch,
-                     desc=desc)
-    rows = []
-    for (prompt, _), text, reference in zip(examples, texts, answers):
-        answer = data.final_answer(text)
-        rows.append({"prompt": prompt, "response": text, "answer": answer, "reference": reference,
-                     "correct": data.same_answer(answer, reference)})
-    return sum(r["correct"] for r in rows) / len(rows), rows
+    begin, _, read, _ = PROTOCOLS[protocol]
+    answers, rows = data.references(examples, "accuracy"), dict(done)
+    todo = sorted(set(range(len(examples))) - set(rows), key=lambda i: (len(examples[i][0]), i))
+    bar = tqdm(range(0, len(todo), batch), desc=desc, unit="batch", leave=False)
+    for start in bar:
+        now = todo[start:start + batch]
+        texts = complete(net, tok, [examples[i][0] for i in now], max_new_tokens=max_new_tokens,
+                         batch=batch, begin=begin, stop=stop)
+        for i, text in zip(now, texts):
+            answer, reference = read(text), answers[i]
+            rows[i] = {"prompt": examples[i][0], "response": text, "answer": answer,
+                       "reference": reference, "correct": data.same_answer(answer, reference)}
+            if log:
+                print(json.dumps([i, rows[i]], ensure_ascii=False), file=log, flush=True)
+        bar.set_postfix_str(f"{sum(r['correct'] for r in rows.values()) / len(rows):.1%} right")
+    return sum(r["correct"] for r in rows.values()) / len(rows), [rows[i] for i in sorted(rows)]
 
 
 @torch.inference_mode()
-def perplexity(net, tok, text, length=512):
-    """(exp of the mean loss per token, tokens) of a text, in windows of `length` after BOS."""
-    ids = tok.encode(text)
-    if not ids:
-        raise ValueError("the text is empty")
-    device, total = net.lm_head.weight.device, 0.0
-    for start in tqdm(range(0, len(ids), length), desc="perplexity", leave=False, delay=1):
+def perplexity(net, tok, text, length=512, stride=None):
+    """(exp of the mean loss per token, tokens, windows) of a text.
+
+    Every `stride` tokens (default: `length`) a window of BOS and `length` tokens begins. A token
+    counts in the first window that has it, so past the first one it sees length - stride or more.
+    """
+    ids, stride = tok.encode(text), stride or length
+    if not ids or stride > length:
+        raise ValueError(f"--stride {stride} is more than --length {length}: tokens would be left "
+                         "out" if ids else "the text is empty")
+    device, total, seen = net.lm_head.weight.device, 0.0, 0
+    starts = range(0, max(0, len(ids) - length) + stride, stride)   # the last one reaches the end
+    for start in tqdm(starts, desc="perplexity", leave=False, delay=1):
         window = torch.tensor([[tok.bos] + ids[start:start + length]], device=device)   # (1, T+1)
-        total += F.cross_entropy(net(window[:, :-1])[0], window[0, 1:], reduction="sum").item()
-    return math.exp(total / len(ids)), len(ids)
+        new = start + window.shape[1] - 1 - seen                    # tokens not counted before
+        logits = net(window[:, :-1])[0, -new:]                                          # (new, V)
+        total += F.cross_entropy(logits, window[0, -new:], reduction="sum").item()
+        seen += new
+    return math.exp(total / len(ids)), len(ids), len(starts)
 
 
 def load_model(ckpt, tok, device=None, dtype=None):
@@ -89,8 +121,7 @@ def load_model(ckpt, tok, device=None, dtype=None):
 
 
 def write_lines(path, rows):
-    """Write dicts as jsonl; the file appears when all are written."""
-    path = Path(path)
+    """Write a jsonl file; it appears when all rows are written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
         for row in rows:
@@ -108,72 +139,106 @@ def check_ranges(parser, args, **ranges):
 def arguments():
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, usage="python eval.py [--option value ...]",
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", default="tiny", help="directory, or a name under checkpoints/")
-    p.add_argument("--adapter", help="adapter directory, as train.py or PEFT wrote it")
-    p.add_argument("--prompt", help="an instruction to answer")
-    p.add_argument("--accuracy", metavar="JSONL", help="problems with final answers after '####'")
-    p.add_argument("--ppl", metavar="TEXT", help="a text file")
-    p.add_argument("--fields", help="field names of the jsonl, e.g. question,answer")
-    p.add_argument("--limit", type=int, help="only the first so many problems")
-    p.add_argument("--out", help="file for --accuracy's predictions (default: by the adapter)")
-    p.add_argument("--max-new-tokens", type=int, default=256)
-    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch", type=int, default=64, help="prompts decoded together")
-    p.add_argument("--length", type=int, help="window of --ppl, in tokens (default: 512, or what "
-                   "the model was trained for, if that is less)")
-    p.add_argument("--device", help="default: cuda if there is one, else cpu")
+                                formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog="Not here: multiple-choice benchmarks, MATH.")
+    add = p.add_argument
+    add("--ckpt", default="tiny", help="directory, or a name under checkpoints/")
+    add("--adapter", help="adapter directory, as train.py or PEFT wrote it")
+    add("--prompt", help="an instruction to answer")
+    add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
+    add("--protocol", choices=list(PROTOCOLS), default="strict",
+        help="how --accuracy asks and scores; paper: as the PiSSA authors' scripts do")
+    add("--ppl", metavar="TEXT", help="a text file")
+    add("--fields", help="field names of the jsonl, e.g. question,answer")
+    add("--limit", type=int, help="only the first so many problems")
+    add("--out", help="file for --accuracy's predictions (default: by the adapter)")
+    add("--max-new-tokens", type=int, help="default: 256, or 1024 by protocol paper")
+    add("--stop", action="append", default=[], help="text that ends a response; repeatable")
+    add("--temperature", type=float, default=0.0, help="of --prompt; 0: greedy")
+    add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="sample among so much probability")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=64, help="prompts decoded together")
+    add("--length", type=int, help="window of --ppl (default: 512, or the model's limit if less)")
+    add("--stride", type=int, help="from one window to the next (default: --length)")
+    add("--device", help="default: cuda if there is one, else cpu")
     args, at_least_1 = p.parse_args(), (1, math.inf)
     check_ranges(p, args, limit=at_least_1, max_new_tokens=at_least_1, batch=at_least_1,
-                 length=at_least_1, temperature=(0, 1e6), top_p=(1e-9, 1), seed=(0, 2**63 - 1))
+                 length=at_least_1, stride=at_least_1, temperature=(0, 1e6), top_k=(0, math.inf),
+                 top_p=(1e-9, 1), seed=(0, 2**63 - 1))
     if not (args.prompt or args.accuracy or args.ppl):
         p.error("nothing to do: give --prompt, --accuracy or --ppl")
-    if (args.prompt or "").encode(errors="replace").decode() != (args.prompt or ""):
-        p.error("--prompt is not valid UTF-8")
+    for name, text in ("--prompt", args.prompt or "-"), *(("--stop", s) for s in args.stop):
+        if not text or text.encode(errors="replace").decode() != text:
+            p.error(f"{name} is {'not valid UTF-8' if text else 'empty'}")
+    args.max_new_tokens = args.max_new_tokens or PROTOCOLS[args.protocol][1]
     return args
 
 
-def show_accuracy(net, tok, examples, args):
+def resume(part, header, count):
+    """{index: prediction} that an interrupted run with this header left in `part`, kept there."""
+    # Half a line, where it was interrupted, has no end: it does not count, and is not kept.
+    lines = part.read_text("utf-8", "replace").split("\n")[:-1] if part.exists() else []
+    same = lines[:1] == [json.dumps(header, ensure_ascii=False)]
+    if lines:
+        print(f"going on: {len(lines) - 1} of {count} are done" if same else
+              f"starting anew: {part} is of another model, protocol or set of problems")
+    done = dict(map(json.loads, lines[1:])) if same else {}
+    write_lines(part, [header, *done.items()])
+    return done
+
+
+def show_accuracy(net, tok, examples, base, args):
     """--accuracy: the protocol, the score with its standard error, and a file of predictions."""
-    print(f"protocol: the template of data.PROMPT, greedy, at most {args.max_new_tokens} new "
-          "tokens; the first number after '####' or 'The answer is' must equal the reference")
-    score, rows = accuracy(net, tok, examples, batch=args.batch, max_new_tokens=args.max_new_tokens)
-    error = math.sqrt(score * (1 - score) / len(rows))
+    how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
+    print(describe(**how))
     folder = Path(args.adapter).parent if args.adapter else Path("runs")
-    out = args.out or folder / f"predictions-{Path(args.accuracy).stem}.jsonl"
+    out = Path(args.out or folder / f"predictions-{Path(args.accuracy).stem}-{args.protocol}.jsonl")
+    part = out.with_name(out.name + ".part")
+    asked = [(data.prompt_ids(prompt, tok), reference) for prompt, reference in examples]
+    content = hashlib.sha256(json.dumps([base, str(net.lm_head.weight.dtype), asked]).encode())
+    for file in sorted(Path(args.adapter).glob("adapter_*")) if args.adapter else []:
+        content.update(file.read_bytes())
+    header = {"ckpt": args.ckpt, "adapter": args.adapter, **how, "sha256": content.hexdigest()}
+    done = resume(part, header, len(examples))
+    with open(part, "a", encoding="utf-8") as log:
+        score, rows = accuracy(net, tok, examples, batch=args.batch, done=done, log=log, **how)
     write_lines(out, rows)
-    print(f"accuracy {score:.1%} ± {error:.1%} (standard error) on {len(rows)} problems; "
-          f"predictions in {out}")
+    part.unlink()
+    n, error = len(rows), math.sqrt(score * (1 - score) / len(rows))
+    print(f"accuracy {score:.1%} ± {error:.1%} (standard error) by protocol {args.protocol}: "
+          f"{score * n:.0f} of {n} problems; predictions in {out}")
 
 
 def main():
     """Read everything, load the model, then do whatever was asked for."""
     args = arguments()
     examples = data.read(args.accuracy, args.fields)[:args.limit] if args.accuracy else []
-    references(examples, args.accuracy)
+    data.references(examples, args.accuracy)
     try:
         text = Path(args.ppl).read_text(encoding="utf-8") if args.ppl else ""
     except UnicodeDecodeError:
         raise ValueError(f"{args.ppl}: not UTF-8; convert the file (see iconv)") from None
     tok = data.Tokenizer(model.find(args.ckpt))
     net = load_model(args.ckpt, tok, args.device)
+    base = pissa.fingerprint(dict(net.named_parameters()))
     if args.adapter:
         pissa.load(net, args.adapter, keep_base=bool(args.prompt))
     if args.prompt:
-        sampling = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "top_p", "seed")}
+        options = {k: getattr(args, k) for k in ("max_new_tokens", "stop", "temperature", "top_k",
+                                                 "top_p", "seed")}
         if args.adapter:
             with pissa.disabled(net):
-                print(f"--- base\n{complete(net, tok, [args.prompt], **sampling)[0]}")
+                print(f"--- base\n{complete(net, tok, [args.prompt], **options)[0]}")
             print(f"--- with {args.adapter}")
-        print(complete(net, tok, [args.prompt], **sampling)[0])
+        print(complete(net, tok, [args.prompt], **options)[0])
     if args.accuracy:
-        show_accuracy(net, tok, examples, args)
+        show_accuracy(net, tok, examples, base, args)
     if args.ppl:
         length = args.length or min(512, net.config.max_seq_len or 512)
-        ppl, n = perplexity(net, tok, text, length)
-        print(f"perplexity {ppl:.4f} per token ({n:,} tokens, windows of {length})")
+        ppl, n, windows = perplexity(net, tok, text, length, args.stride)
+        print(f"perplexity {ppl:.4f} per token ({n:,} tokens, {windows:,} windows of {length}, "
+              f"stride {args.stride or length})")
 
 
 def run(main, name):

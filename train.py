@@ -29,7 +29,7 @@ import data
 import model
 import pissa
 from adapter import written
-from eval import accuracy, check_ranges, complete, load_model, references, run
+from eval import accuracy, check_ranges, complete, describe, load_model, run
 
 TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
 DEMO = ["--ckpt", TINY, "--data", f"{TINY}/train.jsonl", "--test-data", f"{TINY}/test.jsonl",
@@ -265,7 +265,8 @@ def summarise(rows, before, after, args, seconds, device):
         print(f"\n--- {prompt}\nbefore: {answer[:200]}\nafter:  {after['answers'][prompt]}")
     print(f"\nvalidation loss {before['loss']:.4f} -> {after['loss']:.4f}")
     if args.test_data:
-        print(f"accuracy on {args.test_data}: {before['accuracy']:.1%} -> {after['accuracy']:.1%}")
+        print(f"accuracy on {args.test_data}: {before['accuracy']:.1%} -> {after['accuracy']:.1%}\n"
+              + describe("strict", args.max_new_tokens))
     print(f"{len(rows)} steps in {trained:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s; "
           f"{seconds['all']:.0f} s in all")
     if gpu:
@@ -305,7 +306,7 @@ def main():
     tok = data.Tokenizer(model.find(args.ckpt))
     examples, val, val_texts = read_data(args, tok)
     test = data.read(args.test_data, args.fields) if args.test_data else []
-    references(test, args.test_data)
+    data.references(test, args.test_data)
     start, full = time.perf_counter(), args.method == "full"
     net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype)
     seconds = {"load": time.perf_counter() - start}

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,7 +17,7 @@ import data
 import eval as evaluation
 import model
 import pissa
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, hugging_face
 
 EXAMPLES = data.read(TINY / "test.jsonl")[:20]
 
@@ -61,15 +62,31 @@ def failure(*argv):
 
 
 def answer_with(monkeypatch, answers):
-    """A model that gives these answers, whatever it is asked; the calls it gets."""
+    """A model that gives these answers to these prompts (a dict); the calls it gets."""
     calls = []
 
     def complete(net, tok, prompts, **options):
         calls.append((prompts, options))
-        return answers[:len(prompts)]
+        return [answers[prompt] for prompt in prompts]
 
     monkeypatch.setattr(evaluation, "complete", complete)
     return calls
+
+
+def say(monkeypatch, *rows):
+    """A model that says these ids, a list per row of the batch; the ids it was asked for."""
+    said, steps = [], zip(*rows)
+
+    def sample(logits, *rest):
+        said.append(next(steps))
+        return torch.tensor(said[-1])[:, None]
+
+    monkeypatch.setattr(model, "sample", sample)
+    return said
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # --- complete
@@ -115,6 +132,40 @@ def test_complete_samples_by_seed(net, tok):
     assert a == b != c
 
 
+@pytest.mark.parametrize("text, stop, expected", [
+    ("It is 7. Question: and", ["Question:"], "It is 7."),
+    ("It is 7. Question: and", ["USER", "Question"], "It is 7."),
+    ("It is 7.\n\nIt is", ["\n\n"], "It is 7."),
+    ("It is 7. It is 7. It", [" It"], "It is 7."),           # not the first one: no space there
+    ("It is 7.", [" "], "It"),
+    ("It is 7 café “yes” and", ["“"], "It is 7 café"),       # three tokens, a byte each
+    ("It is abcde", ["cd", "bc"], "It is a"),                # whichever begins first
+    ("Stop it at once", ["Stop"], "")])
+def test_complete_stops_at_a_text(net, tok, monkeypatch, text, stop, expected):
+    """The response ends before it, and nothing is generated after the token that completes it."""
+    ids = tok.encode(text)
+    first = next(n for n in range(1, len(ids)) if any(s in tok.decode(ids[:n]) for s in stop))
+    said = say(monkeypatch, ids)
+    assert evaluation.complete(net, tok, ["?"], max_new_tokens=len(ids), stop=stop) == [expected]
+    assert len(said) == first < len(ids)
+
+
+def test_a_stop_text_ends_one_row_only(net, tok, monkeypatch):
+    a, b = tok.encode("It is 7. Question: and so on, a, b, c"), tok.encode("Nine and ten, " * 9)
+    say(monkeypatch, a, b[:len(a)])
+    said = evaluation.complete(net, tok, ["?", "???"], max_new_tokens=len(a), stop=["Question"])
+    assert said == ["It is 7.", tok.decode(b[:len(a)]).strip()]
+
+
+def test_complete_begins_the_response(net, tok):
+    """In one piece with the prompt, as the paper's scripts tokenise it."""
+    prompt, _ = EXAMPLES[0]
+    ids = tok.encode(data.PROMPT.format(instruction=prompt) + " Let's think.", bos=True)
+    expected = tok.decode(model.generate(net, [ids], 10)[0]).strip()
+    said = evaluation.complete(net, tok, [prompt], max_new_tokens=10, begin=" Let's think.")
+    assert said == [expected] != evaluation.complete(net, tok, [prompt], max_new_tokens=10)
+
+
 # --- accuracy
 
 @pytest.mark.parametrize("reference, answer, correct", [
@@ -132,18 +183,34 @@ def test_complete_samples_by_seed(net, tok):
     ("#### 1,234,567", "#### $1234567", True),
     ("#### 1,234,567", "#### 1,234", False)])
 def test_accuracy_scores_exactly(monkeypatch, reference, answer, correct):
-    calls = answer_with(monkeypatch, [answer])
+    calls = answer_with(monkeypatch, {"How many?": answer})
     score, (row,) = evaluation.accuracy(None, None, [("How many?", reference)], max_new_tokens=9)
     assert (score, row["correct"]) == (float(correct), correct)
     assert (row["prompt"], row["response"]) == ("How many?", answer)
     assert calls[0][0] == ["How many?"] and calls[0][1]["max_new_tokens"] == 9
+    assert calls[0][1]["begin"] == ""
     assert "temperature" not in calls[0][1], "accuracy is measured greedily"
+
+
+@pytest.mark.parametrize("reference, answer, correct", [
+    ("#### 8", "It is. The answer is: 8", True),
+    ("#### 8", "#### 8", False),                           # the marker is MetaMath's
+    ("The answer is: 8", "The answer is: 7 The answer is: 8", True),           # the last one
+    ("#### 8", "The answer is: 8.4", True),                # rounded
+    ("#### 1,234", "The answer is: 1,234", True),
+    ("#### 1,234,567", "The answer is: 1,234,567", False),  # read as 1234
+    ("#### 8", "8", False)])
+def test_accuracy_by_the_paper(monkeypatch, reference, answer, correct):
+    calls = answer_with(monkeypatch, {"How many?": answer})
+    score, (row,) = evaluation.accuracy(None, None, [("How many?", reference)], protocol="paper")
+    assert (score, row["correct"]) == (float(correct), correct)
+    assert calls[0][1]["begin"] == " Let's think step by step."
 
 
 def test_accuracy_is_the_share(monkeypatch):
     examples = [(f"question {i}", f"#### {i}") for i in range(8)]
     answers = ["#### 0", "#### 1", "none", "#### 3", "#### 5", "#### 4", "", "#### 7"]
-    answer_with(monkeypatch, answers)
+    answer_with(monkeypatch, {f"question {i}": answer for i, answer in enumerate(answers)})
     score, rows = evaluation.accuracy(None, None, examples)
     assert score == 4 / 8
     assert [r["correct"] for r in rows] == [True, True, False, True, False, False, False, True]
@@ -153,27 +220,74 @@ def test_accuracy_is_the_share(monkeypatch):
 
 def test_accuracy_names_the_record_without_an_answer(monkeypatch):
     """Before any time is spent on answers."""
-    calls = answer_with(monkeypatch, ["#### 1"] * 3)
+    calls = answer_with(monkeypatch, {})
     with pytest.raises(ValueError, match="record 2: .*names no number.*'So it is blue.'"):
         evaluation.accuracy(None, None, [("a", "#### 1"), ("b", "So it is blue."), ("c", "####")])
     assert not calls
 
 
+def test_accuracy_runs_along(monkeypatch):
+    """The progress bar shows the share so far; short prompts come first, those done not at all."""
+    answers = {"a" * n: f"#### {n if n != 4 else 0}" for n in range(1, 9)}
+    calls = answer_with(monkeypatch, answers)
+    examples = [("a" * n, f"#### {n}") for n in (5, 6, 7, 8, 1, 2, 3, 4)]
+    done = {6: {"correct": False, "of": "another time"}}
+    with redirect_stderr(io.StringIO()) as err:
+        score, rows = evaluation.accuracy(None, None, examples, batch=4, done=done)
+    assert [prompts for prompts, _ in calls] == [["a", "aa", "aaaa", "aaaaa"],
+                                                 ["aaaaaa", "aaaaaaa", "aaaaaaaa"]]
+    assert re.findall(r"(\S+)% right", err.getvalue()) == ["60.0", "75.0"]
+    assert score == 0.75 and rows[6] is done[6]
+    assert [row.get("prompt") for row in rows[:6]] == [prompt for prompt, _ in examples[:6]]
+
+
 # --- perplexity
 
-@pytest.mark.parametrize("length", [7, 64, 1000])
-def test_perplexity_is_its_definition(net, tok, length):
-    """Every token once, after BOS and what precedes it in its window, in float64."""
-    text = " ".join(answer for _, answer in EXAMPLES[:8])
-    ids, total = tok.encode(text), 0.0
+TEXT = " ".join(answer for _, answer in EXAMPLES[:8])
+
+
+@pytest.mark.parametrize("length, stride", [(7, 7), (64, 64), (999, 999), (50, 20), (5, 2)])
+def test_perplexity_is_its_definition(net, tok, length, stride):
+    """Every token once, in the first window that holds it, after BOS and what precedes it there."""
+    ids, total = tok.encode(TEXT), 0.0
     for i, token in enumerate(ids):
-        if i % length == 0:
-            window = [tok.bos] + ids[i:i + length]
+        start = max(0, math.ceil((i + 1 - length) / stride)) * stride
+        if i == 0 or start != before:
+            window = [tok.bos] + ids[start:start + length]
             log_p = torch.log_softmax(net(torch.tensor([window]))[0].double(), -1)
-        total -= log_p[i % length, token].item()
-    got, count = evaluation.perplexity(net, tok, text, length)
-    assert count == len(ids) > 64
+            before = start
+        total -= log_p[i - start, token].item()
+    got, count, windows = evaluation.perplexity(net, tok, TEXT, length, stride)
+    assert count == len(ids) > 64 and windows == 1 + start // stride
     assert got == pytest.approx(math.exp(total / len(ids)), rel=1e-5)
+
+
+@pytest.mark.parametrize("length, stride", [(40, 40), (40, 15), (64, 5), (40, 39), (999, 999)])
+def test_perplexity_is_that_of_transformers(net, tok, length, stride):
+    """The loop of Hugging Face's guide to the perplexity of fixed-length models, BOS before all."""
+    twin, ids = hugging_face(net), tok.encode(TEXT)[:150]
+    losses, before = [], 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + length, len(ids))
+        window = torch.tensor([[tok.bos] + ids[begin:end]])
+        target = window.clone()
+        target[:, :-(end - before)] = -100
+        with torch.no_grad():
+            losses.append(twin(window, labels=target).loss.double() * (end - before))
+        before = end
+        if end == len(ids):
+            break
+    text = tok.decode(ids)
+    assert tok.encode(text) == ids
+    got, count, windows = evaluation.perplexity(net, tok, text, length, stride)
+    assert (count, windows) == (len(ids), len(losses))
+    assert got == pytest.approx((sum(losses) / len(ids)).exp().item(), rel=1e-4)
+
+
+def test_more_context_is_less_perplexity(net, tok):
+    """Why a small stride is worth its time."""
+    disjoint, half, most = (evaluation.perplexity(net, tok, TEXT, 32, s)[0] for s in (None, 16, 4))
+    assert disjoint > half > most
 
 
 def test_perplexity_tells_english_from_noise(net, tok):
@@ -182,6 +296,8 @@ def test_perplexity_tells_english_from_noise(net, tok):
     assert evaluation.perplexity(net, tok, story)[0] * 3 < evaluation.perplexity(net, tok, noise)[0]
     with pytest.raises(ValueError, match="empty"):
         evaluation.perplexity(net, tok, "")
+    with pytest.raises(ValueError, match="--stride 8 is more than --length 7"):
+        evaluation.perplexity(net, tok, story, 7, 8)
 
 
 # --- the file of predictions
@@ -228,41 +344,190 @@ def test_prompt_shows_the_base_beside_the_adapted(net, tok, adapter):
     assert printed == f"--- base\n{base}\n--- with {adapter}\n{adapted}\n"
 
 
-def test_accuracy_command(tmp_path, monkeypatch):
+def test_prompt_samples(net, tok):
+    """--top-k 1 is greedy at any temperature; --stop ends the answer."""
+    prompt = EXAMPLES[0][0]
+    flags = ["--prompt", prompt, "--max-new-tokens", 12]
+    greedy, hot = command(*flags), [*flags, "--temperature", 3]
+    assert command(*hot, "--top-k", 1) == greedy != command(*hot)
+    assert command(*hot) == command(*hot, "--top-k", 0) != command(*hot, "--seed", 1)
+    word = greedy.split()[2]
+    assert command(*flags, "--stop", "never said", "--stop", word) == (
+        greedy[:greedy.index(word)].strip() + "\n")
+
+
+@pytest.mark.parametrize("flag, protocol, expected", [
+    ("--accuracy", "strict", "protocol strict: data.PROMPT, greedy, at most 33 new tokens; the "
+     "first number after '####' or 'The answer is' must equal the reference"),
+    ("--gsm8k", "paper", "protocol paper: data.PROMPT + \" Let's think step by step.\", greedy, at "
+     "most 33 new tokens; the rounded number after the last 'The answer is: ' must equal the "
+     "reference")])
+def test_accuracy_command(tmp_path, monkeypatch, flag, protocol, expected):
     """The protocol, the score with its error, and a row of the file for every problem."""
-    answers = [f"#### {data.final_answer(a)}" for _, a in EXAMPLES]
-    answers[3] = answers[7] = "I do not know."
-    answers[5] += "0"
+    answers = {p: "The answer is: " + data.final_answer(a) for p, a in EXAMPLES}
+    answers[EXAMPLES[3][0]] = answers[EXAMPLES[7][0]] = "I do not know."
+    answers[EXAMPLES[5][0]] += "0"
     answer_with(monkeypatch, answers)
-    printed = command("--accuracy", TINY / "test.jsonl", "--limit", 20, "--max-new-tokens", 33,
-                      "--out", tmp_path / "p.jsonl")
-    assert "protocol: " in printed and "33 new tokens" in printed and "greedy" in printed
+    printed = command(flag, TINY / "test.jsonl", "--limit", 20, "--max-new-tokens", 33,
+                      "--protocol", protocol, "--out", tmp_path / "p.jsonl")
+    assert printed.splitlines()[0] == expected
     score, error = re.search(r"accuracy (\S+)% ± (\S+)%", printed).groups()
-    assert float(score) == 85.0 and "on 20 problems" in printed
+    assert float(score) == 85.0 and f"by protocol {protocol}: 17 of 20 problems" in printed
     assert float(error) == pytest.approx(100 * math.sqrt(0.85 * 0.15 / 20), abs=0.05)
-    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "p.jsonl")
     assert [r["prompt"] for r in rows] == [p for p, _ in EXAMPLES]
     assert [i for i, r in enumerate(rows) if not r["correct"]] == [3, 5, 7]
+    assert os.listdir(tmp_path) == ["p.jsonl"]
+
+
+@pytest.mark.parametrize("argv, tokens, stop", [
+    ([], 256, []), (["--protocol", "paper"], 1024, []),
+    (["--protocol", "paper", "--max-new-tokens", 5, "--stop", "\n\n", "--stop", "USER"], 5,
+     ["\n\n", "USER"])])
+def test_accuracy_options(tmp_path, monkeypatch, argv, tokens, stop):
+    """They reach the model, and what was asked for is what the line says."""
+    calls = answer_with(monkeypatch, {EXAMPLES[0][0]: "It is blue."})
+    printed = command("--accuracy", TINY / "test.jsonl", "--limit", 1, *argv, "--out",
+                      tmp_path / "p.jsonl")
+    assert (calls[0][1]["max_new_tokens"], calls[0][1]["stop"]) == (tokens, stop)
+    assert f"at most {tokens} new tokens{f', stop at {stop}' if stop else ''};" in printed
 
 
 def test_accuracy_of_the_real_model(net, tok, adapter):
     """Predictions go beside the adapter, and are those of the adapted model."""
-    command("--adapter", adapter, "--accuracy", TINY / "test.jsonl", "--limit", 5,
-            "--max-new-tokens", 8, "--batch", 2)
     other = pissa.load(model.load("tiny", "cpu"), adapter)
-    expected = evaluation.accuracy(other, tok, EXAMPLES[:5], max_new_tokens=8)[1]
-    path = adapter.parent / "predictions-test.jsonl"
-    assert [json.loads(line) for line in path.read_text().splitlines()] == expected
+    for protocol in ("strict", "paper"):
+        command("--adapter", adapter, "--accuracy", TINY / "test.jsonl", "--limit", 5,
+                "--max-new-tokens", 8, "--batch", 2, "--protocol", protocol)
+        expected = evaluation.accuracy(other, tok, EXAMPLES[:5], max_new_tokens=8,
+                                       protocol=protocol)[1]
+        assert read_lines(adapter.parent / f"predictions-test-{protocol}.jsonl") == expected
 
 
 def test_ppl_command(net, tok, tmp_path, adapter):
     text = "Nora had 14 shells. She found 8 more — at café “Sol”.\n" * 5
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     other = pissa.load(model.load("tiny", "cpu"), adapter)
-    for which, more in ((net, []), (other, ["--adapter", adapter])):
+    more = ["--adapter", adapter, "--stride", 30]
+    for which, stride, more in ((net, 50, []), (other, 30, more)):
         printed = command("--ppl", tmp_path / "text.txt", "--length", 50, *more)
-        value, count = evaluation.perplexity(which, tok, text, 50)
-        assert f"perplexity {value:.4f}" in printed and f"{count} tokens" in printed
+        value, count, windows = evaluation.perplexity(which, tok, text, 50, stride)
+        assert printed == (f"perplexity {value:.4f} per token ({count} tokens, {windows} windows "
+                           f"of 50, stride {stride})\n")
+
+
+# --- an interrupted accuracy
+
+def accuracy_flags(out, *more):
+    return ["--accuracy", TINY / "test.jsonl", "--limit", 10, "--max-new-tokens", 6, "--batch", 3,
+            "--out", out, *more]
+
+
+class Killed(BaseException):
+    """As good as kill -9: nothing here catches it."""
+
+
+def die(monkeypatch, batch, generate, asked=None):
+    """From now on the model answers by `generate`, and dies at this batch, counted from 1 (0: it
+    lives); the prompts that it has answered."""
+    asked = []
+
+    def answer(net, prompts, *args, **options):
+        asked.append([tuple(p) for p in prompts])
+        if len(asked) == batch:
+            asked.pop()
+            raise Killed
+        return generate(net, prompts, *args, **options)
+
+    monkeypatch.setattr(model, "generate", answer)
+    return asked
+
+
+def test_interrupted_accuracy_goes_on(tmp_path, monkeypatch):
+    """Interrupted twice, once within a line: the file is that of a run that was not, and every
+    problem was answered once."""
+    real, out, part = model.generate, tmp_path / "p.jsonl", tmp_path / "p.jsonl.part"
+    command(*accuracy_flags(tmp_path / "whole.jsonl"))
+    answered = []
+    for batch, done in ((2, None), (3, 3), (0, 9)):
+        asked = die(monkeypatch, batch, real)
+        if batch:
+            with pytest.raises(Killed):
+                command(*accuracy_flags(out))
+            assert not out.exists()
+        else:
+            printed = command(*accuracy_flags(out))
+            assert f"going on: {done} of 10 are done\n" in printed
+        answered += [prompt for prompts in asked for prompt in prompts]
+        if part.exists():
+            assert len(read_lines(part)) == 1 + len(answered)
+            with open(part, "ab") as file:                        # half a row, half a character
+                file.write('[9, {"prompt": "caf\u00e9'.encode()[:-1])
+    assert len(answered) == len(set(answered)) == 10
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["p.jsonl", "whole.jsonl"]
+
+
+def test_predictions_are_on_disk_as_they_come(tmp_path, monkeypatch):
+    """What a power cut leaves: the rows of every finished batch, not those in some buffer."""
+    counts = []
+
+    def generate(net, prompts, *args, **options):
+        counts.append(len(read_lines(tmp_path / "p.jsonl.part")) - 1)
+        return [[5]] * len(prompts)
+
+    monkeypatch.setattr(model, "generate", generate)
+    command(*accuracy_flags(tmp_path / "p.jsonl"))
+    assert counts == [0, 3, 6, 9]
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A copy of the tiny checkpoint, which can be changed."""
+    shutil.copytree(TINY, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def other_adapter(base, adapter):
+    """One number of B changes, by its last bit."""
+    path, = adapter.glob("adapter_model.*")
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+def other_base(base, adapter):
+    net = model.load(base, "cpu")
+    net.model.norm.weight.data *= 1.1
+    model.save(net, base)
+
+
+@pytest.mark.parametrize("change, more, anew", [
+    (None, [], False),
+    (None, ["--batch", 2], False),
+    (None, ["--max-new-tokens", 7], True),
+    (None, ["--stop", "x"], True),
+    (None, ["--protocol", "paper"], True),
+    (None, ["--limit", 9], True),
+    (None, ["--fields", "answer,question,answer"], True),
+    (other_adapter, [], True),
+    (other_base, [], True)])
+def test_going_on_or_starting_anew(tmp_path, monkeypatch, base, adapter, change, more, anew):
+    """Only what could change a prediction starts anew, and it says so in a line."""
+    shutil.copytree(adapter, tmp_path / "adapter")
+    flags = accuracy_flags(tmp_path / "p.jsonl", "--ckpt", base, "--adapter", tmp_path / "adapter")
+    die(monkeypatch, 3, lambda net, prompts, *args, **options: [[5]] * len(prompts))
+    with pytest.raises(Killed):
+        command(*flags)
+    if change:
+        change(base, tmp_path / "adapter")
+    asked = die(monkeypatch, 0, lambda net, prompts, *args, **options: [[6]] * len(prompts))
+    printed = command(*flags, *more).splitlines()
+    assert len(printed) == 3
+    assert printed[1].startswith("starting anew: " if anew else "going on: 6 of 10 are done")
+    rows = read_lines(tmp_path / "p.jsonl")
+    assert sum(map(len, asked)) == (len(rows) if anew else 4)
+    assert len({row["response"] for row in rows}) == (1 if anew else 2)
 
 
 # --- mistakes
@@ -286,9 +551,15 @@ def test_a_mistake_is_one_line_on_stderr():
     (["--accuracy", "{tmp}/open.jsonl", "--fields", "question,reply"], "no field 'reply'"),
     (["--ppl", "{tmp}/nowhere.txt"], "nowhere.txt"),
     (["--ppl", "{tmp}/latin.txt"], "latin.txt"),
-    (["--ppl", "{tmp}/empty.txt"], "empty")])
+    (["--ppl", "{tmp}/empty.txt"], "empty"),
+    (["--ppl", "{tmp}/broken.jsonl", "--length", "20", "--stride", "21"],
+     "--stride 21 is more than --length 20"),
+    (["--accuracy", "{tmp}/zero.jsonl"], "zero.jsonl: record 1: .* names no number"),
+    (["--accuracy", "{tmp}/good.jsonl", "--out", "{tmp}/good.jsonl/p.jsonl"], "good.jsonl")])
 def test_mistakes(tmp_path, argv, message):
     good = '{"question": "1 + 1?", "answer": "#### 2"}\n'
+    (tmp_path / "good.jsonl").write_text(good)
+    (tmp_path / "zero.jsonl").write_text(good.replace("2", "1/0"))
     (tmp_path / "broken.jsonl").write_text(good + '{"question": "2 +\n')
     (tmp_path / "open.jsonl").write_text(good + '{"question": "Who?", "answer": "Me."}\n')
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
@@ -303,6 +574,12 @@ def test_mistakes(tmp_path, argv, message):
     ([], "--prompt"),
     (["--prompt", "Hi", "--max-new-tokens", 0], "--max-new-tokens"),
     (["--prompt", "Hi", "--top-p", 0], "--top-p"),
+    (["--prompt", "Hi", "--top-k", -1], "--top-k"),
+    (["--prompt", "Hi", "--stop", "x", "--stop", ""], "--stop is empty"),
+    (["--prompt", "Hi", "--stop", "\udcff"], "--stop is not valid UTF-8"),
+    (["--prompt", "\udcff"], "--prompt is not valid UTF-8"),
+    (["--accuracy", TINY / "test.jsonl", "--protocol", "loose"], "--protocol"),
+    (["--ppl", TINY / "params.json", "--stride", 0], "--stride"),
     (["--accuracy", TINY / "test.jsonl", "--limit", 0], "--limit"),
     (["--accuracy", TINY / "test.jsonl", "--limit", -1], "--limit"),
     (["--accuracy", TINY / "test.jsonl", "--batch", -1], "--batch"),

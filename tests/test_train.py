@@ -362,7 +362,9 @@ def test_run_summary_is_what_the_adapter_does(run, tok, files):
             net, tok, questions, max_new_tokens=8)
         assert claimed["accuracy"] == evaluation.accuracy(net, tok, problems, max_new_tokens=8)[0]
         assert f"{claimed['loss']:.4f}" in text.partition("validation loss")[2]
+        assert f"{claimed['accuracy']:.1%}" in text.partition("accuracy on")[2]
         assert all(a in text for a in claimed["answers"].values())
+    assert evaluation.describe("strict", 8) in text.splitlines()
     assert summary["after"]["loss"] < summary["before"]["loss"]
     assert summary["steps"] == 6 and summary["tokens_per_second"] > 0
 
