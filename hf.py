@@ -110,7 +110,7 @@ def rope(p, path):
     given.pop("type", None)
     if given.get("partial_rotary_factor") == 1:
         del given["partial_rotary_factor"]
-    if kind not in SCALINGS or set(given) != set(SCALINGS[kind]):
+    if not isinstance(kind, str) or kind not in SCALINGS or set(given) != set(SCALINGS[kind]):
         raise ValueError(f"{path}: RoPE of type {json.dumps(kind)[:80]} with {', '.join(given)} is "
                          f"not known here; what works is {', '.join(SCALINGS)}")
     for key, value in given.items():

@@ -392,7 +392,7 @@ def read_config(directory, shards):
 def check_number(v, name, path, whole=False):
     """ValueError unless v is a number above 0; one that no model has would only fill memory."""
     good = type(v) is int or type(v) is float and not whole
-    if not good or not 0 < v < (2**30 if whole else inf):
+    if not good or not 0 < v < (2**30 if whole else 2**63):
         kind = "whole number" if whole else "number"
         raise ValueError(f"{path}: {name} is missing or not a {kind} above 0: {json.dumps(v)}")
 
