@@ -32,7 +32,7 @@ def source(result):
 
 def by_rate(demo, method, key):
     """{learning rate: [value of every seed]} of one method."""
-    rates = sorted({r["lr"] for r in demo["runs"] if r["method"] == method})
+    rates = sorted({r["lr"] for r in demo["runs"] if r["method"] == method and key in r})
     return {lr: [r[key] for r in demo["runs"] if (r["method"], r["lr"]) == (method, lr)]
             for lr in rates}
 
@@ -53,12 +53,43 @@ def demo_table():
     return table(head, rows) + source(demo) + source(cpu)
 
 
-def demo_figure():
+def gsm8k_table():
+    """SmolLM2 on GSM8K: every method at its own best rate, and at the others."""
+    result, rows = read("gsm8k_h200"), []
+    for method, best in result["best"].items():
+        at = {key: by_rate(result, method, key) for key in (
+            "accuracy", "val_loss", "train_seconds", "peak_gpu_gib", "tokens_per_second")}
+        lr, mean = best["lr"], statistics.mean
+        scores = at["accuracy"][lr]
+        rows.append([method, f"{lr:g}", f"{mean(at['val_loss'][lr]):.4f}",
+                     f"**{mean(scores):.1%}** ({', '.join(f'{s:.1%}' for s in scores)})",
+                     f"{mean(at['train_seconds'][lr]):.0f} s",
+                     f"{max(at['peak_gpu_gib'][lr]):.1f} GiB",
+                     ", ".join(f"{rate:g}: {mean(v):.3f}, {mean(at['accuracy'][rate]):.1%}"
+                               for rate, v in at["val_loss"].items())])
+    before = {r["accuracy_before"] for r in result["runs"] if "accuracy_before" in r}
+    text = table(["method", "best rate", "validation loss", "accuracy, mean (seeds)", "epoch",
+                  "peak memory", "validation loss and accuracy at every rate"], rows)
+    return f"{text}\n\nBefore training: {min(before):.1%}." + source(result)
+
+
+def generate_table():
+    """Tokens per second beside transformers."""
+    parts = [read(name) for name in ("generate_h200", "generate_cpu")]
+    rows = [[f"{r['model']}, {r['dtype']}", "GPU" if "NVIDIA" in part["device"] else "CPU",
+             r["batch"], f"{r['tokens_per_second']['ours']:,.0f}",
+             f"{r['tokens_per_second']['transformers']:,.0f}", f"**{r['ratio']:.2f}x**"]
+            for part in parts for r in part["rows"]]
+    return table(["model", "on", "batch", "tokens/s", "transformers, eager", "ratio"],
+                 rows) + "".join(map(source, parts))
+
+
+def demo_figure(result="demo_h200", with_losses="demo_cpu", log=True):
     """Left: loss of every method at its best rate. Right: accuracy against the learning rate."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    demo, curves = read("demo_h200"), read("demo_cpu")
+    demo, curves = read(result), read(with_losses)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
     for method, best in demo["best"].items():
         key = method, best["lr"]
@@ -72,16 +103,16 @@ def demo_figure():
                    color=COLOURS[method], label=method, markersize=4)
         right.fill_between(list(scores), [min(s) for s in scores.values()],
                            [max(s) for s in scores.values()], color=COLOURS[method], alpha=0.15)
-    left.set(xlabel="step", ylabel="training loss", yscale="log",
+    left.set(xlabel="step", ylabel="training loss", yscale="log" if log else "linear",
              title="each at its best learning rate")
     right.set(xlabel="learning rate", ylabel="accuracy on held-out problems", xscale="log",
-              ylim=(0, 1), title="what the learning rate does")
+              ylim=(0, 1) if log else (0, None), title="what the learning rate does")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
     figure.tight_layout()
-    figure.savefig(ROOT / "bench" / "figures" / "demo.png", dpi=130)
+    figure.savefig(ROOT / "bench" / "figures" / f"{result.partition('_')[0]}.png", dpi=130)
 
 
 def svd_table(result="svd_h200"):
@@ -122,7 +153,8 @@ def tiny_text():
 def main():
     """Every table into its place."""
     parts = {"demo": demo_table(), "svd": svd_table(), "svd-cpu": svd_table("svd_smollm2_cpu"),
-             "train": train_table(), "tiny": tiny_text(), "demo-output": demo_output()}
+             "train": train_table(), "tiny": tiny_text(), "demo-output": demo_output(),
+             "gsm8k": gsm8k_table(), "generate": generate_table()}
     for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
         text = path.read_text()
         for name, part in parts.items():
@@ -130,6 +162,7 @@ def main():
                           lambda m: f"{m[1]}{part}\n{m[2]}", text, flags=re.S)
         path.write_text(text)
     demo_figure()
+    demo_figure("gsm8k_h200", "gsm8k_h200", log=False)
 
 
 if __name__ == "__main__":
