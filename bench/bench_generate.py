@@ -5,8 +5,9 @@
 
 Both get the same random prompts of 64 tokens and write 256 new ones (no EOS), with the prompt's
 own pass counted. Runs alternate after one warm-up each; the median counts. transformers runs eagerly
-with its defaults (SDPA attention, DynamicCache). `same` is the share of equal tokens: rounding may
-flip a near tie, after which the continuations differ.
+with its defaults (SDPA attention, DynamicCache). `logits` is the largest difference of the prompts'
+logits over their scale. `same` is the share of equal tokens: rounding may flip a near tie, after
+which continuations differ, and random weights consist of near ties.
 """
 import argparse
 import statistics
@@ -33,7 +34,7 @@ def twin(net):
 
 
 def measure(net, theirs, batch, args):
-    """{name: seconds}, medians of alternating runs, and the share of equal tokens."""
+    """{name: seconds}, medians of alternating runs; logits and same, as told above."""
     generator = torch.Generator().manual_seed(batch)
     shape = batch, args.prompt_tokens
     prompts = torch.randint(3, net.config.vocab_size, shape, generator=generator)
@@ -57,7 +58,11 @@ def measure(net, theirs, batch, args):
                 seconds[run.__name__].append(time.perf_counter() - start)
             seconds.setdefault("out", {})[run.__name__] = out
     a, b = (torch.tensor(rows) for rows in seconds.pop("out").values())
-    return {name: statistics.median(s) for name, s in seconds.items()}, (a == b).float().mean()
+    with torch.inference_mode():
+        mine, reference = net(there), theirs(there).logits.float()
+    difference = (mine - reference).abs().max() / reference.abs().max()
+    return {name: statistics.median(s) for name, s in seconds.items()}, {
+        "logits": difference.item(), "same": (a == b).float().mean().item()}
 
 
 def main():
@@ -85,11 +90,11 @@ def main():
         net.requires_grad_(False)
         theirs, dtype = twin(net), str(net.lm_head.weight.dtype).removeprefix("torch.")
         for batch in args.batches:
-            seconds, same = measure(net, theirs, batch, args)
+            seconds, agreement = measure(net, theirs, batch, args)
             speed = {name: batch * args.new_tokens / s for name, s in seconds.items()}
             rows.append({"model": model.find(ckpt).name if ckpt in args.ckpt else ckpt,
                          "dtype": dtype, "batch": batch, "tokens_per_second": speed,
-                         "ratio": speed["ours"] / speed["transformers"], "same": same.item()})
+                         "ratio": speed["ours"] / speed["transformers"], **agreement})
             print(rows[-1], flush=True)
         del net, theirs
     import transformers
