@@ -1,4 +1,4 @@
-"""Everything about text: tokenizer, prompt template, jsonl files, batches, final answers.
+"""Everything about text: prompt template, jsonl files, batches, final answers.
 
 Fine-tuning on instructions sees one example as
 
@@ -18,10 +18,10 @@ Fine-tuning on instructions sees one example as
 import json
 import re
 from fractions import Fraction
-from pathlib import Path
 
-import sentencepiece
 import torch
+
+from tokenizer import Tokenizer  # noqa: F401 (data.Tokenizer, for whoever reads data)
 
 # The Alpaca template, in the words that the PiSSA paper's scripts use.
 PROMPT = ("Below is an instruction that describes a task. "
@@ -32,36 +32,6 @@ PROMPT = ("Below is an instruction that describes a task. "
 STEPS = " Let's think step by step."
 
 FIELDS = [("instruction", "output"), ("query", "response"), ("question", "answer"), ("text",)]
-
-
-class Tokenizer:
-    """Llama 2's kind of tokenizer: `tokenizer.model`, as sentencepiece reads it."""
-
-    def __init__(self, ckpt_dir):
-        path = Path(ckpt_dir) / "tokenizer.model"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; copy there the one the model came with")
-        try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise ValueError(f"{path}: not a sentencepiece model (Llama 3's, a tiktoken file, is "
-                             "not one); use a checkpoint of Llama 2's kind") from None
-        self.vocab_size, self.bos, self.eos = len(self.sp), self.sp.bos_id(), self.sp.eos_id()
-        if min(self.bos, self.eos) < 0:
-            raise ValueError(f"{path}: has no BOS or no EOS token; both are needed here")
-        # Llama 2 has no pad token (its id is -1, which no embedding table can look up). Padding is
-        # never seen and never learnt, so any valid id will do: EOS.
-        self.pad = self.sp.pad_id() if self.sp.pad_id() >= 0 else self.eos
-
-    def encode(self, text, bos=False, eos=False):
-        """Text to ids. A literal "<s>" in it is three plain characters, never the BOS token."""
-        return [self.bos] * bos + self.sp.encode(text) + [self.eos] * eos
-
-    def decode(self, ids):
-        """Ids to text. BOS, EOS, padding and ids beyond the vocabulary (an embedding table may be
-        padded to a round size, and a model may sample from there) have no text: left out."""
-        ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        return self.sp.decode([i for i in ids if not self.sp.is_control(i)])
 
 
 # From a file to (prompt, response) ----------------------------------------------------------------
@@ -126,11 +96,13 @@ def _string(record, name, where):
 # From (prompt, response) to batches ---------------------------------------------------------------
 
 def prompt_ids(prompt, tok, begin=""):
-    """What the model reads before it answers; BOS alone for plain text (prompt "").
+    """What the model reads before it answers; for plain text (prompt "") one id to start from.
 
     begin: the first words of the answer, where they are given, such as STEPS.
     """
-    return tok.encode((PROMPT.format(instruction=prompt) if prompt else "") + begin, bos=True)
+    if not prompt:
+        return [tok.start] + tok.encode(begin)
+    return tok.encode(PROMPT.format(instruction=prompt) + begin, bos=True)
 
 
 def encode(examples, tok, max_length):

@@ -6,8 +6,10 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
+import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 
+import data  # noqa: E402
 import model  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +50,19 @@ def assert_logits_equal(a, b, rel=1e-4):
     """max |a - b| <= rel x the scale of the reference b."""
     worst, scale = (a - b).abs().max().item(), b.abs().max().item()
     assert worst <= rel * scale, f"logits differ by {worst:.2e}, scale {scale:.2e}"
+
+
+def train_tokenizer(folder, **options):
+    """A tiny tokenizer with Llama 2's conventions: byte fallback, spaces kept, pad = -1."""
+    source = (ROOT / "data.py").read_text()
+    folder.mkdir(exist_ok=True)
+    with open(folder / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter((source + "\n" + data.PROMPT).splitlines()), model_writer=file,
+            vocab_size=420, model_type="bpe", byte_fallback=True, character_coverage=1.0,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            hard_vocab_limit=False, num_threads=1, minloglevel=2, **options)
+    return folder
 
 
 @pytest.fixture

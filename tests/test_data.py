@@ -4,31 +4,18 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
+from conftest import train_tokenizer
 from torch.nn.functional import cross_entropy
 
 import data
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real material, where a checkout has it
-GSM8K, LLAMA2 = SHARED / "gsm8k", SHARED / "llama2_tokenizer"
+GSM8K = SHARED / "gsm8k"
 
 
 def needs(folder):
     return pytest.mark.skipif(not folder.exists(), reason=f"{folder.name} is not beside this repo")
-
-
-def train_tokenizer(folder, **options):
-    """A tiny tokenizer with Llama 2's conventions: byte fallback, spaces kept, pad = -1."""
-    source = Path(data.__file__).read_text()
-    folder.mkdir(exist_ok=True)
-    with open(folder / "tokenizer.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter((source + "\n" + data.PROMPT).splitlines()), model_writer=file,
-            vocab_size=420, model_type="bpe", byte_fallback=True, character_coverage=1.0,
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
-            hard_vocab_limit=False, num_threads=1, minloglevel=2, **options)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -41,59 +28,6 @@ def write(path, *records):
     lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
-
-
-# Tokenizer ----------------------------------------------------------------------------------------
-
-TEXTS = ["Hello world", "  two  spaces ", "a\nb\n\n\tc", "naïve — 数学 🙂", "{braces} <s> </s> <unk>",
-         "1,234.50", ""]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(tok, text):
-    ids = tok.encode(text, bos=True, eos=True)
-    assert ids[0] == tok.bos and ids[-1] == tok.eos
-    assert ids[1:-1] == tok.encode(text)
-    assert not {tok.bos, tok.eos} & set(ids[1:-1])  # a literal "<s>" is plain text
-    assert tok.decode(ids) == tok.decode(ids[1:-1]) == text
-
-
-@needs(LLAMA2)
-@pytest.mark.parametrize("text", TEXTS)
-def test_round_trip_llama2(text):
-    tok = data.Tokenizer(LLAMA2)
-    assert (tok.vocab_size, tok.bos, tok.eos, tok.pad) == (32000, 1, 2, 2)
-    test_round_trip(tok, text)
-    assert tok.encode("Hello world") == [15043, 3186]
-    assert tok.encode("<s>") == [529, 29879, 29958]  # "▁<", "s", ">"
-
-
-def test_decode_survives_any_id(tok):
-    ids = tok.encode("fine")
-    assert tok.decode([tok.pad, -1, *ids, -100, tok.vocab_size, 10**12]) == "fine"
-    assert tok.decode(torch.tensor(ids)) == "fine"
-    assert tok.decode([]) == ""
-    for i in range(tok.vocab_size):
-        assert isinstance(tok.decode([i]), str)
-
-
-def test_pad(tok, tmp_path):
-    assert tok.pad == tok.eos == 2
-    assert data.Tokenizer(train_tokenizer(tmp_path, pad_id=3)).pad == 3
-
-
-def test_tokenizer_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"empty/tokenizer\.model: no such file") as e:
-        data.Tokenizer(tmp_path / "empty")
-    assert "\n" not in str(e.value)
-    for content in (b"IQ== 0\nIg== 1\nIw== 2\n", b"", b"{}", b"\x00\xff" * 100):
-        (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match=r"r\.model: not a sentencepiece .*Llama 3") as e:
-            data.Tokenizer(tmp_path)
-        assert "\n" not in str(e.value)
-    train_tokenizer(tmp_path, bos_id=-1)
-    with pytest.raises(ValueError, match=r"tokenizer\.model: has no BOS or no EOS"):
-        data.Tokenizer(tmp_path)
 
 
 # read ---------------------------------------------------------------------------------------------
@@ -360,9 +294,10 @@ def test_references():
 
 def test_prompt_ids_begin_the_answer(tok):
     ids = data.prompt_ids("1 + 1?", tok, data.STEPS)
-    assert ids[0] == tok.bos and ids[1:] == tok.sp.encode(
+    assert ids[0] == tok.bos and ids[1:] == tok.encode(
         data.PROMPT.format(instruction="1 + 1?") + " Let's think step by step.")
     assert data.prompt_ids("", tok) == [tok.bos]
+    assert data.prompt_ids("", tok, data.STEPS) == [tok.bos, *tok.encode(data.STEPS)]
 
 
 @pytest.mark.parametrize("a, b, same", [

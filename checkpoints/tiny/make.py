@@ -78,7 +78,7 @@ def make_tokenizer(path, texts):
 @cache
 def tokenizer_in(directory):
     """The sentencepiece processor of a directory, read once per process."""
-    return data.Tokenizer(directory).sp
+    return data.Tokenizer(directory).lib.sp
 
 
 def encode(directory, documents):

@@ -1,0 +1,252 @@
+"""Text to ids and back, for the three kinds of tokenizer that LLaMA's relatives come with.
+
+    tokenizer.model, a sentencepiece model    Llama 1 and 2, Mistral, TinyLlama, Yi
+    tokenizer.json, Hugging Face's            SmolLM2, Qwen2, Llama 3 as converted
+    tokenizer.model, lines of "base64 rank"   Llama 3 as Meta ships it (tiktoken's format)
+
+Where a directory holds several, the first of these counts. The library of each kind cuts the text.
+What is decided here, alike for all: which ids begin and end a text, and that no text ever becomes
+one of them. "</s>" in a question is four characters; only `bos=True` and `eos=True` make tokens.
+"""
+import base64
+import json
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import sentencepiece
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint directory.
+
+    bos: the id that begins every prompt; None where the model was trained without one.
+    eos: the id that ends a response. stops: frozenset of the ids that end generation, eos and more.
+    start: the id before plain text: bos, even one that is declared but not prepended, else eos.
+    pad: any valid id, because padding is never seen and never learnt. vocab_size: above every id.
+
+    FileNotFoundError where there is no tokenizer, ValueError naming the file that is of no use.
+    """
+
+    def __init__(self, ckpt_dir):
+        folder = Path(ckpt_dir)
+        path, kind = find(folder)
+        with usable(path):
+            lib = self.lib = kind(path)
+        with usable(folder / "tokenizer_config.json"):
+            config = read_json(folder / "tokenizer_config.json")
+            added = config.get("added_tokens_decoder") or {}      # fine-tuning may have added them
+            ids = {**{token["content"]: int(i) for i, token in added.items()}, **lib.ids}
+            special = {ids[token["content"]] for token in added.values() if token.get("special")}
+            if min(ids.values()) < 0:
+                raise ValueError("an id below 0")
+            declared, eos = token_id(config, "bos_token", ids), token_id(config, "eos_token", ids)
+            declared, adds = lib.bos if declared is None else declared, config.get("add_bos_token")
+            if adds not in (None, False, True) or (adds and declared is None):
+                raise ValueError("add_bos_token should be false, or true with a bos_token")
+        adds = lib.adds_bos if adds is None else adds
+        self.bos = lib.before if lib.before is not None else declared if adds else None
+        listed, size = [], max(lib.size, 1 + max(ids.values()))
+        for name in ("config.json", "generation_config.json"):
+            with usable(folder / name):
+                listed += eos_ids(read_json(folder / name), size)
+        self.eos = next((i for i in (eos, *listed, lib.eos) if i is not None), None)
+        if self.eos is None:
+            raise ValueError(f"{path}: which token ends a text? Say so in tokenizer_config.json, "
+                             'beside it: {"eos_token": "</s>"}')
+        self.stops = frozenset([self.eos, *listed, *lib.stops])
+        self.start = next(i for i in (self.bos, declared, self.eos) if i is not None)
+        self.pad = self.eos if lib.pad is None else lib.pad
+        self.vocab_size = max(lib.size, 1 + max(self.stops), 1 + self.start)
+        with usable(path):
+            lib.hide(self.stops | {self.start} | special)
+            self.decode(self.encode("A 1 é\n"))                   # What fails, should fail now.
+
+    def encode(self, text, bos=False, eos=False):
+        """Text to ids. A literal "<s>" in it is plain characters, never the BOS token."""
+        bos = bos and self.bos is not None
+        return [self.bos] * bos + self.lib.encode(text) + [self.eos] * eos
+
+    def decode(self, ids):
+        """Ids to text. BOS, EOS, padding and ids beyond the vocabulary (an embedding table may be
+        padded to a round size, and a model may sample from there) have no text: left out."""
+        ids = [int(i) for i in ids if 0 <= i < self.lib.size]
+        return self.lib.decode([i for i in ids if i not in (self.start, self.eos)])
+
+
+# The three kinds. ids: tokens by name. before: the BOS that the file itself puts before every text.
+# adds_bos: whether there is one where neither the file nor tokenizer_config.json says so.
+
+class SentencePiece:
+    """tokenizer.model, as sentencepiece reads it."""
+    adds_bos, before, stops = True, None, ()
+
+    def __init__(self, path):
+        self.proto = path.read_bytes() or b"empty"            # No bytes at all raise no error.
+        sp = self.sp = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
+        self.size = len(sp)
+        self.ids = {sp.id_to_piece(i): i for i in range(self.size)}
+        # Llama 2 has no pad token: its id is -1, which no embedding table can look up.
+        self.bos, self.eos, self.pad = [i if i >= 0 else None
+                                        for i in (sp.bos_id(), sp.eos_id(), sp.pad_id())]
+
+    def hide(self, control):
+        """Make control pieces (type 3) of those that a text may spell (4; some chat tokens are)."""
+        names = [re.escape(self.sp.id_to_piece(i).encode()) for i in control if i < self.size]
+        # A piece in the file: newline, length of the name, name, score, type.
+        piece = rb"(\n[\x00-\x7f](?:" + b"|".join(names) + rb")\x15.{4}\x18)\x04"
+        proto = re.sub(piece, b"\\1\x03", self.proto, flags=re.DOTALL)
+        self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
+
+    def encode(self, text):
+        return self.sp.encode(text)
+
+    def decode(self, ids):
+        return self.sp.decode(ids)
+
+
+class HuggingFace:
+    """tokenizer.json, as the tokenizers package reads it."""
+    adds_bos, eos, pad, stops = False, None, None, ()
+
+    def __init__(self, path):
+        import tokenizers
+        raw = path.read_bytes()
+        tok = self.tok = tokenizers.Tokenizer.from_buffer(raw)
+        tok.encode_special_tokens = True               # "encode" here means: as any other text
+        # A file may carry settings of the run that wrote it. Dropout would make merges random.
+        tok.no_truncation()
+        tok.no_padding()
+        if getattr(tok.model, "dropout", None):
+            tok.model.dropout = None
+        # The package numbers added tokens as it likes, whatever the file says.
+        for token in json.loads(raw).get("added_tokens") or ():
+            if tok.token_to_id(token["content"]) != token["id"]:
+                raise ValueError(f"{token['content']!r} cannot have the id {token['id']}")
+        self.ids = tok.get_vocab()
+        self.size = 1 + max(self.ids.values())
+        encoding = tok.encode("A")
+        before = encoding.ids[:encoding.special_tokens_mask.index(0)]
+        if len(before) > 1 or max(before, default=0) >= self.size:
+            raise ValueError(f"it begins texts with the ids {before}, not with one BOS")
+        self.bos = self.before = before[0] if before else None
+
+    def hide(self, control):
+        """Mark as special: other added tokens (tool_call, runs of spaces) are words of a text."""
+        added = self.tok.get_added_tokens_decoder()
+        self.tok.add_special_tokens([added[i].content for i in control if i in added])
+
+    def encode(self, text):
+        return self.tok.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tok.decode(ids)
+
+
+class Tiktoken:
+    """Llama 3's tokenizer.model: the ranks of byte strings, and 256 control tokens after them."""
+    adds_bos, before, pad = True, None, None
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+               r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+    def __init__(self, path):
+        import tiktoken
+        ranks = {}
+        for n, line in enumerate(path.read_bytes().splitlines()):
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = n
+            if int(rank) != n or len(ranks) <= n:
+                raise ValueError(f"line {n + 1}: not rank {n}, or a token seen before")
+        if not ranks.keys() >= {bytes([byte]) for byte in range(256)}:
+            raise ValueError("some of the 256 bytes are missing")
+        self.tok = tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks,
+                                     special_tokens={})
+        n = len(ranks)
+        self.size = n + 256
+        self.ids = {"<|begin_of_text|>": n, "<|end_of_text|>": n + 1, "<|eot_id|>": n + 9}
+        # The base model ends with end_of_text, the instructed one with eot_id, and the file does
+        # not say whose it is. Responses end with the first (Meta's eos_id), generation with either.
+        self.bos, self.eos, self.stops = n, n + 1, (n + 1, n + 9)
+        # Nor does the file say where it ends, and all ids above hang on that.
+        size = read_json(path.with_name("params.json")).get("vocab_size", -1)
+        if size not in (-1, self.size):
+            raise ValueError(f"{n} lines and 256 control tokens, but params.json says {size}")
+
+    def hide(self, control):
+        """Nothing to do: a text cannot spell control tokens, which have no names in here."""
+
+    def encode(self, text):
+        # As Meta does, because a million spaces in a row make the regular expression overflow.
+        parts = re.split(r"(\s{25000})", text)
+        return [i for part in parts for i in self.tok.encode_ordinary(part)]
+
+    def decode(self, ids):
+        return self.tok.decode([i for i in ids if i < self.bos])
+
+
+# What the files say -------------------------------------------------------------------------------
+
+def find(folder):
+    """The tokenizer's file and its kind, one of the three above."""
+    model, fast, kind = folder / "tokenizer.model", folder / "tokenizer.json", None
+    if model.is_file():
+        with open(model, "rb") as file:
+            kind = Tiktoken if re.match(rb"\S+ \d+\r?\n", file.read(1000)) else SentencePiece
+    if kind is SentencePiece or (kind and not fast.is_file()):
+        return model, kind
+    if not fast.is_file():
+        raise FileNotFoundError(f"{model}: no such file, and no {fast.name} either; copy there the "
+                                "one the model came with")
+    return fast, HuggingFace
+
+
+@contextmanager
+def usable(path):
+    """One ValueError that names the file, in place of whatever goes wrong with what is in it."""
+    try:
+        yield
+    except ImportError as e:
+        raise ValueError(f"{path} needs the {e.name} package: pip install {e.name}") from None
+    except (OSError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:      # a panic in a library written in Rust is not even an Exception
+        reason = str(e).strip().partition("\n")[0][:200]
+        if path.exists() and path.read_bytes().startswith(b"version https://git-lfs"):
+            reason = "it is Git LFS's pointer to the file: git lfs pull"
+        raise ValueError(f"{path}: of no use, perhaps damaged; copy it again ({reason})") from None
+
+
+def copy(source, target):
+    """Copy the tokenizer from one directory to another, in place of what may have been there."""
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+                 "generation_config.json"):
+        if not (source / name).exists():
+            (target / name).unlink(missing_ok=True)
+        elif source.resolve() != target.resolve():
+            shutil.copyfile(source / name, target / name)
+
+
+def read_json(path):
+    """The object in a JSON file; {} where there is no such file."""
+    return {**json.loads(path.read_bytes())} if path.exists() else {}
+
+
+def token_id(config, key, ids):
+    """The id of the token that `config` names, as "<s>" or {"content": "<s>"}; None for none."""
+    token = config.get(key)
+    token = token["content"] if isinstance(token, dict) else token
+    if token in (None, ""):
+        return None
+    if token not in ids:
+        raise ValueError(f"{key}: there is no token {token!r:.60}")
+    return ids[token]
+
+
+def eos_ids(config, size):
+    """The list of ids under eos_token_id: one id, a list of them, or nothing."""
+    ids = config.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(i) is int and 0 <= i < size for i in ids):
+        raise ValueError(f"eos_token_id should be ids from 0 to {size - 1}, not {ids!r:.60}")
+    return ids
