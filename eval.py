@@ -93,8 +93,9 @@ def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch
 def perplexity(net, tok, text, length=512, stride=None):
     """(exp of the mean loss per token, tokens, windows) of a text.
 
-    Every `stride` tokens (default: `length`) a window of BOS and `length` tokens begins. A token
-    counts in the first window that has it, so past the first one it sees length - stride or more.
+    Every `stride` tokens (default: `length`) a window of BOS (or, where a model has none, EOS: as
+    in lm-evaluation-harness) and `length` tokens begins. A token counts in the first window that
+    has it, so past the first one it sees length - stride or more.
     """
     ids, stride = tok.encode(text), stride or length
     if not ids or stride > length:
@@ -103,7 +104,7 @@ def perplexity(net, tok, text, length=512, stride=None):
     device, total, seen = net.lm_head.weight.device, 0.0, 0
     starts = range(0, max(0, len(ids) - length) + stride, stride)   # the last one reaches the end
     for start in tqdm(starts, desc="perplexity", leave=False, delay=1):
-        window = torch.tensor([[tok.bos] + ids[start:start + length]], device=device)   # (1, T+1)
+        window = torch.tensor([[tok.start] + ids[start:start + length]], device=device)  # (1, T+1)
         new = start + window.shape[1] - 1 - seen                    # tokens not counted before
         logits = net(window[:, :-1])[0, -new:]                                          # (new, V)
         total += F.cross_entropy(logits, window[0, -new:], reduction="sum").item()
@@ -115,7 +116,7 @@ def load_model(ckpt, tok, device=None, dtype=None):
     """model.load, dtype by name, of a model whose vocabulary holds every id of the tokenizer."""
     net = model.load(ckpt, device, dtype and getattr(torch, dtype))
     if tok.vocab_size > net.config.vocab_size:
-        raise ValueError(f"{model.find(ckpt)}: tokenizer.model has {tok.vocab_size} pieces, but "
+        raise ValueError(f"{model.find(ckpt)}: the tokenizer has {tok.vocab_size} tokens, but "
                          f"the model embeds {net.config.vocab_size}: they do not belong together")
     return net
 

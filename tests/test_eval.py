@@ -246,14 +246,17 @@ def test_accuracy_runs_along(monkeypatch):
 TEXT = " ".join(answer for _, answer in EXAMPLES[:8])
 
 
-@pytest.mark.parametrize("length, stride", [(7, 7), (64, 64), (999, 999), (50, 20), (5, 2)])
-def test_perplexity_is_its_definition(net, tok, length, stride):
+@pytest.mark.parametrize("length, stride, first", [
+    (7, 7, 1), (64, 64, 1), (999, 999, 1), (50, 20, 1), (5, 2, 1), (50, 20, 2)])
+def test_perplexity_is_its_definition(net, tok, monkeypatch, length, stride, first):
     """Every token once, in the first window that holds it, after BOS and what precedes it there."""
+    assert tok.start == tok.bos == 1 and tok.eos == 2
+    monkeypatch.setattr(tok, "start", first)         # 2: as for a model without BOS
     ids, total = tok.encode(TEXT), 0.0
     for i, token in enumerate(ids):
         start = max(0, math.ceil((i + 1 - length) / stride)) * stride
         if i == 0 or start != before:
-            window = [tok.bos] + ids[start:start + length]
+            window = [first] + ids[start:start + length]
             log_p = torch.log_softmax(net(torch.tensor([window]))[0].double(), -1)
             before = start
         total -= log_p[i - start, token].item()
