@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 import warnings
@@ -28,6 +27,7 @@ from tqdm import tqdm
 import data
 import model
 import pissa
+import tokenizer
 from adapter import written
 from eval import accuracy, check_ranges, complete, describe, load_model, run
 
@@ -227,7 +227,7 @@ def write_weights(net, args):
         tmp.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
     if args.method == "full":
         model.save(net.to(torch.bfloat16), args.out / "checkpoint")
-        shutil.copy(model.find(args.ckpt) / "tokenizer.model", args.out / "checkpoint")
+        tokenizer.copy(model.find(args.ckpt), args.out / "checkpoint")
         return args.out / "checkpoint"
     pissa.save(net, args.out / "adapter")
     return args.out / "adapter"
