@@ -56,7 +56,7 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
 
     for start in range(0, len(ids), batch):
         rows = order[start:start + batch]
-        new = model.generate(net, [ids[i] for i in rows], max_new_tokens, eos=tok.eos, stop=ended,
+        new = model.generate(net, [ids[i] for i in rows], max_new_tokens, eos=tok.stops, stop=ended,
                              **sampling)
         for i, text in zip(rows, map(tok.decode, new)):
             out[i] = text[:min((text.find(s) for s in stop if s in text), default=None)].strip()
