@@ -43,7 +43,10 @@ def write_adapter(directory, tensors, info, task_type):
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with written(directory / "adapter_config.json") as tmp, written(directory / name) as weights:
-        save_file(state, weights)
+        try:
+            save_file(state, weights)
+        except Exception as e:    # each writer raises its own kind where, say, the disk is full
+            raise OSError(f"{directory}: not written ({str(e)[:100]})") from None
         tmp.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (directory / other).unlink(missing_ok=True)
 
@@ -79,6 +82,8 @@ def read_adapter(directory):
         if kind not in ("A.weight", "B.weight"):
             raise ValueError(f"{directory}: {key} is not a LoRA matrix of a linear layer")
         pairs.setdefault(name, {})[kind[0]] = M.float().T
+    if not pairs:
+        raise ValueError(f"{directory}: there is no LoRA matrix in it")
     for name, p in pairs.items():
         if len(p) < 2 or p["A"].shape[1] != p["B"].shape[0]:
             raise ValueError(f"{directory}: lora_A and lora_B of {name} do not belong together")
@@ -109,7 +114,7 @@ def compress(directory, out, rank=None):
 
     The best approximation of Delta W = M N takes two thin QRs and a small SVD, never the full
     matrix: M = Q_M R_M, N^T = Q_N R_N, then the leading triplets of R_M R_N^T.
-    Returns {module name: ||Delta W - Delta W_r|| / ||Delta W||}, Frobenius norms.
+    Returns {module name: (||Delta W - Delta W_r||, ||Delta W||)}, Frobenius norms.
     """
     config, pairs = read_adapter(directory)
     smallest = min(M.shape[1] for M, _ in pairs.values())
@@ -122,7 +127,7 @@ def compress(directory, out, rank=None):
         U, S, Vh = torch.linalg.svd(RM @ RN.T)
         small[name] = ((QM @ (U * S.sqrt())[:, :r]).float(),
                        ((S.sqrt()[:, None] * Vh)[:r] @ QN.T).float())
-        errors[name] = (S[r:].norm() / S.norm().clamp(min=1e-30)).item()
+        errors[name] = S[r:].norm().item(), S.norm().item()
     info = config.get("pissa")
     write_adapter(out, small, info and {**info, "method": "lora", "rank": r}, config["task_type"])
     return errors

@@ -134,7 +134,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, keep_
         if not m.weight.isfinite().all():
             raise ValueError(f"{name}: the weight holds NaN or Inf")
     start, worst = time.perf_counter(), 0.0
-    base = fingerprint({n: m.weight for n, m in linears.items()})
+    base = fingerprint(linears, lambda name: linears[name].weight)
     net.requires_grad_(False)
     generators = {d: torch.Generator(d).manual_seed(seed)
                   for d in {m.weight.device for m in linears.values()}}
@@ -196,20 +196,43 @@ def put(net, name, module):
     setattr(net.get_submodule(parent), leaf, module)
 
 
-def fingerprint(weights):
+def fingerprint(names, weight):
     """A hash of names, shapes and 256 entries of every weight, to tell one base from another.
 
-    weights: {module name: (out, in)}. The entries are rounded to bfloat16, so that a checkpoint has
-    one fingerprint whether it is read in float32 or in bfloat16.
+    weight(name): the matrix (out, in) of a module; they are asked for one by one, and none is kept.
+    The entries are rounded to bfloat16, so that a checkpoint has one fingerprint whether it is read
+    in float32 or in bfloat16.
     """
     h, sample = hashlib.sha256(), []
-    for name in sorted(weights):
-        W = weights[name].detach()
+    for name in sorted(names):
+        W = weight(name).detach()
         h.update(f"{name} {tuple(W.shape)}\n".encode())
         step = max(1, W.numel() // 256) | 1                # odd, or it could stay in one column
         sample.append(W.flatten()[::step].bfloat16().cpu())
     h.update(bytes(torch.cat(sample).view(torch.uint8).tolist()))
     return h.hexdigest()
+
+
+def check_base(directory, config, pairs, weight):
+    """The fingerprint of a base that an adapter fits; ValueError if it does not fit.
+
+    directory, config, pairs: the adapter and what `read_adapter` made of it. weight(name): the
+    base's matrix (out, in) of a module, or a ValueError where it has none.
+    """
+    def checked(name):
+        (A, B), W = pairs[name], weight(name)
+        if W.shape != (B.shape[1], A.shape[0]):
+            raise ValueError(f"{directory}: {name} is {A.shape[0]} x {B.shape[1]}, the model's is "
+                             f"{W.shape[1]} x {W.shape[0]}")
+        return W
+
+    base, info = fingerprint(pairs, checked), config.get("pissa")
+    if info and info["base"] != base:
+        raise ValueError(f"{directory} was made on another base model (fingerprint "
+                         f"{info['base'][:12]}, this one has {base[:12]})")
+    if info and info["method"] not in METHODS:
+        raise ValueError(f"{directory}: method {info['method']} is none of {', '.join(METHODS)}")
+    return base
 
 
 def base_weight(m, name):
@@ -283,22 +306,14 @@ def load(net, directory, *, keep_base=True):
     An adapter already on `net` is removed first. Refuses (ValueError), before anything is changed,
     an adapter of ours that was made on another base, and one whose modules `net` does not have.
     """
+    def weight(name):
+        try:
+            return base_weight(net.get_submodule(name), name)
+        except AttributeError:
+            raise ValueError(f"{directory}: the model has no {name}") from None
+
     config, pairs = read_adapter(directory)
-    modules, weights, info = dict(net.named_modules()), {}, config.get("pissa")
-    for name, (A, B) in pairs.items():
-        if name not in modules:
-            raise ValueError(f"{directory}: the model has no {name}")
-        weights[name] = W = base_weight(modules[name], name)
-        if W.shape != (B.shape[1], A.shape[0]):
-            raise ValueError(f"{directory}: {name} is {A.shape[0]} x {B.shape[1]}, the model's is "
-                             f"{W.shape[1]} x {W.shape[0]}")
-    base = fingerprint(weights)
-    if info and info["base"] != base:
-        raise ValueError(f"{directory} was made on another base model (fingerprint "
-                         f"{info['base'][:12]}, this one has {base[:12]})")
-    if info and info["method"] not in METHODS:
-        raise ValueError(f"{directory}: method {info['method']} is none of {', '.join(METHODS)}")
-    del modules, weights                                   # or every W would live to the end
+    base, info = check_base(directory, config, pairs, weight), config.get("pissa")
     remove(net)
     net.requires_grad_(False)
     for name, (A, B) in pairs.items():

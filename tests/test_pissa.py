@@ -59,6 +59,7 @@ def test_layer_is_the_linear_at_step_0(method, bias):
 
 def test_factors_are_the_principal_components():
     """A = U sqrt(S), B = sqrt(S) Vh of W (in, out), here from torch.linalg.svd in float64."""
+    torch.manual_seed(0)
     linear = nn.Linear(40, 60)
     layer = pissa.PissaLinear.from_linear(linear, 8, niter=None)
     W = linear.weight.detach().double().T
@@ -314,8 +315,8 @@ def test_another_base_is_refused(tmp_path, net):
 def test_fingerprint():
     """The same in float32 and bfloat16; another for any other weight, shape or name."""
     def of(net):
-        return pissa.fingerprint({n: m.weight for n, m in
-                                  pissa.find_linears(net, pissa.TARGETS).items()})
+        linears = pissa.find_linears(net, pissa.TARGETS)
+        return pissa.fingerprint(linears, lambda name: linears[name].weight)
 
     want, changed, renamed = of(small_net().bfloat16()), small_net(), small_net()
     assert want == of(small_net().bfloat16().float()) == of(small_net())
@@ -432,13 +433,13 @@ def test_compress(tmp_path, net, tokens):
         delta, (A, B) = (M @ N).double(), small[name]
         assert A.shape[1] == 4
         S = torch.linalg.svdvals(delta)
-        assert errors[name] == pytest.approx((S[4:].norm() / S.norm()).item(), abs=1e-4)
-        assert ((delta - (A @ B).double()).norm() / delta.norm()).item() == pytest.approx(
-            errors[name], abs=1e-4)
-    assert max(errors.values()) < 1
+        assert errors[name] == pytest.approx((S[4:].norm().item(), S.norm().item()), rel=1e-3)
+        assert (delta - (A @ B).double()).norm().item() == pytest.approx(errors[name][0], rel=1e-3)
+    assert all(0 < error < norm for error, norm in errors.values())
     loaded = pissa.load(small_net(), tmp_path / "b")
     assert loaded.pissa["method"] == "lora"
-    assert max(pissa.compress(tmp_path / "a", tmp_path / "c", rank=8).values()) < 1e-12
+    errors = pissa.compress(tmp_path / "a", tmp_path / "c", rank=8)
+    assert all(error < 1e-12 * norm for error, norm in errors.values())
     assert_logits_equal(pissa.load(small_net(), tmp_path / "c")(tokens), net(tokens), 1e-5)
 
 
