@@ -201,21 +201,31 @@ def open_file(path):
                          f"({reason})") from None
 
 
+def writer():
+    """safetensors' save_file, and what it raises; ValueError where the package is missing."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("writing this layout needs the safetensors package: pip install "
+                         "safetensors") from None
+    return save_file, SafetensorError
+
+
 def save_folder(directory, config, tensors, shard_bytes=5_000_000_000):
     """Write config.json and (name, tensor) pairs as safetensors, in shards of at most shard_bytes.
 
     config: a dict, as from `config_json`. Only one shard is in memory at a time.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ValueError("writing this layout needs the safetensors package: pip install "
-                         "safetensors") from None
+    save_file, failure = writer()
     with replaced(directory) as tmp:
         shards, shard, size, total = [], {}, 0, 0
 
         def flush():
-            save_file(shard, tmp / f"{len(shards)}.part", metadata={"format": "pt"})
+            try:
+                save_file(shard, tmp / f"{len(shards)}.part", metadata={"format": "pt"})
+            except failure as e:                                             # say, a full disk
+                raise OSError(f"{directory}: not written: {e}") from None
             shards.append(list(shard))
 
         for name, W in tensors:

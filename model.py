@@ -344,7 +344,9 @@ def ffn_dim(dim, multiple_of, multiplier=None):
     return multiple_of * -(-width // multiple_of)
 
 
-WEIGHTS = ("consolidated.*.pth", "model*.safetensors", "model.safetensors.index.json")
+# What a checkpoint's weights and numbers may be called, in either layout.
+WEIGHTS = ("consolidated.*.pth", "params.json", "config.json", "model*.safetensors",
+           "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 # The numbers in params.json, and the values by which it leaves one of them open.
 INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
@@ -528,25 +530,30 @@ def load(ckpt, device=None, dtype=None):
 
 
 @contextmanager
-def replaced(directory):
+def replaced(directory, patterns=WEIGHTS):
     """`with replaced(directory) as tmp:` write files to tmp; they move to `directory` in the end.
 
-    An interruption never leaves half a checkpoint. What was there of another one's weights goes.
+    An interruption never leaves half a checkpoint. What was there of another one goes: the files
+    whose names match `patterns`.
     """
     directory = Path(directory)
+    new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
     try:
         yield tmp
         names = {file.name for file in tmp.iterdir()}
-        stale = {file for pattern in WEIGHTS for file in directory.glob(pattern)}
+        stale = {file for pattern in patterns for file in directory.glob(pattern)}
         for name in names:
             os.replace(tmp / name, directory / name)
         for file in stale:
-            if file.name not in names:
+            if file.name not in names and file.is_file():
                 file.unlink()
+        new = False
     finally:
         shutil.rmtree(tmp)
+        if new and not any(directory.iterdir()):              # nothing came of it: leave no trace
+            directory.rmdir()
 
 
 def save(net, directory):
@@ -560,7 +567,11 @@ def save_meta(directory, config, tensors):
     state = {meta_name(n): reorder(W.detach(), n, config, to_meta=True).cpu().contiguous()
              for n, W in tensors}
     with replaced(directory) as tmp:
-        torch.save(state, tmp / "consolidated.00.pth")
+        try:
+            torch.save(state, tmp / "consolidated.00.pth")
+        except RuntimeError as e:            # which is what a full disk is to torch.save
+            reason = str(e).partition("\n")[0]
+            raise OSError(f"{directory}: not written, is the disk full? ({reason})") from None
         (tmp / "params.json").write_text(json.dumps(params, indent=2) + "\n")
 
 
