@@ -1,0 +1,289 @@
+"""GGUF, llama.cpp's format: one file that holds a model's numbers, its weights and its tokenizer.
+
+convert.py turns it into a folder in Hugging Face's layout. What has to be known for that:
+
+1. Files of architecture "llama" keep the rows of q and k in Meta's order (see model.reorder).
+   Those of "qwen2", whose q, k and v have biases, keep them as they are here.
+2. A byte-level vocabulary ("gpt2") is not complete without the rule by which text is cut into
+   words before the merges apply: the file only names it. A sentencepiece one ("llama") is its
+   pieces, scores and types, and little else.
+3. Quantised weights stay what the quantisation left of them: they are written as plain numbers,
+   but no precision comes back.
+
+What is not known here is refused by name: a wrong model that still speaks English is worse than
+none. The gguf package reads the file (pip install gguf), NumPy comes with it.
+
+    config, tensors, info = gguf_file.open_gguf(path)     # {parameter name: function that reads it}
+    files, ids = gguf_file.tokenizer_files(info, config.vocab_size, path)     # {file name: bytes}
+"""
+import json
+from functools import partial
+
+import sentencepiece
+import torch
+
+from model import Config, check_heads, check_names, check_number, parameter_shapes, reorder
+
+# Our names of the numbers: the keys, after "llama." or "qwen2.".
+NUMBERS = {"dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
+           "n_kv_heads": "attention.head_count_kv", "ffn_dim": "feed_forward_length",
+           "norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
+           "max_seq_len": "context_length", "head_dim": "attention.key_length"}
+OPTIONAL = ("rope_theta", "max_seq_len", "head_dim")
+
+# GGUF's names of the modules.
+GGUF = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm"}
+
+# Kinds of tokens, the numbers of which are sentencepiece's.
+CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6
+
+# What the lists of a vocabulary consist of.
+LISTS = {"tokens": str, "token_type": int, "merges": str, "scores": float}
+
+
+def split(expression):
+    """tokenizer.json's entry for a regular expression whose matches are words."""
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated",
+            "invert": False}
+
+
+# How byte-level vocabularies cut text into words, by the name that a GGUF gives the rule. Not here:
+# "default", which is no rule but what files say whose maker did not know theirs (among them some of
+# the first of Llama 3), and which llama.cpp itself only guesses at.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LATER = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+         r"\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS = {"gpt-2": [split(GPT2)],
+         "smollm": [{"type": "Digits", "individual_digits": True}, split(GPT2)],
+         "llama-bpe": [split(LATER % r"\p{N}{1,3}")], "qwen2": [split(LATER % r"\p{N}")]}
+
+
+# ----------------------------------------------------------------------------- numbers and weights
+
+def open_gguf(path):
+    """(config, {parameter name: function that reads it, float32}, all of the file's keys)."""
+    try:
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError:
+        raise ValueError(f"{path} needs the gguf package: pip install gguf") from None
+    with open(path, "rb") as file:                       # or the reader would say "cannot mmap"
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path}: not a GGUF file")
+    try:
+        reader = GGUFReader(path)
+        tensors = {t.name: t for t in reader.tensors}
+        info = {key: value(field) for key, field in reader.fields.items()}
+    except Exception as e:                               # many kinds, for a damaged file
+        reason = str(e).partition("\n")[0][:120]
+        raise ValueError(f"{path}: not readable, perhaps truncated: download it again "
+                         f"({reason})") from None
+    config = read_config(info, tensors, path)
+    shapes = parameter_shapes(config, len(tensors), path)
+    check_names(tensors, map(gguf_name, shapes), path)
+    for name, shape in shapes.items():                   # GGUF counts the axes from the last one
+        found = tuple(tensors[gguf_name(name)].shape[::-1].tolist())
+        if found != shape:
+            raise ValueError(f"{path}: {gguf_name(name)}: expected shape {tuple(shape)}, found "
+                             f"{found}")
+
+    def read(name):
+        t = tensors[gguf_name(name)]
+        try:
+            W = torch.tensor(dequantize(t.data, t.tensor_type))
+        except NotImplementedError as e:
+            raise ValueError(f"{path}: {t.name}: {e}") from None
+        return reorder(W, name, config) if info["general.architecture"] == "llama" else W
+
+    return config, {name: partial(read, name) for name in shapes}, info
+
+
+def value(field):
+    """The value of one key. GGUF's floats have 32 bits: 1e-05 would become 9.99999974737875e-06."""
+    found = field.contents()
+    return float(str(field.parts[-1][0])) if isinstance(found, float) else found
+
+
+def gguf_name(name):
+    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
+    module, _, kind = name.removeprefix("model.").rpartition(".")
+    path = module.split(".")
+    prefix, rest = (["blk", path[1]], path[2:]) if path[0] == "layers" else ([], path)
+    return ".".join([*prefix, GGUF[".".join(rest)], kind])
+
+
+def read_config(info, tensors, path):
+    """Config from a GGUF's keys; ValueError naming what this network does not compute."""
+    family = info.get("general.architecture")
+    if family not in ("llama", "qwen2"):
+        raise ValueError(f"{path}: the architecture is {str(family)[:80]}; what works here is "
+                         "llama and qwen2")
+    if info.get("split.count", 1) not in (0, 1):
+        raise ValueError(f"{path}: one of {info['split.count']} parts; make them one file first: "
+                         "llama-gguf-split --merge")
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(f"{path}: rope_freqs.weight, the scaled RoPE of Llama 3.1, is not read "
+                         "here")
+    p = {k.removeprefix(f"{family}."): v for k, v in info.items() if k.startswith(f"{family}.")}
+    p.setdefault("attention.head_count_kv", p.get("attention.head_count"))
+    numbers = {}
+    for ours, theirs in NUMBERS.items():
+        if theirs in p or ours not in OPTIONAL:
+            check_number(p.get(theirs), f"{family}.{theirs}", path,
+                         whole=ours not in ("norm_eps", "rope_theta"))
+            numbers[ours] = p[theirs]
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{path}: token_embd.weight is missing")
+    c = Config(**numbers, vocab_size=int(tensors["token_embd.weight"].shape[-1]),
+               tied="output.weight" not in tensors, qkv_bias=family == "qwen2")
+    check_heads(c, path, any_width="head_dim" in numbers)
+    # All other keys may only say what holds anyhow, or that something is off.
+    same = {"vocab_size": c.vocab_size, "rope.dimension_count": c.head_dim,
+            "attention.value_length": c.head_dim}
+    for key, found in p.items():
+        if key not in NUMBERS.values() and found and found != same.get(key):
+            raise ValueError(f"{path}: {family}.{key} is {str(found)[:80]}, which this network "
+                             "does not compute; it would be a wrong model")
+    return c
+
+
+# --------------------------------------------------------------------------------------- tokenizer
+
+def tokenizer_files(info, rows, path):
+    """({file name: bytes}, ids for config.json) of the vocabulary in a GGUF's keys.
+
+    rows: of the embedding; there may be more of them than tokens. ValueError for what is not known.
+    """
+    kind, tokens = (info.get(f"tokenizer.ggml.{key}") for key in ("model", "tokens"))
+    types = info.get("tokenizer.ggml.token_type") or []
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"{path}: tokenizer.ggml.model is {str(kind)[:80]}; what works here is "
+                         "gpt2 (byte-level BPE) and llama (sentencepiece)")
+    for key, of in LISTS.items():
+        found = info.get(f"tokenizer.ggml.{key}")
+        if found is not None and not (type(found) is list and all(type(x) is of for x in found)):
+            raise ValueError(f"{path}: tokenizer.ggml.{key} is not a list of {of.__name__}")
+    if not tokens or len(tokens) != len(types):
+        raise ValueError(f"{path}: tokenizer.ggml.tokens and token_type do not belong together")
+    if len(tokens) > rows:
+        raise ValueError(f"{path}: {len(tokens)} tokens, but the model embeds {rows}")
+    # What llama.cpp takes for granted where a file does not say it.
+    default = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    ids = {name: info.get(f"tokenizer.ggml.{name}_token_id", default.get(name))
+           for name in ("bos", "eos", "eot", "unknown", "padding")}
+    adds_bos = kind == "llama" or info.get("tokenizer.ggml.pre") == "llama-bpe"
+    adds = {"bos": bool(info.get("tokenizer.ggml.add_bos_token", adds_bos)),
+            "eos": bool(info.get("tokenizer.ggml.add_eos_token", False))}
+    for name, i in ids.items():
+        if i is None and adds.get(name) or i is not None and not (
+                type(i) is int and 0 <= i < len(tokens)):
+            raise ValueError(f"{path}: {name}_token_id is {i}, of {len(tokens)} tokens")
+    named = {name: None if i is None else tokens[i] for name, i in ids.items()}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast" if kind == "gpt2" else "LlamaTokenizer",
+              "add_bos_token": adds["bos"], "add_eos_token": adds["eos"],
+              "bos_token": named["bos"], "eos_token": named["eos"], "unk_token": named["unknown"],
+              "pad_token": named["padding"], "clean_up_tokenization_spaces": False,
+              "model_max_length": info.get(f"{info['general.architecture']}.context_length"),
+              "chat_template": info.get("tokenizer.chat_template")}
+    if kind == "gpt2":
+        around = [[named[name]] if adds[name] else [] for name in ("bos", "eos")]
+        file, content = "tokenizer.json", json_bytes(byte_level(info, tokens, types, *around, path))
+    else:
+        config |= {"legacy": False, "add_prefix_space": space_first(info)}
+        file, content = "tokenizer.model", sentencepiece_model(info, tokens, types, ids, path)
+    ends = list(dict.fromkeys(i for i in (ids["eos"], ids["eot"]) if i is not None))
+    ends = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else ids["eos"],
+            "pad_token_id": ids["padding"]}
+    config = {k: v for k, v in config.items() if v is not None}
+    return {file: content, "tokenizer_config.json": json_bytes(config),
+            "generation_config.json": json_bytes(ends)}, ends
+
+
+def json_bytes(content):
+    """A JSON file."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def byte_level(info, tokens, types, bos, eos, path):
+    """tokenizer.json of a byte-level BPE. bos, eos: lists of the tokens put around every text."""
+    rule, merges = info.get("tokenizer.ggml.pre"), info.get("tokenizer.ggml.merges")
+    if str(rule) not in WORDS:
+        raise ValueError(f"{path}: tokenizer.ggml.pre, how text is cut into words, is "
+                         f"{str(rule)[:80]}; what is known here is {', '.join(WORDS)}")
+    if not merges:
+        raise ValueError(f"{path}: tokenizer.ggml.merges is missing")
+    # An embedding table padded to a round size has tokens that are names of rows without a use.
+    vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
+    if len(vocab) + types.count(UNUSED) != len(tokens):
+        raise ValueError(f"{path}: two tokens have the same text")
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocab.keys():
+            raise ValueError(f"{path}: the merge {merge[:80]!r} does not make a token of two")
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": False}
+
+    def template(*texts):
+        return [{kind: {"id": name, "type_id": n}} for n, text in enumerate(texts) for kind, name in
+                [*(("SpecialToken", t) for t in bos), ("Sequence", text),
+                 *(("SpecialToken", t) for t in eos)]]
+
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": t, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": types[i] == CONTROL}
+                         for t, i in vocab.items() if types[i] in (CONTROL, USER_DEFINED)],
+        "normalizer": {"type": "NFC"} if rule == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*WORDS[rule], level]},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"),
+            "special_tokens": {t: {"id": t, "ids": [vocab[t]], "tokens": [t]}
+                               for t in (*bos, *eos)}},
+        "decoder": level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "byte_fallback": False, "ignore_merges": rule == "llama-bpe", "vocab": vocab,
+                  "merges": merges}}
+
+
+def space_first(info):
+    """Whether a sentencepiece vocabulary puts a space before every text."""
+    return bool(info.get("tokenizer.ggml.add_space_prefix", True))
+
+
+def sentencepiece_model(info, tokens, types, ids, path):
+    """tokenizer.model, as sentencepiece would have written it. ids: of bos, eos ..., or None."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except Exception:            # missing, or older than what sentencepiece was made with
+        raise ValueError(f"{path}: a sentencepiece vocabulary needs a recent protobuf package: "
+                         "pip install -U protobuf") from None
+    scores = info.get("tokenizer.ggml.scores") or []
+    if len(scores) != len(tokens):
+        raise ValueError(f"{path}: tokenizer.ggml.scores is missing, or not one for each token")
+    if "tokenizer.ggml.precompiled_charsmap" in info:
+        raise ValueError(f"{path}: tokenizer.ggml.precompiled_charsmap is not known here")
+    proto = sentencepiece_model_pb2.ModelProto()
+    for token, score, kind in zip(tokens, scores, types):      # a piece never holds a plain space
+        proto.pieces.add(piece=token.replace(" ", "\u2581"), score=score, type=kind)
+    spec, space = proto.trainer_spec, proto.normalizer_spec
+    spec.model_type, spec.byte_fallback, spec.vocab_size = spec.BPE, BYTE in types, len(tokens)
+    for name, key in ("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding"):
+        setattr(spec, f"{name}_id", -1 if ids[key] is None else ids[key])
+        if ids[key] is not None:
+            setattr(spec, f"{name}_piece", tokens[ids[key]])
+    space.name, space.add_dummy_prefix = "identity", space_first(info)
+    space.remove_extra_whitespaces = bool(
+        info.get("tokenizer.ggml.remove_extra_whitespaces", False))
+    content = proto.SerializeToString()
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError as e:
+        reason = str(e).partition("\n")[0][:120]
+        raise ValueError(f"{path}: sentencepiece does not take this vocabulary ({reason})"
+                         ) from None
+    return content
