@@ -11,7 +11,6 @@ one of them. "</s>" in a question is four characters; only `bos=True` and `eos=T
 import base64
 import json
 import re
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -215,16 +214,6 @@ def usable(path):
         if path.exists() and path.read_bytes().startswith(b"version https://git-lfs"):
             reason = "it is Git LFS's pointer to the file: git lfs pull"
         raise ValueError(f"{path}: of no use, perhaps damaged; copy it again ({reason})") from None
-
-
-def copy(source, target):
-    """Copy the tokenizer from one directory to another, in place of what may have been there."""
-    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                 "generation_config.json"):
-        if not (source / name).exists():
-            (target / name).unlink(missing_ok=True)
-        elif source.resolve() != target.resolve():
-            shutil.copyfile(source / name, target / name)
 
 
 def read_json(path):

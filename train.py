@@ -27,8 +27,8 @@ from tqdm import tqdm
 import data
 import model
 import pissa
-import tokenizer
 from adapter import written
+from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, check_ranges, complete, describe, load_model, run
 
 TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
@@ -222,13 +222,14 @@ def look(net, tok, val, val_texts, test, args, autocast, when):
 
 
 def write_weights(net, args):
-    """The adapter, or for --method full a checkpoint in Meta's layout; returns the directory."""
+    """The adapter, or for --method full a checkpoint like the one read; returns the directory."""
     with written(args.out / "args.json") as tmp:
         tmp.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
     if args.method == "full":
-        model.save(net.to(torch.bfloat16), args.out / "checkpoint")
-        tokenizer.copy(model.find(args.ckpt), args.out / "checkpoint")
-        return args.out / "checkpoint"
+        there, dtype = args.out / "checkpoint", torch.bfloat16
+        write_checkpoint(there, model.find(args.ckpt), net.config,
+                         net.to(dtype).named_parameters(), dtype)
+        return there
     pissa.save(net, args.out / "adapter")
     return args.out / "adapter"
 
@@ -309,6 +310,8 @@ def main():
     data.references(test, args.test_data)
     start, full = time.perf_counter(), args.method == "full"
     net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype)
+    if full:                                   # to say now, not after training, what is missing
+        check_layout(layout_of(model.find(args.ckpt)), net.config)
     seconds = {"load": time.perf_counter() - start}
     device = net.lm_head.weight.device
     # Whole weights are trained in float32 with bfloat16 products; A and B are float32 anyway.

@@ -430,17 +430,6 @@ def test_panic_and_interruption(monkeypatch, folders):
     assert "tokenizer.model" in str(e.value) and "\n" not in str(e.value)
 
 
-def test_copy(folders, tmp_path):
-    lines = (folders["tiktoken"] / "tokenizer.model").read_bytes()
-    source = folder(tmp_path / "a", tokenizer=lines, generation_config={"eos_token_id": 405})
-    shutil.copytree(folders["huggingface"], tmp_path / "b")
-    tokenizer.copy(source, tmp_path / "b")
-    tokenizer.copy(source, source)
-    for directory in (source, tmp_path / "b"):
-        assert sorted(os.listdir(directory)) == ["generation_config.json", "tokenizer.model"]
-    assert Tokenizer(tmp_path / "b").eos == 405
-
-
 # Damage -------------------------------------------------------------------------------------------
 
 ODD = [None, [], {}, -1, 10**30, 1e308, "x", "", True, [[[]]], {"content": None}, "\ud800", 2**32]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import data
 import eval as evaluation
+import hf
 import model
 import pissa
 import train
@@ -439,6 +440,32 @@ def test_full_writes_a_checkpoint(flags, tok, files, tmp_path):
     assert loss < 0.9 * summary["before"]["loss"]
     assert eval_command(text)[:2] == ["--ckpt", str(there)]
     assert command(evaluation.main, *eval_command(text), "--max-new-tokens", 2).strip()
+
+
+def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
+    """From Hugging Face's layout: that layout, the rest of its config.json, and its files."""
+    pytest.importorskip("safetensors")
+    net, folder = model.load("tiny", "cpu"), tmp_path / "base"
+    hf.save_folder(folder, hf.config_json(net.config, my_note="kept"), net.named_parameters())
+    (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    (folder / "generation_config.json").write_text("{}")
+    flags = [*flags, "--ckpt", folder, "--method", "full", "--steps", 1, "--out", tmp_path / "run"]
+    text = command(train.main, *flags)
+    there = tmp_path / "run" / "checkpoint"
+    assert {f.name for f in there.iterdir()} == {f.name for f in folder.iterdir()}
+    config = json.loads((there / "config.json").read_text())
+    assert config["my_note"] == "kept" and config["torch_dtype"] == "bfloat16"
+    changed = model.load(there, "cpu").state_dict()
+    assert same_state(changed, net.state_dict()) != set(changed)
+    assert next(iter(model.open_checkpoint(there)[1].values()))().dtype == torch.bfloat16
+    assert command(evaluation.main, *eval_command(text), "--max-new-tokens", 2).strip()
+    monkeypatch.setattr(train, "look", lambda *_: pytest.fail("it should have been said before"))
+    (folder / "model.safetensors").unlink()
+    torch.save(net.state_dict(), folder / "pytorch_model.bin")
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        command(train.main, *flags)
 
 
 def test_lora_is_a_plain_lora(flags, tmp_path):
