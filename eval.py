@@ -222,7 +222,7 @@ def main():
         raise ValueError(f"{args.ppl}: not UTF-8; convert the file (see iconv)") from None
     tok = data.Tokenizer(model.find(args.ckpt))
     net = load_model(args.ckpt, tok, args.device)
-    base = pissa.fingerprint(dict(net.named_parameters()))
+    base = pissa.fingerprint([name for name, _ in net.named_parameters()], net.get_parameter)
     if args.adapter:
         pissa.load(net, args.adapter, keep_base=bool(args.prompt))
     if args.prompt:
