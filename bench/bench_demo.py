@@ -74,7 +74,7 @@ def main():
     failed = {(r["method"], r["lr"]) for r in rows if "failed" in r}       # too high a rate: no loss
     rates = {m: [lr for lr in rates[m] if (m, lr) not in failed] for m in rates}
     best, key = {}, "val_loss" if args.train else "accuracy"
-    for m in rates:
+    for m in filter(rates.get, rates):
         def mean(key, lr):
             return statistics.mean(r[key] for r in rows if (r["method"], r["lr"]) == (m, lr))
         lr = (min if args.train else max)(rates[m], key=lambda lr: mean(key, lr))
