@@ -172,7 +172,8 @@ class Llama(nn.Module):
             if pad is not None:      # a padding position sees itself, or its softmax would be 0/0
                 mask = mask & (key >= pad[:, None, None]) | (key == query)        # (B, T, S)
                 positions = (index - pad[:, None]).clamp(min=0)                   # (B, T)
-        if mask is not None:                 # one row for every query head of a group: Attention
+        if mask is not None:    # as numbers to add, once for all layers; a row for each query head
+            mask = torch.zeros_like(mask, dtype=self.lm_head.weight.dtype).masked_fill(~mask, -inf)
             mask = mask.repeat(1, self.config.n_heads // self.config.n_kv_heads, 1)[:, None]
         rope, causal = rope_tables(self.config, positions), mask is None and start == 0
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)
