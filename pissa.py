@@ -180,8 +180,8 @@ def find_linears(net, targets):
         if type(m) is not nn.Linear:      # a subclass may read its weight in ways of its own
             raise ValueError(f"{n} is a {type(m).__name__}, not an nn.Linear")
         if isinstance(net.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            raise ValueError(f"{n} is part of an nn.TransformerEncoderLayer, which reads its weight "
-                             "without calling it")
+            raise ValueError(f"{n} is part of an nn.TransformerEncoderLayer, which reads its "
+                             "weight without calling it")
     return named
 
 

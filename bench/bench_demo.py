@@ -89,7 +89,7 @@ def main():
         jobs = [pool.submit(run, m, lr, s, args) for m in rates for lr in rates[m]
                 for s in range(args.seeds)]
         rows = [job.result() for job in jobs]
-    failed = {(r["method"], r["lr"]) for r in rows if "failed" in r}       # too high a rate: no loss
+    failed = {(r["method"], r["lr"]) for r in rows if "failed" in r}
     rates = {m: [lr for lr in rates[m] if (m, lr) not in failed] for m in rates}
     best, key = {}, "val_loss" if args.train else "accuracy"
     for m in filter(rates.get, rates):

@@ -4,10 +4,10 @@
     python -m bench.bench_generate --ckpt smollm2 --random-7b --device cuda --out ...
 
 Both get the same random prompts of 64 tokens and write 256 new ones (no EOS), with the prompt's
-own pass counted. Runs alternate after one warm-up each; the median counts. transformers runs eagerly
-with its defaults (SDPA attention, DynamicCache). `logits` is the largest difference of the prompts'
-logits over their scale. `same` is the share of equal tokens: rounding may flip a near tie, after
-which continuations differ, and random weights consist of near ties.
+own pass counted. Runs alternate after one warm-up each; the median counts. transformers runs
+eagerly with its defaults (SDPA attention, DynamicCache). `logits` is the largest difference of the
+prompts' logits over their scale. `same` is the share of equal tokens: rounding may flip a near tie,
+after which continuations differ, and random weights consist of near ties.
 """
 import argparse
 import statistics

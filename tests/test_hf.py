@@ -183,7 +183,7 @@ def test_flat_spelling(folder):
 
 
 def test_llama1_config_is_enough(folder):
-    """The first conversions state no key/value heads, no RoPE, no tie; unknown keys are harmless."""
+    """The first conversions state no key/value heads, no RoPE, no tie; unknown keys do no harm."""
     change(folder, num_key_value_heads=..., rope_parameters=..., tie_word_embeddings=...,
            head_dim=..., max_position_embeddings=..., my_note="hello", max_sequence_length=2048)
     c = hf.read_config(folder / "config.json")
@@ -285,9 +285,11 @@ def test_frequencies_in_the_file_are_passed_over(folder):
     """Llama 1's first conversions hold RoPE's frequencies as tensors."""
     from safetensors.torch import load_file, save_file
     state = load_file(folder / "model.safetensors")
+    before = model.load(folder, "cpu")
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(state, folder / "model.safetensors")
-    model.load(folder, "cpu")
+    after = model.load(folder, "cpu")
+    assert all(map(torch.equal, after.state_dict().values(), before.state_dict().values()))
 
 
 def test_damaged_files(folder):
