@@ -56,7 +56,7 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__, usage="python train.py [--option value ...]",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("model and method").add_argument
-    add("--ckpt", help="directory with Meta's raw weights, or a name under checkpoints/")
+    add("--ckpt", help="directory in Meta's or Hugging Face's layout, or a name under checkpoints/")
     add("--method", choices=[*pissa.METHODS, "full"], default="pissa",
         help="what is trained: A and B (pissa, lora) or every weight (full)")
     add("--rank", type=int, default=128, help="r, the width of A and B")
