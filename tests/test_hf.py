@@ -367,3 +367,61 @@ def test_smollm2(real):
                                                  to_meta=True)
         with pytest.raises(AssertionError, match="logits differ"):
             assert_logits_equal(ours(tokens), expected)
+
+
+PARAGRAPH = """It is a truth universally acknowledged, that a single man in possession of a good
+fortune, must be in want of a wife. However little known the feelings or views of such a man may be
+on his first entering a neighbourhood, this truth is so well fixed in the minds of the surrounding
+families, that he is considered as the rightful property of some one or other of their daughters."""
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments ..pissa")
+def test_smollm2_from_an_adapter_to_everywhere(real, tmp_path):
+    """Meta's layout, perplexity, PEFT, both merged layouts, the compressed adapter: one model."""
+    import adapter
+    import convert
+    import data
+    import eval
+    import pissa
+    peft = pytest.importorskip("peft")
+    path, theirs = real
+    tok, tokens = data.Tokenizer(path), draw(1, 40, seed=2)
+    ours = model.load(path, "cpu", torch.float32).requires_grad_(False)
+    model.save(ours, tmp_path / "meta")
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert_logits_equal(model.load(tmp_path / "meta", "cpu", torch.float32)(tokens), expected)
+        ids = torch.tensor([[tok.start] + tok.encode(PARAGRAPH)])
+        loss = theirs(ids, labels=ids).loss
+        found, n, _ = eval.perplexity(ours, tok, PARAGRAPH)
+        assert n == ids.shape[1] - 1 and found == pytest.approx(loss.exp().item(), rel=5e-5)
+
+    pissa.inject(ours, 4, niter=2, targets=("q_proj", "down_proj"), progress=False)
+    params = [p for p in ours.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-3)
+    for _ in range(2):
+        ours(tokens).logsumexp(-1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pissa.save(ours, tmp_path / "adapter")
+    with torch.no_grad():
+        after = ours(tokens)
+        assert (after - expected).abs().max() > 0.05 * expected.abs().max()
+        for layout in ("hf", "meta"):
+            argv = ["convert.py", "merge", str(tmp_path / "adapter"), str(tmp_path / (layout * 2)),
+                    "--ckpt", str(path), "--layout", layout, "--dtype", "float32"]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", argv)
+                convert.main()
+            merged = model.load(tmp_path / (layout * 2), "cpu", torch.float32)
+            assert_logits_equal(merged(tokens), after)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hfhf")
+        assert_logits_equal(again(tokens).logits, after)
+        errors = adapter.compress(tmp_path / "adapter", tmp_path / "small")
+        assert all(lost <= whole for lost, whole in errors.values())
+        small = pissa.load(model.load(path, "cpu", torch.float32), tmp_path / "small")
+        share = max(lost / whole for lost, whole in errors.values())
+        distance = (small(tokens) - after).norm() / (after - expected).norm()
+        assert distance < 3 * share, (distance, share)
+        adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
+        assert_logits_equal(adapted(tokens).logits, after)
