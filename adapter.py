@@ -67,7 +67,9 @@ def read_adapter(directory):
         if info and (int(config["r"]) != alpha or not {"method", "base", "rank"} <= set(info)):
             raise ValueError(f"r {config['r']}, lora_alpha {alpha:g}, pissa {info}")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: {directory} is not an adapter") from None
+        inner = directory / "adapter"
+        hint = f"; perhaps {inner} is meant" if (inner / path.name).is_file() else ""
+        raise FileNotFoundError(f"{path} is missing: {directory} is not an adapter{hint}") from None
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not the config of a LoRA adapter ({e!r})") from None
     init = config.get("init_lora_weights")
@@ -123,11 +125,14 @@ def compress(directory, out, rank=None):
         raise ValueError(f"{directory}: cannot compress rank {smallest} to {r}")
     small, errors = {}, {}
     for name, (M, N) in pairs.items():
+        if not (M.isfinite().all() and N.isfinite().all()):
+            raise ValueError(f"{directory}: {name} holds NaN or Inf")
         (QM, RM), (QN, RN) = torch.linalg.qr(M.double()), torch.linalg.qr(N.T.double())
         U, S, Vh = torch.linalg.svd(RM @ RN.T)
         small[name] = ((QM @ (U * S.sqrt())[:, :r]).float(),
                        ((S.sqrt()[:, None] * Vh)[:r] @ QN.T).float())
         errors[name] = S[r:].norm().item(), S.norm().item()
     info = config.get("pissa")
-    write_adapter(out, small, info and {**info, "method": "lora", "rank": r}, config["task_type"])
+    info = info and {**info, "method": "lora", "rank": r}
+    write_adapter(out, small, info, config.get("task_type"))
     return errors

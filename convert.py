@@ -10,6 +10,7 @@ says more, and so for each. Weights go through one at a time, and what is writte
 complete, or not at all.
 """
 import argparse
+import json
 import math
 import shlex
 import shutil
@@ -31,8 +32,9 @@ from eval import run
 from svd import wide
 
 # What goes with a model besides weights and numbers: how text becomes tokens, and when to stop.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-              "merges.txt", "chat_template*", "generation_config.json")
+COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+              "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+              "chat_template.json", "generation_config.json")
 
 GGUF_HELP = """Weights are read out of their quantisation into plain numbers, one tensor at a time.
 Works for the architectures llama (Llama 1 to 3, SmolLM2, TinyLlama ...) and qwen2, with byte-level
@@ -82,8 +84,20 @@ def write_checkpoint(out, source, config, tensors, dtype, layout=None):
             model.save_meta(tmp, config, tensors)
         else:
             hf.save_folder(tmp, hf_config(source, config, dtype), tensors)
-        for file in (f for pattern in COMPANIONS for f in source.glob(pattern) if f.is_file()):
+        for file in (source / name for name in COMPANIONS if (source / name).is_file()):
             shutil.copyfile(file, tmp / file.name)
+        if not (tmp / "config.json").exists() and (ids := end_ids(source)):
+            (tmp / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}) + "\n")
+
+
+def end_ids(source):
+    """The ids that end generation, of config.json and generation_config.json together."""
+    ids = set()
+    for name in ("config.json", "generation_config.json"):
+        if (source / name).is_file():
+            found = hf.read_json(source / name).get("eos_token_id")
+            ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    return sorted(ids)
 
 
 def hf_config(source, config, dtype):
@@ -100,17 +114,12 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def check_out(out, kind, *inputs):
-    """ValueError unless `out` is new or empty, or another `kind` than `inputs`, to be replaced."""
-    markers = ("adapter_config.json",) if kind == "adapter" else ("config.json", "params.json")
-    if not out.is_dir():
-        if out.exists() or out.is_symlink():
-            raise ValueError(f"{out} is a file; name a directory")
-        return
-    if any(out.resolve() == there.resolve() for there in inputs):
-        raise ValueError(f"{out} is what is read here; name another directory")
-    if any(out.iterdir()) and not any((out / name).is_file() for name in markers):
-        raise ValueError(f"{out} is not empty, and not an old {kind}; name another directory")
+def check_out(out):
+    """ValueError unless `out` is a new directory, or an empty one: nothing is ever replaced."""
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; name a new directory")
 
 
 def rounded(name, W, dtype):
@@ -132,7 +141,7 @@ def report(out, what):
 
 def gguf(args):
     """A GGUF to Hugging Face's layout."""
-    check_out(args.out, "checkpoint")
+    check_out(args.out)
     config, tensors, info = gguf_file.open_gguf(args.model)
     files, ids = gguf_file.tokenizer_files(info, config.vocab_size, args.model)
     dtype = getattr(torch, args.dtype)
@@ -172,7 +181,7 @@ def base_and_adapter(path, ckpt):
 def merge(args):
     """Base and adapter to a checkpoint."""
     source, where = base_and_adapter(args.run, args.ckpt)
-    check_out(args.out, "checkpoint", source, args.run)
+    check_out(args.out)
     config, tensors = model.open_checkpoint(source)
     info, pairs = adapter.read_adapter(where) if where else ({}, {})
     if config.tied and "lm_head" in pairs:        # one matrix with two uses; only one is changed
@@ -207,7 +216,7 @@ def merge(args):
 
 def compress(args):
     """An adapter to one of lower rank."""
-    check_out(args.out, "adapter", args.adapter)
+    check_out(args.out)
     errors = adapter.compress(args.adapter, args.out, args.rank)
     rank = adapter.read_adapter(args.out)[0]["r"]
     lost, whole = (math.hypot(*(e[i] for e in errors.values())) for i in (0, 1))
@@ -234,7 +243,7 @@ def arguments():
     dtypes = ["bfloat16", "float16", "float32"]
     add = command(merge, "base + adapter to a checkpoint", MERGE_HELP)
     add("run", metavar="RUN", type=Path, help="directory of a run, or of an adapter")
-    add("out", metavar="OUT", type=Path, help="directory for the checkpoint")
+    add("out", metavar="OUT", type=Path, help="new directory for the checkpoint")
     add("--layout", choices=["hf", "meta"], help="Hugging Face's or Meta's (default: the base's)")
     add("--dtype", choices=[*dtypes, "source"], default="source",
         help="of the weights (default: of every tensor, the base's)")

@@ -165,13 +165,18 @@ def arguments():
     add("--device", help="default: cuda if there is one, else cpu")
     args, at_least_1 = p.parse_args(), (1, math.inf)
     check_ranges(p, args, limit=at_least_1, max_new_tokens=at_least_1, batch=at_least_1,
-                 length=at_least_1, stride=at_least_1, temperature=(0, 1e6), top_k=(0, math.inf),
+                 length=at_least_1, stride=at_least_1, temperature=(0, 1e6), top_k=(0, 2**31 - 1),
                  top_p=(1e-9, 1), seed=(0, 2**63 - 1))
     if not (args.prompt or args.accuracy or args.ppl):
         p.error("nothing to do: give --prompt, --accuracy or --ppl")
     for name, text in ("--prompt", args.prompt or "-"), *(("--stop", s) for s in args.stop):
         if not text or text.encode(errors="replace").decode() != text:
             p.error(f"{name} is {'not valid UTF-8' if text else 'empty'}")
+    for path in [Path(args.out)] if args.out else []:
+        if path.is_dir() or not path.name or path.parent.exists() and not path.parent.is_dir():
+            p.error(f"--out {path} is not a file that can be written")
+        if args.accuracy and path.exists() and path.samefile(args.accuracy):
+            p.error(f"--out {path} is the file of problems")
     args.max_new_tokens = args.max_new_tokens or PROTOCOLS[args.protocol][1]
     return args
 
@@ -184,7 +189,12 @@ def resume(part, header, count):
     if lines:
         print(f"going on: {len(lines) - 1} of {count} are done" if same else
               f"starting anew: {part} is of another model, protocol or set of problems")
-    done = dict(map(json.loads, lines[1:])) if same else {}
+    try:
+        done = dict(map(json.loads, lines[1:])) if same else {}
+        assert all(type(i) is int and 0 <= i < count and row["correct"] in (True, False)
+                   for i, row in done.items())
+    except (ValueError, TypeError, KeyError, AssertionError):
+        raise ValueError(f"{part}: damaged; remove it to start anew") from None
     write_lines(part, [header, *done.items()])
     return done
 
@@ -194,7 +204,9 @@ def show_accuracy(net, tok, examples, base, args):
     how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
     print(describe(**how))
     folder = Path(args.adapter).parent if args.adapter else Path("runs")
-    out = Path(args.out or folder / f"predictions-{Path(args.accuracy).stem}-{args.protocol}.jsonl")
+    name = "-".join(["predictions", Path(args.adapter or args.ckpt).name, Path(args.accuracy).stem,
+                     args.protocol, *([f"first{args.limit}"] if args.limit else [])])
+    out = Path(args.out or folder / f"{name}.jsonl")
     part = out.with_name(out.name + ".part")
     asked = [(data.prompt_ids(prompt, tok), reference) for prompt, reference in examples]
     content = hashlib.sha256(json.dumps([base, str(net.lm_head.weight.dtype), asked]).encode())
@@ -249,6 +261,10 @@ def run(main, name):
     except torch.OutOfMemoryError as e:
         sys.exit(f"{name}: {str(e).splitlines()[0]} Lower --batch or --micro-batch, use "
                  "--checkpointing, a smaller --rank or --max-length")
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):
+            raise
+        sys.exit(f"{name}: out of memory: lower --batch, --micro-batch or --max-new-tokens")
     except OSError as e:
         sys.exit(f"{name}: {e.filename}: {e.strerror.lower()}" if e.filename else f"{name}: {e}")
     except ValueError as e:

@@ -9,6 +9,7 @@ refused by name. A wrong model that still speaks English is worse than none.
     hf.save_folder(out, hf.config_json(config), ((name, read()) for name, read in tensors.items()))
 """
 import json
+import zipfile
 
 import torch
 
@@ -189,7 +190,8 @@ def open_file(path):
             from safetensors import safe_open
             f = safe_open(path, framework="pt")
             return {name: lambda name=name: f.get_tensor(name) for name in f.keys()}
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mmap = zipfile.is_zipfile(path)                      # files of before torch 1.6 are not
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not all(isinstance(W, torch.Tensor) for W in tensors.values()):
             raise ValueError("not only tensors")
         return {name: lambda W=W: W for name, W in tensors.items()}

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -285,7 +286,8 @@ def sample(logits, temperature, top_k, top_p, generator):
     """One token per row, (B, V) float32 -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits, order = (logits / temperature).sort(-1, descending=True)
+    logits, order = logits.sort(-1, descending=True)
+    logits = (logits - logits[:, :1]) / max(temperature, 1e-6)           # at most 0: no overflow
     if top_k:
         logits[:, top_k:] = -inf
     probs = torch.softmax(logits, -1)
@@ -330,7 +332,8 @@ def reorder(W, name, config, to_meta=False):
 
 def find(ckpt):
     """The directory of a checkpoint: `ckpt` itself, or checkpoints/ckpt beside this file."""
-    for directory in (Path(ckpt), Path(__file__).parent / "checkpoints" / ckpt):
+    here = Path(__file__).parent
+    for directory in (Path(ckpt), here / "checkpoints" / ckpt, here / ckpt):
         if directory.is_dir():
             return directory
     raise FileNotFoundError(
@@ -346,8 +349,9 @@ def ffn_dim(dim, multiple_of, multiplier=None):
 
 
 # What a checkpoint's weights and numbers may be called, in either layout.
-WEIGHTS = ("consolidated.*.pth", "params.json", "config.json", "model*.safetensors",
-           "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("params.json", "consolidated.[0-9][0-9].pth", "config.json",
+           "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 # The numbers in params.json, and the values by which it leaves one of them open.
 INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
@@ -417,7 +421,8 @@ def read_shards(directory):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing")
         try:
-            shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            mmap = zipfile.is_zipfile(file)                  # files of before torch 1.6 are not
+            shard = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
             shards.append({k: v for k, v in shard.items() if k != "rope.freqs"})
         except Exception as e:               # torch.load raises many kinds; all mean the same here
             reason = str(e).strip().partition("\n")[0][:120]
@@ -534,8 +539,8 @@ def load(ckpt, device=None, dtype=None):
 def replaced(directory, patterns=WEIGHTS):
     """`with replaced(directory) as tmp:` write files to tmp; they move to `directory` in the end.
 
-    An interruption never leaves half a checkpoint. What was there of another one goes: the files
-    whose names match `patterns`.
+    An interruption while they are written leaves what was there. Afterwards, what was there of
+    another checkpoint, in either layout, goes: the files whose names match `patterns`.
     """
     directory = Path(directory)
     new = not directory.exists()
@@ -558,7 +563,10 @@ def replaced(directory, patterns=WEIGHTS):
 
 
 def save(net, directory):
-    """Write `net` in Meta's raw layout: params.json and consolidated.00.pth, in its own dtype."""
+    """Write `net` in Meta's raw layout: params.json and consolidated.00.pth, in its own dtype.
+
+    A checkpoint that is there already, in either layout, is replaced (see WEIGHTS).
+    """
     save_meta(directory, net.config, net.named_parameters())
 
 

@@ -58,7 +58,7 @@ def parser():
     add = p.add_argument_group("model and method").add_argument
     add("--ckpt", help="directory in Meta's or Hugging Face's layout, or a name under checkpoints/")
     add("--method", choices=[*pissa.METHODS, "full"], default="pissa",
-        help="what is trained: A and B (pissa, lora) or every weight (full)")
+        help="what is trained: A and B (pissa, lora) or every weight (full, saved in bfloat16)")
     add("--rank", type=int, default=128, help="r, the width of A and B")
     add("--niter", type=power_iterations, default=8,
         help="power iterations of the SVD, or: exact")
@@ -118,6 +118,12 @@ def arguments():
     there = next(d for d in (args.out, *args.out.absolute().parents) if d.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         p.error(f"--out {args.out}: {there} is not a directory that can be written to")
+    target = args.out / ("checkpoint" if args.method == "full" else "adapter")
+    if target.exists() and not (target.is_dir() and (args.out / "args.json").is_file()):
+        p.error(f"{target} is there already, and not of a run of train.py")
+    if target.exists() and target.resolve() in {
+            Path(path).resolve() for path in (args.ckpt, args.adapter or args.ckpt)}:
+        p.error(f"{target} is what is read here: choose another --out")
     return args
 
 

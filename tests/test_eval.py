@@ -404,7 +404,7 @@ def test_accuracy_of_the_real_model(net, tok, adapter):
                 "--max-new-tokens", 8, "--batch", 2, "--protocol", protocol)
         expected = evaluation.accuracy(other, tok, EXAMPLES[:5], max_new_tokens=8,
                                        protocol=protocol)[1]
-        assert read_lines(adapter.parent / f"predictions-test-{protocol}.jsonl") == expected
+        assert read_lines(adapter.parent / f"predictions-{adapter.name}-test-{protocol}.jsonl") == expected
 
 
 def test_ppl_command(net, tok, tmp_path, adapter):
@@ -557,8 +557,7 @@ def test_a_mistake_is_one_line_on_stderr():
     (["--ppl", "{tmp}/empty.txt"], "empty"),
     (["--ppl", "{tmp}/broken.jsonl", "--length", "20", "--stride", "21"],
      "--stride 21 is more than --length 20"),
-    (["--accuracy", "{tmp}/zero.jsonl"], "zero.jsonl: record 1: .* names no number"),
-    (["--accuracy", "{tmp}/good.jsonl", "--out", "{tmp}/good.jsonl/p.jsonl"], "good.jsonl")])
+    (["--accuracy", "{tmp}/zero.jsonl"], "zero.jsonl: record 1: .* names no number")])
 def test_mistakes(tmp_path, argv, message):
     good = '{"question": "1 + 1?", "answer": "#### 2"}\n'
     (tmp_path / "good.jsonl").write_text(good)
@@ -602,3 +601,20 @@ def test_ctrl_c(monkeypatch):
         assert failure("--prompt", "Hi") == "eval.py: interrupted"
     except KeyboardInterrupt:                  # it would end pytest
         pytest.fail("Ctrl-C ends in a traceback")
+
+
+@pytest.mark.parametrize("out, message", [
+    ("good.jsonl", "is the file of problems"), ("", "cannot|not a file that can be written"),
+    ("good.jsonl/p.jsonl", "not a file that can be written")])
+def test_out_must_be_a_file_of_its_own(tmp_path, out, message):
+    (tmp_path / "good.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    text = failure("--accuracy", tmp_path / "good.jsonl", "--out", tmp_path / out)
+    assert re.search(message, text)
+    assert (tmp_path / "good.jsonl").read_text().startswith('{"question"')
+
+
+def test_damaged_unfinished_predictions(tmp_path, monkeypatch):
+    """One line that names the file, whatever its rows have become."""
+    (tmp_path / "p.jsonl.part").write_text('{"a": 1}\n[0, 5]\n')
+    with pytest.raises(ValueError, match="p.jsonl.part: damaged; remove it to start anew"):
+        evaluation.resume(tmp_path / "p.jsonl.part", {"a": 1}, 3)
