@@ -404,7 +404,8 @@ def test_accuracy_of_the_real_model(net, tok, adapter):
                 "--max-new-tokens", 8, "--batch", 2, "--protocol", protocol)
         expected = evaluation.accuracy(other, tok, EXAMPLES[:5], max_new_tokens=8,
                                        protocol=protocol)[1]
-        assert read_lines(adapter.parent / f"predictions-{adapter.name}-test-{protocol}.jsonl") == expected
+        name = f"predictions-{adapter.name}-test-{protocol}-first5.jsonl"
+        assert read_lines(adapter.parent / name) == expected
 
 
 def test_ppl_command(net, tok, tmp_path, adapter):
