@@ -28,6 +28,7 @@ import gguf_file
 import hf
 import model
 import pissa
+import tokenizer
 from eval import run
 from svd import wide
 
@@ -86,18 +87,16 @@ def write_checkpoint(out, source, config, tensors, dtype, layout=None):
             hf.save_folder(tmp, hf_config(source, config, dtype), tensors)
         for file in (source / name for name in COMPANIONS if (source / name).is_file()):
             shutil.copyfile(file, tmp / file.name)
-        if not (tmp / "config.json").exists() and (ids := end_ids(source)):
-            (tmp / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}) + "\n")
-
-
-def end_ids(source):
-    """The ids that end generation, of config.json and generation_config.json together."""
-    ids = set()
-    for name in ("config.json", "generation_config.json"):
-        if (source / name).is_file():
-            found = hf.read_json(source / name).get("eos_token_id")
-            ids.update(found if isinstance(found, list) else [] if found is None else [found])
-    return sorted(ids)
+        if layout_of(source) == "hf" and layout == "meta":
+            # config.json, which is left behind, may name what ends a text.
+            generation, ids = tokenizer.read_json(tmp / "generation_config.json"), set()
+            for name in ("config.json", "generation_config.json"):
+                with tokenizer.usable(source / name):
+                    found = tokenizer.read_json(source / name)
+                    ids.update(tokenizer.eos_ids(found, config.vocab_size))
+            if ids:
+                text = json.dumps({**generation, "eos_token_id": sorted(ids)}, indent=2) + "\n"
+                (tmp / "generation_config.json").write_text(text)
 
 
 def hf_config(source, config, dtype):

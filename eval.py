@@ -172,7 +172,8 @@ def arguments():
     for name, text in ("--prompt", args.prompt or "-"), *(("--stop", s) for s in args.stop):
         if not text or text.encode(errors="replace").decode() != text:
             p.error(f"{name} is {'not valid UTF-8' if text else 'empty'}")
-    for path in [Path(args.out)] if args.out else []:
+    if args.out:
+        path = Path(args.out)
         if path.is_dir() or not path.name or path.parent.exists() and not path.parent.is_dir():
             p.error(f"--out {path} is not a file that can be written")
         if args.accuracy and path.exists() and path.samefile(args.accuracy):

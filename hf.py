@@ -9,11 +9,11 @@ refused by name. A wrong model that still speaks English is worse than none.
     hf.save_folder(out, hf.config_json(config), ((name, read()) for name, read in tensors.items()))
 """
 import json
-import zipfile
 
 import torch
 
-from model import Config, check_heads, check_names, check_number, parameter_shapes, replaced
+from model import (Config, check_heads, check_names, check_number, mapped, parameter_shapes,
+                   replaced)
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -67,20 +67,17 @@ def read_config(path):
         raise ValueError(f"{path}: model_type is {json.dumps(family)}; what works here is "
                          f"{', '.join(FAMILIES)}")
     p = {**p, **rope(p, path)}
-    if family == "llama":                              # transformers' defaults for missing keys
-        p.setdefault("num_key_value_heads", p.get("num_attention_heads"))
-        if p["num_key_value_heads"] is None:
-            p["num_key_value_heads"] = p.get("num_attention_heads")
-    if family == "mistral":
+    if family == "llama" and p.get("num_key_value_heads") is None:
+        p["num_key_value_heads"] = p.get("num_attention_heads")    # transformers' defaults for what
+    if family == "mistral":                                        # is missing
         p.setdefault("sliding_window", 4096)
     if family == "qwen2":                              # off by default, and per layer if it is on
         p.pop("sliding_window", None)
         p.pop("attention_bias", None)                  # q, k and v have biases, whatever it says
     if family == "llama" and p.get("sliding_window"):
         raise ValueError(f"{path}: sliding_window in a llama is not known")
-    kinds = {"full_attention", *["sliding_attention"] * bool(p.get("sliding_window"))}
-    if isinstance(types := p.get("layer_types"), list) and all(
-            t == "full_attention" if len(kinds) == 1 else t == "sliding_attention" for t in types):
+    kind = "sliding_attention" if p.get("sliding_window") else "full_attention"
+    if isinstance(types := p.get("layer_types"), list) and all(t == kind for t in types):
         del p["layer_types"]
     for key, neutral in NEUTRAL.items():
         if p.get(key) is not None and not any(p[key] == v for v in neutral):
@@ -190,8 +187,7 @@ def open_file(path):
             from safetensors import safe_open
             f = safe_open(path, framework="pt")
             return {name: lambda name=name: f.get_tensor(name) for name in f.keys()}
-        mmap = zipfile.is_zipfile(path)                      # files of before torch 1.6 are not
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        tensors = mapped(path)
         if not all(isinstance(W, torch.Tensor) for W in tensors.values()):
             raise ValueError("not only tensors")
         return {name: lambda W=W: W for name, W in tensors.items()}

@@ -413,6 +413,12 @@ def check_heads(c, path, any_width=False):
     return c
 
 
+def mapped(path):
+    """What torch.save wrote, memory-mapped; files of before torch 1.6 are no zip, and are read."""
+    mmap = zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def read_shards(directory):
     """The tensors of consolidated.NN.pth, one dict per file, memory-mapped: nothing is read yet."""
     shards = []
@@ -421,8 +427,7 @@ def read_shards(directory):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing")
         try:
-            mmap = zipfile.is_zipfile(file)                  # files of before torch 1.6 are not
-            shard = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            shard = mapped(file)
             shards.append({k: v for k, v in shard.items() if k != "rope.freqs"})
         except Exception as e:               # torch.load raises many kinds; all mean the same here
             reason = str(e).strip().partition("\n")[0][:120]

@@ -1,5 +1,9 @@
 """What several tests share: small models, the real ones where they are, a Hugging Face twin."""
+import io
 import os
+import runpy
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 # One thread: the matrices are tiny, and on a busy machine threads mostly wait for each other.
@@ -63,6 +67,24 @@ def train_tokenizer(folder, **options):
             normalization_rule_name="identity", remove_extra_whitespaces=False,
             hard_vocab_limit=False, num_threads=1, minloglevel=2, **options)
     return folder
+
+
+def command(main, *argv):
+    """What `main` prints with this command line."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", ["program", *map(str, argv)])
+        main()
+    return out.getvalue()
+
+
+def failure(script, *argv):
+    """What a failing script writes as its last words, as the shell would show them."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e, \
+            redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
+        patch.setattr(sys, "argv", [script, *map(str, argv)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert e.value.code not in (0, None), "it should have failed"
+    return e.value.code if isinstance(e.value.code, str) else err.getvalue().strip()
 
 
 @pytest.fixture

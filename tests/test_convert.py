@@ -11,13 +11,15 @@ import runpy
 import shlex
 import shutil
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 from conftest import ROOT, SHARED, TINY, assert_logits_equal, hugging_face, small_net
+from conftest import command as run_command
+from conftest import failure as run_failure
 
 import convert
 import eval as evaluation
@@ -31,20 +33,12 @@ pytest.importorskip("safetensors")
 
 def command(*argv, main=convert.main):
     """What convert.py prints with this command line."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-        patch.setattr(sys, "argv", ["convert.py", *map(str, argv)])
-        main()
-    return out.getvalue()
+    return run_command(main, *argv)
 
 
 def failure(*argv):
-    """What convert.py, failing, writes as its last words, as the shell would show them."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e, \
-            redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
-        patch.setattr(sys, "argv", ["convert.py", *map(str, argv)])
-        runpy.run_path(str(ROOT / "convert.py"), run_name="__main__")
-    assert e.value.code not in (0, None), "it should have failed"
-    text = e.value.code if isinstance(e.value.code, str) else err.getvalue().strip()
+    """What convert.py, failing, writes: a line."""
+    text = run_failure("convert.py", *argv)
     assert "\n" not in text and text.startswith("convert.py: "), text
     return text
 
@@ -356,6 +350,13 @@ def test_end_ids_of_config_json_are_kept(tmp_path):
                              torch.float32, "meta")
     ids = json.loads((tmp_path / "b" / "generation_config.json").read_text())
     assert ids == {"eos_token_id": [0, 2]}
+    text = '{"eos_token_id": 2, "temperature": 0.5}'
+    for folder in ("a", "b"):                      # what else the file says stays, in any layout
+        (tmp_path / folder / "generation_config.json").write_text(text)
+        convert.write_checkpoint(tmp_path / f"{folder}2", tmp_path / folder, net.config,
+                                 net.named_parameters(), torch.float32, "meta")
+        found = json.loads((tmp_path / f"{folder}2" / "generation_config.json").read_text())
+        assert found == {"eos_token_id": [0, 2] if folder == "a" else 2, "temperature": 0.5}
 
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])

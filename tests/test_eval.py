@@ -4,11 +4,11 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ import eval as evaluation
 import model
 import pissa
 from conftest import ROOT, TINY, hugging_face
+from conftest import command as run_command
+from conftest import failure as run_failure
 
 EXAMPLES = data.read(TINY / "test.jsonl")[:20]
 
@@ -43,22 +45,8 @@ def adapter(tmp_path_factory):
     return folder
 
 
-def command(*argv):
-    """What eval.py prints with this command line."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-        patch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
-        evaluation.main()
-    return out.getvalue()
-
-
-def failure(*argv):
-    """What eval.py, failing, writes as its last words, as the shell would show them."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e, \
-            redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
-        patch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
-        runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
-    assert e.value.code not in (0, None), "it should have failed"
-    return e.value.code if isinstance(e.value.code, str) else err.getvalue().strip()
+command = partial(run_command, evaluation.main)
+failure = partial(run_failure, "eval.py")
 
 
 def answer_with(monkeypatch, answers):

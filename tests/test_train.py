@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 
 import pytest
 import torch
@@ -23,33 +23,15 @@ import hf
 import model
 import pissa
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, command, failure
 
 LEARNING_RATE = {"pissa": 2e-3, "lora": 1e-2, "full": 5e-4}      # each method at a good one
-
-
-def command(main, *argv):
-    """What `main` prints with this command line."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-        patch.setattr(sys, "argv", ["program", *map(str, argv)])
-        main()
-    return out.getvalue()
 
 
 def parse(*argv):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
         patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
         return train.arguments()
-
-
-def failure(script, *argv):
-    """What a failing script writes as its last words, as the shell would show them."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e, \
-            redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
-        patch.setattr(sys, "argv", [script, *map(str, argv)])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert e.value.code not in (0, None), "it should have failed"
-    return e.value.code if isinstance(e.value.code, str) else err.getvalue().strip()
 
 
 def read_lines(path):
