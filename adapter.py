@@ -2,17 +2,20 @@
 
 PEFT's lora_A is (r, in) and its lora_B (out, r): the transposes of A (in, r) and B (r, out) here,
 under the name base_model.model.<module>.lora_A.weight. A saved PiSSA adapter is the LoRA of rank 2r
-with the factors [A | A_0] and [B ; -B_0]; the key "pissa" of its config says how it was made.
+with the factors [A | A_0] and [B ; -B_0]; the key "pissa" of its config says how it was made. One with a
+quantised residual has a third file, SEEN, which PEFT ignores: what was subtracted from W before the
+rest was rounded to four bits (pissa.py's A_q and B_q), where that is not A_0 B_0.
 """
 import json
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 UNSUPPORTED = ("use_dora", "alpha_pattern", "lora_bias", "layer_replication", "modules_to_save",
                "fan_in_fan_out", "trainable_token_indices", "target_parameters")
+WEIGHTS, SEEN = "adapter_model", "pissa_quantised_from"      # .safetensors or .bin
 
 
 @contextmanager
@@ -26,29 +29,37 @@ def written(path):
         tmp.unlink(missing_ok=True)
 
 
-def write_adapter(directory, tensors, info, task_type):
-    """tensors: {module name: (A (in, r), B (r, out))}, with scaling 1; info: our own metadata."""
+def write_adapter(directory, tensors, info, task_type, seen=None):
+    """tensors: {module name: (A (in, r), B (r, out))}, with scaling 1; info: our own metadata;
+    seen: like tensors, the pairs (A_q, B_q) of modules for which they are not (A_0, B_0)."""
     ranks = {A.shape[1] for A, _ in tensors.values()}
     assert len(ranks) == 1, f"one rank for all modules, not {ranks}"
     config = {"peft_type": "LORA", "task_type": task_type, "r": min(ranks),
               "lora_alpha": min(ranks), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
               "target_modules": sorted({n.rpartition(".")[2] for n in tensors}), "pissa": info}
-    state = {f"base_model.model.{n}.lora_{k}.weight": M.T.contiguous()
-             for n, pair in tensors.items() for k, M in zip("AB", pair)}
+    files = {WEIGHTS: {f"base_model.model.{n}.lora_{k}.weight": M.T.contiguous()
+                       for n, pair in tensors.items() for k, M in zip("AB", pair)}}
+    if seen:
+        config["pissa"] = {**info, "seen": SEEN}
+        files[SEEN] = {f"{n}.{k}_q": M.contiguous() for n, pair in seen.items()
+                       for k, M in zip("AB", pair)}
     try:
         from safetensors.torch import save_file
-        name, other = "adapter_model.safetensors", "adapter_model.bin"
+        suffix, other = ".safetensors", ".bin"
     except ImportError:
-        save_file, name, other = torch.save, "adapter_model.bin", "adapter_model.safetensors"
+        save_file, suffix, other = torch.save, ".bin", ".safetensors"
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with written(directory / "adapter_config.json") as tmp, written(directory / name) as weights:
+    with ExitStack() as stack:               # all files are renamed when all have been written
+        tmp = stack.enter_context(written(directory / "adapter_config.json"))
         try:
-            save_file(state, weights)
+            for name, state in files.items():
+                save_file(state, stack.enter_context(written(directory / (name + suffix))))
         except Exception as e:    # each writer raises its own kind where, say, the disk is full
             raise OSError(f"{directory}: not written ({str(e)[:100]})") from None
         tmp.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (directory / other).unlink(missing_ok=True)
+    for stale in (WEIGHTS + other, SEEN + other, *([] if seen else [SEEN + suffix])):
+        (directory / stale).unlink(missing_ok=True)
 
 
 def read_adapter(directory):
@@ -94,21 +105,39 @@ def read_adapter(directory):
     return config, {n: (p["A"], p["B"]) for n, p in pairs.items()}
 
 
-def read_tensors(directory):
-    """The tensors of adapter_model.safetensors or adapter_model.bin."""
-    path = directory / "adapter_model.safetensors"
+def read_tensors(directory, name=WEIGHTS):
+    """The tensors of adapter_model.safetensors or adapter_model.bin, or of SEEN."""
+    path = directory / f"{name}.safetensors"
     try:
         if path.exists():
             from safetensors.torch import load_file
             return load_file(path)
-        path = directory / "adapter_model.bin"
+        path = directory / f"{name}.bin"
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
     except FileNotFoundError:
-        raise FileNotFoundError(f"{directory}: adapter_model.safetensors is missing") from None
+        raise FileNotFoundError(f"{directory}: {name}.safetensors is missing") from None
     except Exception as e:        # both readers raise many kinds for a damaged file
         raise ValueError(f"{path}: not readable, perhaps truncated ({str(e)[:100]})") from None
+
+
+def read_seen(directory, config, pairs):
+    """{module name: (A_q, B_q)} of the modules for which they are not (A_0, B_0).
+
+    config, pairs: of `read_adapter`. Raises as it does.
+    """
+    if not (config.get("pissa") or {}).get("seen"):
+        return {}
+    tensors, seen = read_tensors(Path(directory), SEEN), {}
+    for name, (A, B) in pairs.items():
+        r = A.shape[1] // 2
+        Aq, Bq = (tensors.get(f"{name}.{k}_q", torch.zeros(0)) for k in "AB")
+        if Aq.shape != (A.shape[0], r) or Bq.shape != (r, B.shape[1]):
+            raise ValueError(f"{directory}: A_q and B_q of {name} are missing in {SEEN}, or have "
+                             "another shape")
+        seen[name] = Aq, Bq
+    return seen
 
 
 def compress(directory, out, rank=None):
@@ -133,6 +162,8 @@ def compress(directory, out, rank=None):
                        ((S.sqrt()[:, None] * Vh)[:r] @ QN.T).float())
         errors[name] = S[r:].norm().item(), S.norm().item()
     info = config.get("pissa")
-    info = info and {**info, "method": "lora", "rank": r}
+    if info and info["method"] not in ("lora", "qlora"):       # the others end as a LoRA on W
+        info = {"method": "lora"} | {k: info.get(k) for k in ("niter", "seed", "base")}
+    info = info and {**info, "rank": r}
     write_adapter(out, small, info, config.get("task_type"))
     return errors

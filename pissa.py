@@ -18,49 +18,126 @@ directions that matter most to W are the ones that move.
 
 That last line is why an adapter on disk is a plain PEFT LoRA on the untouched base model, and why
 it holds all that is needed to go on training: no second SVD, no second copy of the model.
+
+In four bits. QPiSSA quantises the residual, Q = nf4(W - A B), which costs less accuracy than what
+QLoRA does, Q = nf4(W): the principal components are the part of W with the largest entries. What Q
+leaves over can be looked for again, in turns (LoftQ, arXiv 2310.08659, its Algorithm 1):
+
+    Q <- nf4(W - A B),    A B <- SVD_r(W - Q)        LoftQ begins with A B = 0, QPiSSA with SVD_r(W)
+
+    Q             weight       an nf4.NF4
+    A_q, B_q      Aq, Bq       what was subtracted when Q was rounded the last time: W, A_q and B_q
+                               give Q again, so Q need not be saved; in W_res they are A_0 and B_0
+
 Everything here works on any nn.Module with nn.Linear inside.
 
     pissa.inject(net, rank=64); ...train...; pissa.save(net, "adapter"); pissa.load(base, "adapter")
 """
 import hashlib
 import time
+import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from adapter import compress, read_adapter, write_adapter  # noqa: F401
+import nf4
+from adapter import compress, read_adapter, read_seen, write_adapter  # noqa: F401
 from svd import full_float32, randomized_svd, wide
 
 NOT_KEPT = "the base weights were not kept (keep_base=False): load the model again for that"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# ------------------------------------------------------------- methods: weight -> residual, A, B
+# --------------------------------------- methods: weight -> frozen weight, A, B, (A_q, B_q) or None
+
+@dataclass
+class Options:
+    """What the methods can be told; for their meaning see `inject`."""
+    rank: int
+    niter: int | None = 8
+    generator: torch.Generator | None = None
+    quant_iters: int = 5
+    double_quant: bool = True
+    last_svd: bool = True
+
 
 @full_float32()
 def residual(weight, A, B):
     """W - A B, computed in float32 and rounded once to the dtype of `weight` (out, in)."""
-    return (wide(weight) - (A @ B).T).to(weight.dtype)
+    return torch.addmm(wide(weight), B.T, A.T, alpha=-1).to(weight.dtype)
 
 
-def init_pissa(weight, rank, niter, generator):
-    """Principal components: A = U_r S_r^1/2, B = S_r^1/2 V_r^T, W_res = W - A B (eq. 2-4)."""
-    U, S, Vh = randomized_svd(weight.T, rank, niter=niter, generator=generator)
-    A, B = (U * S.sqrt()).contiguous(), (S.sqrt()[:, None] * Vh).contiguous()
-    return residual(weight, A, B), A, B
+def principal(weight, o):
+    """A = U_r S_r^1/2 and B = S_r^1/2 V_r^T of W, given as weight (out, in) (eq. 2 and 3)."""
+    U, S, Vh = randomized_svd(weight.T, o.rank, niter=o.niter, generator=o.generator)
+    return (U * S.sqrt()).contiguous(), (S.sqrt()[:, None] * Vh).contiguous()
 
 
-def init_lora(weight, rank, niter, generator):
+def rounded(weight, A, B, double_quant):
+    """Q = nf4(W - A B), where W - A B is in float32 whatever the dtype of `weight` (out, in)."""
+    Q = nf4.quantize(residual(wide(weight), A, B), double_quant)
+    Q.dtype = weight.dtype
+    return Q
+
+
+def init_pissa(weight, o):
+    """The principal components are trained, W_res = W - A B is frozen (eq. 2 to 4)."""
+    A, B = principal(weight, o)
+    return residual(weight, A, B), A, B, (A, B)
+
+
+def init_lora(weight, o):
     """LoRA: A ~ N(0, 1/in), B = 0, W itself is frozen."""
     W = wide(weight).T
-    A = torch.randn(W.shape[0], rank, generator=generator, device=W.device, dtype=W.dtype)
-    return weight, A * W.shape[0] ** -0.5, W.new_zeros(rank, W.shape[1])
+    A = torch.randn(W.shape[0], o.rank, generator=o.generator, device=W.device, dtype=W.dtype)
+    return weight, A * W.shape[0] ** -0.5, W.new_zeros(o.rank, W.shape[1]), None
 
 
-METHODS = {"pissa": init_pissa, "lora": init_lora}
+def init_qlora(weight, o):
+    """QLoRA: LoRA on Q = nf4(W)."""
+    _, A, B, _ = init_lora(weight, o)
+    return nf4.quantize(weight, o.double_quant), A, B, None
+
+
+def init_loftq(weight, o):
+    """LoftQ: A B stands in for what rounding W lost."""
+    A, B = (wide(weight).new_zeros(shape) for shape in ((weight.shape[1], o.rank),
+                                                        (o.rank, weight.shape[0])))
+    return alternate(weight, A, B, o)
+
+
+def init_qpissa(weight, o):
+    """QPiSSA: the principal components are not rounded (section 4)."""
+    return alternate(weight, *principal(weight, o), o)
+
+
+@full_float32()
+def alternate(weight, A, B, o):
+    """Q <- nf4(W - A B) and A B <- SVD_r(W - Q) by turns, until |W - Q - A B| falls no more.
+
+    At most o.quant_iters turns. The authors of PiSSA stop before the last SVD, where A B is still
+    what was subtracted to get Q: o.last_svd=False does as they do.
+    """
+    best = None
+    for _ in range(o.quant_iters):
+        Q, pair = rounded(weight, A, B, o.double_quant), (A, B)
+        rest = wide(weight) - Q.dequantize(wide(weight).dtype)                    # (out, in)
+        A, B = principal(rest, o)
+        kept = (A, B) if o.last_svd else pair
+        error = rest.addmm_(kept[1].T, kept[0].T, alpha=-1).norm().item()
+        if best and error >= best[0]:
+            break
+        best = error, Q, *kept, pair
+    return best[1:]
+
+
+METHODS = {"pissa": init_pissa, "lora": init_lora, "qpissa": init_qpissa, "qlora": init_qlora,
+           "loftq": init_loftq}
+QUANTISED = ("qpissa", "qlora", "loftq")
 
 
 # ------------------------------------------------------------------------------------------ layer
@@ -68,41 +145,58 @@ METHODS = {"pissa": init_pissa, "lora": init_lora}
 class PissaLinear(nn.Module):
     """y = x W_res + (x A) B + bias, in place of an nn.Linear; only A and B are trained.
 
-    A0, B0, base: the initial factors and the original weight, in host memory (a plain attribute
-    does not move with the module). A0 is None where `weight` is still W itself.
+    weight: (out, in), a parameter or an nf4.NF4. A0, B0: the initial factors, Aq, Bq: see the top;
+    in host memory (a plain attribute does not move with the module), None for lora and qlora.
+    base: the original weight, in host memory, unless it is `weight` itself or was not kept.
     """
 
-    def __init__(self, linear, weight, A, B, A0=None, B0=None, keep_base=True):
+    def __init__(self, linear, weight, A, B, A0=None, B0=None, Aq=None, Bq=None, base=None):
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)                   # (out, in)
+        self.weight = weight if isinstance(weight, nf4.NF4) else nn.Parameter(
+            weight, requires_grad=False)
         self.bias, self.enabled = linear.bias, True
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
-        self.A0 = self.B0 = self.base = None
-        if A0 is not None:
-            self.A0, self.B0 = A0.to("cpu", copy=True), B0.to("cpu", copy=True)
-            self.base = linear.weight.detach().cpu() if keep_base else None
+        self.A0, self.B0, self.Aq, self.Bq, self.base = A0, B0, Aq, Bq, base
+        self.changed = A0 is not None or isinstance(weight, nf4.NF4)     # `weight` is W no more
 
     @classmethod
-    def from_linear(cls, linear, rank, *, method="pissa", niter=8, generator=None, keep_base=True):
-        """Decompose `linear.weight` by `method`; the arguments are those of `inject`."""
+    def from_linear(cls, linear, rank, *, method="pissa", keep_base=True, **options):
+        """Decompose `linear.weight` by `method`; the arguments are those of `inject`, and the
+        generator of random numbers."""
         W = linear.weight.detach()
-        weight, A, B = METHODS[method](W, rank, niter, generator)
-        first = (None, None) if weight is W else (A, B)
-        return cls(linear, weight, A, B, *first, keep_base)
+        weight, A, B, pair = METHODS[method](W, Options(rank, **options))
+        base = W.cpu() if keep_base and weight is not W else None
+        if pair is None:
+            return cls(linear, weight, A, B, base=base)
+        A0, B0 = (M.to("cpu", copy=True) for M in (A, B))
+        Aq, Bq = (A0, B0) if pair[0] is A else (M.cpu() for M in pair)
+        return cls(linear, weight, A, B, A0, B0, Aq, Bq, base)
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        if isinstance(self.weight, nf4.NF4):
+            y = self.weight(x)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
         return y + (x @ self.A.to(x.dtype)) @ self.B.to(x.dtype)
 
+    def frozen(self):
+        """W_res or Q as a tensor (out, in)."""
+        W = self.weight
+        return W.dequantize(torch.float32) if isinstance(W, nf4.NF4) else W.detach()
+
     def switch(self, on):
         """Turn the adapter on or off. Off, the original weight takes the place of the residual."""
-        if self.enabled != on and self.A0 is not None:
+        if self.enabled != on and self.changed:
             if self.base is None:
                 raise ValueError(NOT_KEPT)
-            parked = self.weight.data.cpu()
-            self.weight.data, self.base = self.base.to(self.weight), parked
+            device, parked = self.weight.device, self.weight
+            for_now = self.base.to(device)
+            self.base = (parked if isinstance(parked, nf4.NF4) else parked.detach()).cpu()
+            self.weight = for_now if isinstance(for_now, nf4.NF4) else nn.Parameter(
+                for_now, requires_grad=False)
         self.enabled = on
 
     def extra_repr(self):
@@ -111,12 +205,15 @@ class PissaLinear(nn.Module):
 
 # ---------------------------------------------------------------------------------------- network
 
-def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, keep_base=True,
-           progress=True):
+def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, weight=None,
+           quant_iters=5, double_quant=True, last_svd=True, keep_base=True, progress=True):
     """Replace the target linears of `net` by PissaLinear, in place, and freeze everything else.
 
-    rank: of A and B, 1 ... min(in, out) of the smallest target. method: "pissa" or "lora".
+    rank: of A and B, 1 ... min(in, out) of the smallest target. method: a key of METHODS.
     targets: leaf names of modules. niter: power iterations of the SVD, None for an exact one.
+    quant_iters, last_svd: of qpissa and loftq, see `alternate`; double_quant: see nf4.py.
+    weight: where `net` is on the meta device, a function from the name of a module to its matrix
+    (out, in): each is asked for once and let go, so that all of them are never in memory together.
     keep_base: keep the original weights in host memory, for `disabled`, `remove` and a further
     `load`; without them these are refused. Raises ValueError, before anything is changed, for a
     target that matches nothing or is no nn.Linear, a rank too large, a weight with NaN or Inf, and
@@ -124,6 +221,8 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, keep_
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if quant_iters < 1:
+        raise ValueError(f"quant_iters should be at least 1, not {quant_iters}")
     if any(layers(net)):
         raise ValueError("the model is injected already: merge(net) or remove(net) first")
     linears = find_linears(net, targets)
@@ -131,40 +230,70 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, keep_
         if not 1 <= rank <= min(m.weight.shape):
             raise ValueError(f"{name}: rank {rank} is not between 1 and {min(m.weight.shape)}, the "
                              f"smaller side of its {m.in_features} x {m.out_features} matrix")
-        if not m.weight.isfinite().all():
-            raise ValueError(f"{name}: the weight holds NaN or Inf")
-    start, worst = time.perf_counter(), 0.0
-    base = fingerprint(linears, lambda name: linears[name].weight)
+        if not weight:
+            check_finite(name, m.weight)
+    start, samples, errors, generators = time.perf_counter(), {}, {}, {}
     net.requires_grad_(False)
-    generators = {d: torch.Generator(d).manual_seed(seed)
-                  for d in {m.weight.device for m in linears.values()}}
     count = len(linears)
     bar = tqdm(list(linears), desc=method, unit="matrix", disable=not progress, leave=False)
     for name in bar:
         bar.set_postfix_str(name)
         linear = linears.pop(name)       # the only reference: W is freed before the next one
-        layer = PissaLinear.from_linear(linear, rank, method=method, niter=niter,
-                                        generator=generators[linear.weight.device],
-                                        keep_base=keep_base)
+        if weight:
+            linear.weight = nn.Parameter(check_finite(name, weight(name)), requires_grad=False)
+        W = linear.weight
+        samples[name] = sample(W)
+        if W.device not in generators:
+            generators[W.device] = torch.Generator(W.device).manual_seed(seed)
+        layer = PissaLinear.from_linear(
+            linear, rank, method=method, niter=niter, generator=generators[W.device],
+            quant_iters=quant_iters, double_quant=double_quant, last_svd=last_svd,
+            keep_base=keep_base)
         put(net, name, layer)
-        worst = max(worst, relative_error(linear.weight, layer))
-    net.pissa = {"method": method, "rank": rank, "niter": niter, "seed": seed, "base": base}
+        errors[name] = relative_error(W, layer)
+    net.pissa = {"method": method, "rank": rank, "niter": niter, "seed": seed,
+                 "base": digest(samples)}
+    if method in QUANTISED:
+        net.pissa |= {"quant_iters": quant_iters, "double_quant": double_quant,
+                      "last_svd": last_svd, "codes": checksum(net)}
     if progress:
-        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in net.parameters())
-        print(f"{method}: {count} matrices at rank {rank} in "
-              f"{time.perf_counter() - start:.1f} s, {trained:,} of {total:,} parameters trained "
-              f"({trained / total:.2%}), largest relative |W - (W_res + A B)| {worst:.1e}")
+        print(summary(net, errors, time.perf_counter() - start))
     return net
+
+
+def summary(net, errors, seconds):
+    """What `inject` did, in a line."""
+    def count(parameters):
+        return sum(p.numel() for p in parameters)
+
+    quantised = [m.weight for _, m in layers(net) if isinstance(m.weight, nf4.NF4)]
+    trained = count(p for p in net.parameters() if p.requires_grad)
+    total = count(net.parameters()) + sum(
+        Q.shape.numel() - count(Q.parameters()) for Q in quantised)
+    method, mean = net.pissa["method"], sum(errors.values()) / len(errors)
+    text = (f"{method}: {len(errors)} matrices at rank {net.pissa['rank']} in {seconds:.1f} s, "
+            f"{trained:,} of {total:,} parameters trained ({trained / total:.2%}), ")
+    if not quantised:
+        return text + f"largest relative |W - (W_res + A B)| {max(errors.values()):.1e}"
+    bits = 8 * sum(Q.nbytes for Q in quantised) / sum(Q.shape.numel() for Q in quantised)
+    return text + (f"{bits:.2f} bits a frozen weight, relative |W - (Q + A B)| {mean:.4f} on "
+                   f"average, at most {max(errors.values()):.4f}")
+
+
+def check_finite(name, W):
+    """W, or ValueError."""
+    if not W.isfinite().all():
+        raise ValueError(f"{name}: the weight holds NaN or Inf")
+    return W
 
 
 @torch.no_grad()
 @full_float32()
 def relative_error(weight, layer):
-    """|W - (W_res + A B)| / |W|, Frobenius norms: what rounding the residual to its dtype costs."""
-    W = wide(weight)
-    error = (W - wide(layer.weight) - (layer.A @ layer.B).T).norm()
-    return (error / W.norm().clamp(min=1e-30)).item()
+    """|W - (W_res + A B)| / |W|, Frobenius norms: what rounding the residual costs."""
+    norm = torch.linalg.vector_norm
+    near = torch.addmm(wide(layer.frozen()), layer.B.T, layer.A.T)
+    return (norm(near.sub_(weight)) / norm(weight, dtype=near.dtype).clamp(min=1e-30)).item()
 
 
 def find_linears(net, targets):
@@ -200,17 +329,31 @@ def fingerprint(names, weight):
     """A hash of names, shapes and 256 entries of every weight, to tell one base from another.
 
     weight(name): the matrix (out, in) of a module; they are asked for one by one, and none is kept.
-    The entries are rounded to bfloat16, so that a checkpoint has one fingerprint whether it is read
-    in float32 or in bfloat16.
     """
-    h, sample = hashlib.sha256(), []
-    for name in sorted(names):
-        W = weight(name).detach()
-        h.update(f"{name} {tuple(W.shape)}\n".encode())
-        step = max(1, W.numel() // 256) | 1                # odd, or it could stay in one column
-        sample.append(W.flatten()[::step].bfloat16().cpu())
-    h.update(bytes(torch.cat(sample).view(torch.uint8).tolist()))
+    return digest({name: sample(weight(name)) for name in names})
+
+
+def sample(W):
+    """Shape and some 256 entries of W, in bfloat16, so that a checkpoint has one fingerprint
+    whether it is read in float32 or in bfloat16."""
+    step = max(1, W.numel() // 256) | 1                    # odd, or it could stay in one column
+    return tuple(W.shape), W.detach().flatten()[::step].bfloat16().cpu()
+
+
+def digest(samples):
+    """The hash of {name: sample(W)}."""
+    h = hashlib.sha256()
+    for name in sorted(samples):
+        h.update(f"{name} {samples[name][0]}\n".encode())
+    entries = torch.cat([samples[name][1] for name in sorted(samples)])
+    h.update(bytes(entries.view(torch.uint8).tolist()))
     return h.hexdigest()
+
+
+def checksum(net):
+    """A hash of all that is kept in four bits, to tell whether it was rounded in the same way."""
+    sums = {n: m.weight.checksum() for n, m in layers(net) if isinstance(m.weight, nf4.NF4)}
+    return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16]
 
 
 def check_base(directory, config, pairs, weight):
@@ -219,25 +362,31 @@ def check_base(directory, config, pairs, weight):
     directory, config, pairs: the adapter and what `read_adapter` made of it. weight(name): the
     base's matrix (out, in) of a module, or a ValueError where it has none.
     """
-    def checked(name):
-        (A, B), W = pairs[name], weight(name)
-        if W.shape != (B.shape[1], A.shape[0]):
-            raise ValueError(f"{directory}: {name} is {A.shape[0]} x {B.shape[1]}, the model's is "
-                             f"{W.shape[1]} x {W.shape[0]}")
-        return W
+    base = fingerprint(pairs, lambda n: check_shape(directory, n, weight(n), *pairs[n]))
+    check_info(directory, config.get("pissa"), base)
+    return base
 
-    base, info = fingerprint(pairs, checked), config.get("pissa")
+
+def check_shape(directory, name, W, A, B):
+    """The base's matrix W (out, in) of a module, or ValueError if A B is of another shape."""
+    if W.shape != (B.shape[1], A.shape[0]):
+        raise ValueError(f"{directory}: {name} is {A.shape[0]} x {B.shape[1]}, the model's is "
+                         f"{W.shape[1]} x {W.shape[0]}")
+    return W
+
+
+def check_info(directory, info, base):
+    """ValueError if an adapter of ours is of another base, or of a method that is not known."""
     if info and info["base"] != base:
         raise ValueError(f"{directory} was made on another base model (fingerprint "
                          f"{info['base'][:12]}, this one has {base[:12]})")
     if info and info["method"] not in METHODS:
         raise ValueError(f"{directory}: method {info['method']} is none of {', '.join(METHODS)}")
-    return base
 
 
 def base_weight(m, name):
     """The original weight (out, in) of an nn.Linear or of the PissaLinear in its place."""
-    if isinstance(m, PissaLinear) and m.A0 is not None and m.enabled:
+    if isinstance(m, PissaLinear) and m.changed and m.enabled:
         if m.base is None:
             raise ValueError(NOT_KEPT)
         return m.base
@@ -275,7 +424,8 @@ def merge(net):
     """nn.Linear again, with what was learnt: W_res + A B, rounded once to the weight's dtype."""
     for _, m in layers(net):
         m.switch(True)               # inside `disabled`, `weight` is W: A B would come on top of it
-    return to_linears(net, lambda m: residual(m.weight, -m.A.detach(), m.B.detach()))
+    return to_linears(net, lambda m: residual(
+        m.frozen(), -m.A.detach(), m.B.detach()).to(m.weight.dtype))
 
 
 def remove(net):
@@ -288,45 +438,90 @@ def remove(net):
 # --------------------------------------------------------------------------------- save and load
 
 def save(net, directory):
-    """Write the adapter of an injected `net` as a PEFT LoRA: of rank 2r for pissa, r for lora."""
+    """Write the adapter of an injected `net` as a PEFT LoRA, of rank 2r, or r for lora and qlora.
+
+    The LoRA is Delta W, to be added to W. A quantised model computes Q + A B instead: on the
+    full-precision W the outputs differ by what rounding W - A_0 B_0 to Q lost.
+    """
     if not hasattr(net, "pissa"):
         raise ValueError("nothing to save: the model has no adapter")
-    tensors = {}
+    tensors, seen = {}, {}
     for name, m in layers(net):
         A, B = m.A.detach().cpu(), m.B.detach().cpu()
         if m.A0 is not None:         # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
             A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
         tensors[name] = A, B
-    write_adapter(directory, tensors, net.pissa, "CAUSAL_LM" if hasattr(net, "lm_head") else None)
+        if m.Aq is not m.A0:
+            seen[name] = m.Aq, m.Bq
+    task = "CAUSAL_LM" if hasattr(net, "lm_head") else None
+    write_adapter(directory, tensors, net.pissa, task, seen)
 
 
-def load(net, directory, *, keep_base=True):
+def split(A, B, seen, info):
+    """A, B, A0, B0, Aq, Bq out of what `save` wrote: A, B of rank 2r, and (Aq, Bq) or None."""
+    if not info or info["method"] in ("lora", "qlora"):
+        return A, B, None, None, None, None
+    r = A.shape[1] // 2
+    A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
+    return A, B, A0, B0, *(seen or (A0, B0))
+
+
+def freeze(W, Aq, Bq, info):
+    """The frozen weight that belongs to W (out, in), Aq and Bq, without any SVD."""
+    if not info or info["method"] == "lora":
+        return W
+    if Aq is None:
+        return nf4.quantize(W, info["double_quant"])
+    Aq, Bq = (M.to(W.device, wide(W).dtype) for M in (Aq, Bq))
+    if info["method"] == "pissa":
+        return residual(W, Aq, Bq)
+    return rounded(W, Aq, Bq, info["double_quant"])
+
+
+def load(net, directory, *, weight=None, keep_base=True):
     """Put an adapter on `net`, in place: one of ours, to use or train on, or a LoRA made by PEFT.
 
     An adapter already on `net` is removed first. Refuses (ValueError), before anything is changed,
     an adapter of ours that was made on another base, and one whose modules `net` does not have.
+    weight: as for `inject`; the base is then checked last.
     """
-    def weight(name):
+    def own(name):
         try:
-            return base_weight(net.get_submodule(name), name)
+            m = net.get_submodule(name)
         except AttributeError:
             raise ValueError(f"{directory}: the model has no {name}") from None
+        return base_weight(m, name)
 
     config, pairs = read_adapter(directory)
-    base, info = check_base(directory, config, pairs, weight), config.get("pissa")
-    remove(net)
+    info, seen, samples = config.get("pissa"), read_seen(directory, config, pairs), {}
+    if weight:
+        for name, pair in pairs.items():
+            check_shape(directory, name, own(name), *pair)
+    else:
+        base = check_base(directory, config, pairs, own)
+        remove(net)
     net.requires_grad_(False)
-    for name, (A, B) in pairs.items():
+    bar = tqdm(pairs.items(), desc="adapter", unit="matrix", delay=1, leave=False)
+    for name, (A, B) in bar:
         linear = net.get_submodule(name)
+        if weight:
+            linear.weight = nn.Parameter(weight(name), requires_grad=False)
         W = linear.weight.detach()
-        A, B = (M.to(W.device, wide(W).dtype).contiguous() for M in (A, B))
-        if not info or info["method"] == "lora":
-            layer = PissaLinear(linear, W, A, B)
-        else:
-            r = A.shape[1] // 2
-            A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
-            layer = PissaLinear(linear, residual(W, A0, B0), A, B, A0, B0, keep_base)
-        put(net, name, layer)
-    net.pissa = info or {"method": "lora", "rank": config["r"], "niter": None, "seed": None,
-                         "base": base}
+        samples[name] = sample(W)
+        A, B, A0, B0, Aq, Bq = split(A, B, seen.get(name), info)
+        A, B = (M.to(W.device, wide(W).dtype) for M in (A, B))
+        frozen = freeze(W, Aq, Bq, info)
+        base = W.cpu() if keep_base and frozen is not W else None
+        put(net, name, PissaLinear(linear, frozen, A, B, A0, B0, Aq, Bq, base))
+    base = digest(samples)
+    check_info(directory, info, base)
+    net.pissa = dict(info) if info else {"method": "lora", "rank": config["r"], "niter": None,
+                                         "seed": None, "base": base}
+    net.pissa.pop("seen", None)
+    if "codes" in net.pissa:
+        net.pissa["codes"] = checksum(net)
+        if net.pissa["codes"] != info["codes"]:
+            warnings.warn(f"{directory}: some weights round to another 4-bit code here than where "
+                          "it was trained, on another kind of device perhaps: its outputs differ "
+                          "a little")
     return net

@@ -374,8 +374,8 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, net, change, message):
 
 def test_a_method_of_the_future_is_refused(tmp_path, net):
     pissa.save(quiet(net), tmp_path)
-    damage(tmp_path, dict(pissa={**net.pissa, "method": "qpissa"}))
-    with pytest.raises(ValueError, match="method qpissa is none of pissa, lora"):
+    damage(tmp_path, dict(pissa={**net.pissa, "method": "dora"}))
+    with pytest.raises(ValueError, match="method dora is none of pissa, lora"):
         pissa.load(small_net(), tmp_path)
 
 

@@ -1,0 +1,210 @@
+"""NF4: weights in four bits, after QLoRA (Dettmers et al., arXiv 2305.14314), in plain PyTorch.
+
+A trained weight matrix looks like a normal distribution. So its 64 neighbours at a time are divided
+by the largest of them, and each is replaced by the nearest of 16 levels that a normal variable
+would meet about equally often:
+
+    absmax = max |w| over the block,    code = nearest level of w / absmax,    w ~ level * absmax
+
+That is 4 bits a weight and 32 / 64 bits for its share of absmax. Double quantisation turns the
+absmax, less their mean, into 8 bits in the same manner, in blocks of 256: 4.13 bits instead of 4.5.
+
+    notation   code             shape, for W with n entries, row after row
+    codes      codes            (n / 2,) uint8: two codes a byte, the first one in its high half
+    absmax     absmax           (n / 64,) float32, or uint8 with double quantisation
+    c_2        scale, mean      (n / 64 / 256,) and (1,) float32, of double quantisation only
+
+Codes, absmax and levels equal those of bitsandbytes to the last bit; they are stored with the rows
+of W as rows, where these divide into bytes and blocks, so that a matrix can be split by rows.
+
+    Q = nf4.quantize(W);   Q.dequantize(torch.float32);   y = Q(x)        # y = x W^T, W is (out, in)
+
+What is multiplied is W in the dtype of x, unpacked when it is needed and dropped again: in backward
+too, which is why Q(x) keeps four bits a weight for it, where F.linear would keep sixteen.
+"""
+from functools import cache
+
+import torch
+from torch import nn
+
+BLOCK, ABSMAX_BLOCK = 64, 256
+CHUNK = 1 << 22                          # entries quantised at a time: bounds the memory it takes
+
+
+# ----------------------------------------------------------------------------------------- levels
+
+def normal_levels():
+    """The 16 levels of NF4, float32, ascending from -1 to 1, with 0 as the eighth.
+
+    Quantiles of the normal distribution: 7 of equally spaced probabilities below 0, 8 above it. The
+    outermost probability is 1 - (1/30 + 1/32) / 2, as in QLoRA, rounded as its authors rounded it.
+    """
+    below, above = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, k)[:-1].double()).float()
+                    for k in (8, 9))
+    levels = torch.cat([-below, torch.zeros(1), above.flip(0)])
+    return levels / levels.max()
+
+
+def dynamic_levels():
+    """The 256 levels for absmax, float32: the dynamic type of Dettmers (arXiv 1511.04561).
+
+    0, 1, and for every power of ten 10^-6 ... 1 the centres of 2^i equal parts of its interval
+    [0.1, 1], twice as many as of the one below; with both signs.
+    """
+    centres = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        centres.append(10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
+    above = torch.cat(centres)
+    return torch.cat([-above, torch.zeros(1), above, torch.ones(1)]).sort().values
+
+
+LEVELS, ABSMAX_LEVELS = normal_levels(), dynamic_levels()
+
+
+def nearest(x, levels, block):
+    """(codes int32, absmax) of x (n,): every block is divided by its absmax. Zeros fill the last."""
+    blocks = nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
+    halfway = ((levels[:-1] + levels[1:]) / 2).to(x.device)
+    return torch.bucketize(scaled, halfway, out_int32=True), absmax
+
+
+# ---------------------------------------------------------------------- quantise, and back again
+
+@torch.no_grad()
+def quantize(W, double=True):
+    """NF4 of a tensor W of any shape and floating dtype; double: quantise the absmax, too.
+
+    Raises ValueError for NaN or Inf in W, or numbers that are not floats.
+    """
+    if not W.is_floating_point() or W.numel() == 0:
+        raise ValueError(f"NF4 needs floating-point numbers, not {W.dtype} {tuple(W.shape)}")
+    flat, n = W.reshape(-1), W.numel()
+    codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=W.device)
+    absmax = torch.empty(-(-n // BLOCK), device=W.device)
+    for i in range(0, n, CHUNK):
+        found, largest = nearest(flat[i:i + CHUNK].float(), LEVELS, BLOCK)
+        found = found.view(-1, 2).to(torch.uint8)
+        target = codes[i // 2:(i + CHUNK) // 2]
+        target.copy_((found[:, 0] << 4 | found[:, 1])[:len(target)])
+        absmax[i // BLOCK:(i + CHUNK) // BLOCK] = largest
+    if not absmax.isfinite().all():
+        raise ValueError("the matrix holds NaN or Inf")
+    if not double:
+        return NF4(W, codes, absmax)
+    mean = absmax.mean()
+    found, scale = nearest(absmax - mean, ABSMAX_LEVELS, ABSMAX_BLOCK)
+    return NF4(W, codes, found.flatten()[:len(absmax)].to(torch.uint8), scale, mean.view(1))
+
+
+def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
+    """The numbers (n,) that the flat parts of an NF4 stand for; a last code too many included.
+
+    On a GPU this is compiled into one kernel, which reads half a byte a weight and writes two.
+    """
+    if codes.is_cuda:
+        high_low = torch.stack([codes >> 4, codes & 15], 1)                       # (n / 2, 2)
+        numbers = levels[high_low.int()]
+    else:                            # a table of pairs takes an eighth of the time of single levels
+        numbers = pairs.index_select(0, codes.int())
+    if scale is not None:
+        absmax = spread(absmax_levels[absmax.int()], scale, ABSMAX_BLOCK) + mean
+    return spread(numbers.flatten(), absmax, BLOCK).to(dtype)
+
+
+def spread(x, scale, block):
+    """x (n,) times scale (n / block,), that of the block which each entry is in."""
+    if len(x) % block:
+        return x * scale.repeat_interleave(block)[:len(x)]
+    return (x.view(-1, block) * scale[:, None]).flatten()
+
+
+@cache
+def compiled():
+    """`unpack` for GPUs: one kernel for all sizes, compiled at the first use (some seconds)."""
+    return torch.compile(unpack, dynamic=True)
+
+
+def dequantize(parts, shape, dtype):
+    """The tensor that the parts of an NF4 (see `NF4.parts`) stand for."""
+    run = compiled() if parts[0].is_cuda and not torch.compiler.is_compiling() else unpack
+    flat = run(*(p if p is None else p.flatten() for p in parts[:4]), *parts[4:], dtype)
+    return flat[:shape.numel()].view(shape)
+
+
+class Product(torch.autograd.Function):
+    """x W^T with W in NF4. Backward has no use for anything but W, and unpacks it again."""
+
+    @staticmethod
+    def forward(ctx, x, shape, *parts):
+        ctx.shape = shape
+        ctx.save_for_backward(*parts)
+        return nn.functional.linear(x, dequantize(parts, shape, x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        # d loss / d x = (d loss / d y) W
+        W = dequantize(ctx.saved_tensors, ctx.shape, grad.dtype)
+        return grad @ W, None, *[None] * len(ctx.saved_tensors)
+
+
+class NF4(nn.Module):
+    """A frozen tensor in four bits; called, the linear layer y = x W^T of a W (out, in).
+
+    Made by `quantize`. Its parts are parameters without gradients, so they move with the module;
+    they are never rounded: `.to(torch.bfloat16)` of a whole network leaves them as they are.
+    shape, dtype: those of the original W.
+    """
+
+    def __init__(self, W, codes, absmax, scale=None, mean=None):
+        super().__init__()
+        self.shape, self.dtype = W.shape, W.dtype
+        for name, part in zip(("codes", "absmax", "scale", "mean"), (codes, absmax, scale, mean)):
+            if part is not None:
+                rows = part.view(len(W), -1) if part.numel() % len(W) == 0 else part
+                part = nn.Parameter(rows, requires_grad=False)
+            self.register_parameter(name, part)
+        pairs = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], 1)
+        for name, table in zip(("levels", "absmax_levels", "pairs"),
+                               (LEVELS, ABSMAX_LEVELS, pairs)):
+            self.register_buffer(name, table.to(codes.device), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(lambda t: fn(t.view(torch.uint8)).view(t.dtype), recurse)
+
+    @property
+    def device(self):
+        """Where it is."""
+        return self.codes.device
+
+    @property
+    def nbytes(self):
+        """Bytes of codes and absmax."""
+        return sum(p.nbytes for p in self.parameters())
+
+    def parts(self):
+        """What `dequantize` takes: codes, absmax, scale and mean (or None), tables of levels."""
+        return (self.codes, self.absmax, self.scale, self.mean, self.levels, self.absmax_levels,
+                self.pairs)
+
+    def dequantize(self, dtype=None):
+        """The tensor of the original shape, in the original dtype or another."""
+        return dequantize(self.parts(), self.shape, dtype or self.dtype)
+
+    def forward(self, x):
+        return Product.apply(x, self.shape, *self.parts())
+
+    def checksum(self):
+        """A 64-bit sum that differs (all but surely) where a bit of the parts does."""
+        total = 0
+        for part in self.parameters():
+            words = part.flatten().view(torch.uint8)
+            words = nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
+            odd = 2 * torch.arange(len(words), device=words.device) + 1
+            total = (31 * total + (words * odd).sum().item()) % 2**64
+        return total
+
+    def extra_repr(self):
+        return f"{tuple(self.shape)}, {8 * self.nbytes / self.shape.numel():.2f} bits a weight"
