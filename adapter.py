@@ -2,9 +2,9 @@
 
 PEFT's lora_A is (r, in) and its lora_B (out, r): the transposes of A (in, r) and B (r, out) here,
 under the name base_model.model.<module>.lora_A.weight. A saved PiSSA adapter is the LoRA of rank 2r
-with the factors [A | A_0] and [B ; -B_0]; the key "pissa" of its config says how it was made. One with a
-quantised residual has a third file, SEEN, which PEFT ignores: what was subtracted from W before the
-rest was rounded to four bits (pissa.py's A_q and B_q), where that is not A_0 B_0.
+with the factors [A | A_0] and [B ; -B_0]; the key "pissa" of its config says how it was made. One
+with a quantised residual has a third file, SEEN, which PEFT ignores: what was subtracted from W
+before the rest was rounded to four bits (A_q and B_q in pissa.py), where that is not A_0 B_0.
 """
 import json
 import os
@@ -62,12 +62,8 @@ def write_adapter(directory, tensors, info, task_type, seen=None):
         (directory / stale).unlink(missing_ok=True)
 
 
-def read_adapter(directory):
-    """config dict and {module name: (A (in, r), B (r, out))} float32, the scaling folded into B.
-
-    Raises FileNotFoundError or ValueError, naming the file, for what is missing, damaged, or would
-    be loaded wrongly.
-    """
+def read_config(directory):
+    """The dict of adapter_config.json; errors as of `read_adapter`."""
     directory = Path(directory)
     path = directory / "adapter_config.json"
     try:
@@ -89,7 +85,17 @@ def read_adapter(directory):
                          "with; save it from PEFT with path_initial_model_for_weight_conversion")
     if other := [k for k in UNSUPPORTED if config.get(k)]:
         raise ValueError(f"{path}: {', '.join(other)} is not supported")
-    pairs = {}
+    return config
+
+
+def read_adapter(directory):
+    """config dict and {module name: (A (in, r), B (r, out))} float32, the scaling folded into B.
+
+    Raises FileNotFoundError or ValueError, naming the file, for what is missing, damaged, or would
+    be loaded wrongly.
+    """
+    directory, config, pairs = Path(directory), read_config(directory), {}
+    alpha = float(config["lora_alpha"])
     for key, M in read_tensors(directory).items():
         name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
         if kind not in ("A.weight", "B.weight"):

@@ -29,7 +29,7 @@ import hf
 import model
 import pissa
 import tokenizer
-from eval import run
+from eval import is_quantised, run
 from svd import wide
 
 # What goes with a model besides weights and numbers: how text becomes tokens, and when to stop.
@@ -182,7 +182,9 @@ def merge(args):
     source, where = base_and_adapter(args.run, args.ckpt)
     check_out(args.out)
     config, tensors = model.open_checkpoint(source)
-    info, pairs = adapter.read_adapter(where) if where else ({}, {})
+    settings, pairs = adapter.read_adapter(where) if where else ({}, {})
+    info, sums = settings.get("pissa") or {}, {}
+    seen = adapter.read_seen(where, settings, pairs)
     if config.tied and "lm_head" in pairs:        # one matrix with two uses; only one is changed
         config = replace(config, tied=False)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -195,20 +197,27 @@ def merge(args):
         return tensors[f"{name}.weight"]()
 
     if pairs:
-        pissa.check_base(where, info, pairs, weight)
+        pissa.check_base(where, settings, pairs, weight)
     layout = args.layout or layout_of(source)
     dtype = None if args.dtype == "source" else getattr(torch, args.dtype)
 
     def merged():
         for name, read in tqdm(tensors.items(), desc="merge", unit="tensor", leave=False):
-            W = read()
-            target, pair = dtype or W.dtype, pairs.get(name.removesuffix(".weight"))
-            if pair:
-                W = pissa.residual(wide(W), -pair[0], pair[1])                    # W + (A B)^T
+            W, module = read(), name.removesuffix(".weight")
+            target = dtype or W.dtype
+            if module in pairs:
+                W, A, B = wide(W), *pairs[module]
+                if info.get("method") in pissa.QUANTISED:       # what was trained is Q + A B
+                    A, B, *_, Aq, Bq = pissa.split(A, B, seen.get(module), info)
+                    Q = pissa.freeze(W, Aq, Bq, info)
+                    W, sums[module] = Q.dequantize(W.dtype), Q.checksum()
+                W = pissa.residual(W, -A, B)                                      # W + (A B)^T
             yield name, rounded(name, W, target)
 
     stated = dtype or tensors["model.embed_tokens.weight"]().dtype
     write_checkpoint(args.out, source, config, merged(), stated, layout)
+    if sums and pissa.checksum(sums) != info["codes"]:
+        print("note:", pissa.ROUNDED_ELSEWHERE.format(where))
     report(args.out, f"{len(pairs)} of {len(tensors)} tensors changed, layout {layout}, "
                      f"{dtype_name(stated)}")
 
@@ -220,6 +229,8 @@ def compress(args):
     rank = adapter.read_adapter(args.out)[0]["r"]
     lost, whole = (math.hypot(*(e[i] for e in errors.values())) for i in (0, 1))
     worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], 1e-30))
+    if is_quantised(args.adapter):
+        print(f"note: {pissa.EXPORTED}")
     print(f"{len(errors)} matrices at rank {rank} in {args.out}; relative error of Delta W "
           f"(Frobenius) {lost / max(whole, 1e-30):.2%}, worst {worst} "
           f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}; use it:\n"

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 import model
 import pissa
-from adapter import written
+from adapter import read_config, written
 
 # Of each protocol: what follows the template, --max-new-tokens, and the rule of the answer.
 PROTOCOLS = {
@@ -112,13 +112,19 @@ def perplexity(net, tok, text, length=512, stride=None):
     return math.exp(total / len(ids)), len(ids), len(starts)
 
 
-def load_model(ckpt, tok, device=None, dtype=None):
+def load_model(ckpt, tok, device=None, dtype=None, prepare=None):
     """model.load, dtype by name, of a model whose vocabulary holds every id of the tokenizer."""
-    net = model.load(ckpt, device, dtype and getattr(torch, dtype))
+    net = model.load(ckpt, device, dtype and getattr(torch, dtype), prepare)
     if tok.vocab_size > net.config.vocab_size:
         raise ValueError(f"{model.find(ckpt)}: the tokenizer has {tok.vocab_size} tokens, but "
                          f"the model embeds {net.config.vocab_size}: they do not belong together")
     return net
+
+
+def is_quantised(adapter):
+    """Whether an adapter belongs to weights in four bits, for which a model is loaded layer by
+    layer: `model.load(..., prepare=...)`."""
+    return (read_config(adapter).get("pissa") or {}).get("method") in pissa.QUANTISED
 
 
 def write_lines(path, rows):
@@ -234,14 +240,19 @@ def main():
     except UnicodeDecodeError:
         raise ValueError(f"{args.ppl}: not UTF-8; convert the file (see iconv)") from None
     tok = data.Tokenizer(model.find(args.ckpt))
-    net = load_model(args.ckpt, tok, args.device)
+    quantised = args.adapter and is_quantised(args.adapter)
+
+    def adapt(net, weight=None):
+        pissa.load(net, args.adapter, weight=weight, keep_base=bool(args.prompt) and not quantised)
+
+    net = load_model(args.ckpt, tok, args.device, prepare=adapt if quantised else None)
+    if args.adapter and not quantised:
+        adapt(net)
     base = pissa.fingerprint([name for name, _ in net.named_parameters()], net.get_parameter)
-    if args.adapter:
-        pissa.load(net, args.adapter, keep_base=bool(args.prompt))
     if args.prompt:
         options = {k: getattr(args, k) for k in ("max_new_tokens", "stop", "temperature", "top_k",
                                                  "top_p", "seed")}
-        if args.adapter:
+        if args.adapter and not quantised:        # of a quantised one, the base may be too large
             with pissa.disabled(net):
                 print(f"--- base\n{complete(net, tok, [args.prompt], **options)[0]}")
             print(f"--- with {args.adapter}")

@@ -9,6 +9,7 @@ refused by name. A wrong model that still speaks English is worse than none.
     hf.save_folder(out, hf.config_json(config), ((name, read()) for name, read in tensors.items()))
 """
 import json
+from functools import partial
 
 import torch
 
@@ -185,8 +186,13 @@ def open_file(path):
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
-            f = safe_open(path, framework="pt")
-            return {name: lambda name=name: f.get_tensor(name) for name in f.keys()}
+
+            def read(name):              # a mapping of its own, which goes when the tensor goes
+                with safe_open(path, framework="pt") as f:
+                    return f.get_tensor(name)
+
+            with safe_open(path, framework="pt") as f:
+                return {name: partial(read, name) for name in f.keys()}
         tensors = mapped(path)
         if not all(isinstance(W, torch.Tensor) for W in tensors.values()):
             raise ValueError("not only tensors")

@@ -360,6 +360,7 @@ OPEN = {"n_kv_heads": None, "vocab_size": -1, "max_seq_len": None, "ffn_dim_mult
 # Llama 3.1's stretched RoPE, which params.json only switches on.
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+REMAP = 1 << 27               # bytes read until a file is mapped anew
 ROPE_KEYS = {"factor": "rope_scaling_factor", "high_freq_factor": "rope_high_freq_factor"}
 
 
@@ -500,8 +501,14 @@ def open_meta(directory):
     for i, shard in enumerate(shards):
         check_names(shard, map(meta_name, shapes), f"{directory}/consolidated.{i:02d}.pth")
 
+    ahead = REMAP if all(map(zipfile.is_zipfile, directory.glob("consolidated.*.pth"))) else inf
+
     def read(name):
+        nonlocal shards, ahead
+        if ahead < 0:        # pages that were read count as ours as long as the mapping exists
+            shards, ahead = read_shards(directory), REMAP
         parts = [shard[meta_name(name)] for shard in shards]
+        ahead -= sum(part.nbytes for part in parts)
         W = merge_shards(parts, shapes[name], f"{directory}: {meta_name(name)}")
         return reorder(W, name, config)
 
@@ -517,13 +524,16 @@ def open_checkpoint(ckpt):
     return open_folder(directory)
 
 
-def load(ckpt, device=None, dtype=None):
+def load(ckpt, device=None, dtype=None, prepare=None):
     """Read a LLaMA in Meta's raw layout or in Hugging Face's.
 
     ckpt: a directory, or the name of one under checkpoints/. device: default the GPU if there is
     one. dtype: default bfloat16 on a GPU that has it, float32 on a CPU.
     The network is built without memory (on the meta device), then every tensor is read, merged,
     converted and moved by itself, so there is never a second copy of the model in memory.
+    prepare: a function that gets the network before anything is read, and weight(name), which reads
+    the matrix of one linear layer. Layers that it replaces are not read again, so a network that
+    it shrinks (see pissa.inject) is never in memory as a whole.
     Raises FileNotFoundError or ValueError naming file, tensor, expected and found.
     """
     device = default_device(device)
@@ -531,11 +541,22 @@ def load(ckpt, device=None, dtype=None):
     config, tensors = open_checkpoint(ckpt)
     with torch.device("meta"):
         net = Llama(config)
+
+    def weight(name):
+        tied = config.tied and name == "lm_head"
+        return tensors[f"{'model.embed_tokens' if tied else name}.weight"]().to(device, dtype)
+
+    if prepare:
+        prepare(net, weight)
     bar = tqdm(tensors, desc=f"load {find(ckpt).name}", unit="tensor", delay=1, leave=False)
     for name in bar:
         module, _, leaf = name.rpartition(".")
-        setattr(net.get_submodule(module), leaf, nn.Parameter(tensors[name]().to(device, dtype)))
-    if config.tied:
+        module = net.get_submodule(module)
+        here = getattr(module, leaf)
+        if getattr(here, "is_meta", False):
+            setattr(module, leaf, nn.Parameter(tensors[name]().to(device, dtype),
+                                               requires_grad=here.requires_grad))
+    if config.tied and getattr(net.lm_head.weight, "is_meta", False):
         net.lm_head.weight = net.model.embed_tokens.weight
     return net
 

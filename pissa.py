@@ -48,6 +48,10 @@ import nf4
 from adapter import compress, read_adapter, read_seen, write_adapter  # noqa: F401
 from svd import full_float32, randomized_svd, wide
 
+ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than where it was trained, "
+                     "on another kind of device perhaps: outputs differ a little")
+EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W + Delta W, not the "
+            "Q + A B that was trained: the two differ by what rounding to four bits lost")
 NOT_KEPT = "the base weights were not kept (keep_base=False): load the model again for that"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -255,7 +259,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, weigh
                  "base": digest(samples)}
     if method in QUANTISED:
         net.pissa |= {"quant_iters": quant_iters, "double_quant": double_quant,
-                      "last_svd": last_svd, "codes": checksum(net)}
+                      "last_svd": last_svd, "codes": checksum(nf4_sums(net))}
     if progress:
         print(summary(net, errors, time.perf_counter() - start))
     return net
@@ -263,13 +267,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, weigh
 
 def summary(net, errors, seconds):
     """What `inject` did, in a line."""
-    def count(parameters):
-        return sum(p.numel() for p in parameters)
-
-    quantised = [m.weight for _, m in layers(net) if isinstance(m.weight, nf4.NF4)]
-    trained = count(p for p in net.parameters() if p.requires_grad)
-    total = count(net.parameters()) + sum(
-        Q.shape.numel() - count(Q.parameters()) for Q in quantised)
+    quantised, (trained, total) = [*nf4_weights(net).values()], count(net)
     method, mean = net.pissa["method"], sum(errors.values()) / len(errors)
     text = (f"{method}: {len(errors)} matrices at rank {net.pissa['rank']} in {seconds:.1f} s, "
             f"{trained:,} of {total:,} parameters trained ({trained / total:.2%}), ")
@@ -278,6 +276,19 @@ def summary(net, errors, seconds):
     bits = 8 * sum(Q.nbytes for Q in quantised) / sum(Q.shape.numel() for Q in quantised)
     return text + (f"{bits:.2f} bits a frozen weight, relative |W - (Q + A B)| {mean:.4f} on "
                    f"average, at most {max(errors.values()):.4f}")
+
+
+def count(net):
+    """How many parameters are trained, and how many there are; in four bits, a weight is one."""
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in net.parameters())
+    return trained, total + sum(Q.shape.numel() - sum(p.numel() for p in Q.parameters())
+                                for Q in nf4_weights(net).values())
+
+
+def nf4_weights(net):
+    """{module name: NF4} of the layers that are in four bits."""
+    return {n: m.weight for n, m in layers(net) if isinstance(m.weight, nf4.NF4)}
 
 
 def check_finite(name, W):
@@ -337,7 +348,7 @@ def sample(W):
     """Shape and some 256 entries of W, in bfloat16, so that a checkpoint has one fingerprint
     whether it is read in float32 or in bfloat16."""
     step = max(1, W.numel() // 256) | 1                    # odd, or it could stay in one column
-    return tuple(W.shape), W.detach().flatten()[::step].bfloat16().cpu()
+    return tuple(W.shape), W.detach().flatten()[::step].to("cpu", torch.bfloat16, copy=True)
 
 
 def digest(samples):
@@ -350,9 +361,13 @@ def digest(samples):
     return h.hexdigest()
 
 
-def checksum(net):
-    """A hash of all that is kept in four bits, to tell whether it was rounded in the same way."""
-    sums = {n: m.weight.checksum() for n, m in layers(net) if isinstance(m.weight, nf4.NF4)}
+def nf4_sums(net):
+    """{module name: NF4.checksum()}, for `checksum`."""
+    return {n: Q.checksum() for n, Q in nf4_weights(net).items()}
+
+
+def checksum(sums):
+    """A hash of such sums, to tell whether weights were rounded in the same way."""
     return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16]
 
 
@@ -519,9 +534,7 @@ def load(net, directory, *, weight=None, keep_base=True):
                                          "seed": None, "base": base}
     net.pissa.pop("seen", None)
     if "codes" in net.pissa:
-        net.pissa["codes"] = checksum(net)
+        net.pissa["codes"] = checksum(nf4_sums(net))
         if net.pissa["codes"] != info["codes"]:
-            warnings.warn(f"{directory}: some weights round to another 4-bit code here than where "
-                          "it was trained, on another kind of device perhaps: its outputs differ "
-                          "a little")
+            warnings.warn(ROUNDED_ELSEWHERE.format(directory))
     return net

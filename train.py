@@ -29,7 +29,7 @@ import model
 import pissa
 from adapter import written
 from convert import check_layout, layout_of, write_checkpoint
-from eval import accuracy, check_ranges, complete, describe, load_model, run
+from eval import accuracy, check_ranges, complete, describe, is_quantised, load_model, run
 
 TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
 DEMO = ["--ckpt", TINY, "--data", f"{TINY}/train.jsonl", "--test-data", f"{TINY}/test.jsonl",
@@ -58,10 +58,15 @@ def parser():
     add = p.add_argument_group("model and method").add_argument
     add("--ckpt", help="directory in Meta's or Hugging Face's layout, or a name under checkpoints/")
     add("--method", choices=[*pissa.METHODS, "full"], default="pissa",
-        help="what is trained: A and B (pissa, lora) or every weight (full, saved in bfloat16)")
+        help="what is trained: A and B, on weights in 16 bits (pissa, lora) or in 4 (qpissa, loftq, "
+        "qlora), or every weight (full, saved in bfloat16)")
     add("--rank", type=int, default=128, help="r, the width of A and B")
     add("--niter", type=power_iterations, default=8,
         help="power iterations of the SVD, or: exact")
+    add("--quant-iters", type=int, default=5,
+        help="qpissa, loftq: at most so many turns of rounding and SVD")
+    add("--no-double-quant", action="store_true",
+        help="keep the scale of 64 weights in 32 bits instead of 8: 4.5 bits a weight, not 4.13")
     add("--targets", type=names, default=pissa.TARGETS,
         help="leaf names of the linear layers, e.g. q_proj,v_proj (default: all seven)")
     add("--adapter", help="go on training this adapter instead of a new one")
@@ -110,8 +115,8 @@ def arguments():
     inf, at_least_1 = math.inf, (1, math.inf)
     check_ranges(p, args, rank=at_least_1, batch=at_least_1, micro_batch=at_least_1,
                  max_length=(2, inf), epochs=at_least_1, steps=at_least_1, niter=(0, inf),
-                 max_new_tokens=at_least_1, lr=(1e-12, 1e38), clip=(1e-12, inf),
-                 weight_decay=(0, inf), warmup=(0, 1), seed=(0, 2**63 - 1))
+                 quant_iters=at_least_1, max_new_tokens=at_least_1, lr=(1e-12, 1e38),
+                 clip=(1e-12, inf), weight_decay=(0, inf), warmup=(0, 1), seed=(0, 2**63 - 1))
     if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
         p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
     args.out = Path(args.out or f"runs/{Path(args.ckpt).name}-{args.method}")
@@ -280,25 +285,27 @@ def summarise(rows, before, after, args, seconds, device):
         print(f"peak GPU memory {summary['peak_gpu_bytes'] / 2**30:.1f} GiB")
 
 
-def prepare(net, args):
-    """Make the parameters of args.method trainable: whole weights, an adapter, or a new one."""
+def prepare(net, args, weight=None):
+    """Make the parameters of args.method trainable: whole weights, an adapter, or a new one.
+
+    weight: as `model.load` gives it, where the network is still to be read.
+    """
     if args.method == "full":
         net.requires_grad_(True)
     elif args.adapter:
-        pissa.load(net, args.adapter, keep_base=False)
+        pissa.load(net, args.adapter, weight=weight, keep_base=False)
         vars(args).update({key: net.pissa[key] for key in ("method", "rank", "niter")})
         print(f"going on with {args.adapter}: {args.method}, rank {args.rank}")
     else:
         pissa.inject(net, args.rank, args.method, args.targets, args.niter, args.seed,
-                     keep_base=False)
+                     weight=weight, quant_iters=args.quant_iters,
+                     double_quant=not args.no_double_quant, keep_base=False)
     net.checkpointing = args.checkpointing
-    for layer in net.model.layers if args.compile else ():
-        layer.compile()
 
 
 def advise(net, examples, args):
     """A line for what would run, but not as the user may expect."""
-    if args.method == "pissa" and net.config.dim >= 1024 and args.lr > 1e-4:
+    if args.method in ("pissa", "qpissa") and net.config.dim >= 1024 and args.lr > 1e-4:
         print(f"note: --lr {args.lr:g} suits LoRA, whose B starts at 0; PiSSA starts at the largest"
               " singular values and wants less: the paper uses 2e-5, see also arXiv 2602.04998")
     longest = max(len(ids) for ids, _ in examples)
@@ -315,23 +322,36 @@ def main():
     test = data.read(args.test_data, args.fields) if args.test_data else []
     data.references(test, args.test_data)
     start, full = time.perf_counter(), args.method == "full"
-    net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype)
+    seconds = {"init": 0.0}
+
+    def adapt(net, weight=None):
+        before = time.perf_counter()
+        prepare(net, args, weight)
+        seconds["init"] = time.perf_counter() - before
+
+    # In four bits, the base as a whole may not fit: its layers are quantised while they are read.
+    quantised = is_quantised(args.adapter) if args.adapter else args.method in pissa.QUANTISED
+    net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype,
+                     adapt if quantised else None)
     if full:                                   # to say now, not after training, what is missing
         check_layout(layout_of(model.find(args.ckpt)), net.config)
-    seconds = {"load": time.perf_counter() - start}
+    seconds["load"] = time.perf_counter() - start - seconds["init"]
     device = net.lm_head.weight.device
     # Whole weights are trained in float32 with bfloat16 products; A and B are float32 anyway.
     mixed = full and not args.dtype and model.has_bfloat16(device)
     autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
-    print(f"model: {args.ckpt}, {sum(p.numel() for p in net.parameters()):,} parameters, "
-          f"{net.lm_head.weight.dtype} on {device}, read in {seconds['load']:.1f} s")
+    print(f"model: {args.ckpt}, {pissa.count(net)[1]:,} parameters, {net.lm_head.weight.dtype} on "
+          f"{device}, read in {seconds['load']:.1f} s")
     before = look(net, tok, val, val_texts, test, args, autocast, "before")
 
-    start = time.perf_counter()
-    prepare(net, args)
-    seconds["init"] = time.perf_counter() - start
+    if quantised:
+        print(f"step 0: validation loss {before['loss']:.4f}, with the weights in four bits")
+    else:
+        adapt(net)
     advise(net, examples, args)
-    if not full:
+    for layer in net.model.layers if args.compile else ():
+        layer.compile()
+    if not full and not quantised:
         loss = validation_loss(net, val, args, autocast)
         print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
         if not args.adapter and abs(loss - before["loss"]) > 0.02 * before["loss"]:
@@ -345,12 +365,14 @@ def main():
     plot(rows, args)
     if stopped:
         sys.exit(f"train.py: {stopped}; what was learnt before is in {where}")
-    with torch.compiler.set_stance("force_eager"):         # generation has a new shape every token
+    with torch.compiler.set_stance("eager_on_recompile"):  # generation has a new shape every token
         after = look(net, tok, val, val_texts, test, args, autocast, "after")
     if not math.isfinite(after["loss"]):
         raise ValueError(f"the validation loss is {after['loss']} after the last step: lower --lr")
     seconds["all"] = time.perf_counter() - begin
     summarise(rows, before, after, args, seconds, device)
+    if quantised:
+        print(f"note: {pissa.EXPORTED}; convert.py merge writes the latter")
     use = f"--ckpt {where}" if full else f"--ckpt {args.ckpt} --adapter {where}"
     print(f"weights in {where}; use them:\n  python eval.py {use} --prompt "
           + shlex.quote(next(iter(before["answers"]), "your question")))
