@@ -531,9 +531,9 @@ def load(ckpt, device=None, dtype=None, prepare=None):
     one. dtype: default bfloat16 on a GPU that has it, float32 on a CPU.
     The network is built without memory (on the meta device), then every tensor is read, merged,
     converted and moved by itself, so there is never a second copy of the model in memory.
-    prepare: a function that gets the network before anything is read, and weight(name), which reads
-    the matrix of one linear layer. Layers that it replaces are not read again, so a network that
-    it shrinks (see pissa.inject) is never in memory as a whole.
+    prepare: a function called as prepare(net, weight=...) before anything is read, where weight(name)
+    reads the matrix of one linear layer. Layers that it replaces are not read again: a network that
+    it shrinks, say partial(pissa.inject, rank=64, method="qpissa"), is never whole in memory.
     Raises FileNotFoundError or ValueError naming file, tensor, expected and found.
     """
     device = default_device(device)
@@ -547,7 +547,7 @@ def load(ckpt, device=None, dtype=None, prepare=None):
         return tensors[f"{'model.embed_tokens' if tied else name}.weight"]().to(device, dtype)
 
     if prepare:
-        prepare(net, weight)
+        prepare(net, weight=weight)
     bar = tqdm(tensors, desc=f"load {find(ckpt).name}", unit="tensor", delay=1, leave=False)
     for name in bar:
         module, _, leaf = name.rpartition(".")
