@@ -72,7 +72,8 @@ class Options:
 @full_float32()
 def residual(weight, A, B):
     """W - A B, computed in float32 and rounded once to the dtype of `weight` (out, in)."""
-    return torch.addmm(wide(weight), B.T, A.T, alpha=-1).to(weight.dtype)
+    W = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    return W.addmm_(B.T, A.T, alpha=-1).to(weight.dtype)
 
 
 def principal(weight, o):
@@ -129,7 +130,7 @@ def alternate(weight, A, B, o):
     best = None
     for _ in range(o.quant_iters):
         Q, pair = rounded(weight, A, B, o.double_quant), (A, B)
-        rest = wide(weight) - Q.dequantize(wide(weight).dtype)                    # (out, in)
+        rest = Q.dequantize(A.dtype).neg_().add_(weight)                          # W - Q
         A, B = principal(rest, o)
         kept = (A, B) if o.last_svd else pair
         error = rest.addmm_(kept[1].T, kept[0].T, alpha=-1).norm().item()
