@@ -146,8 +146,8 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # d loss / d x = (d loss / d y) W
-        W = dequantize(ctx.saved_tensors, ctx.shape, grad.dtype)
-        return grad @ W, None, *[None] * len(ctx.saved_tensors)
+        parts = ctx.saved_tensors                      # once: checkpointing recomputes them
+        return grad @ dequantize(parts, ctx.shape, grad.dtype), None, *[None] * len(parts)
 
 
 class NF4(nn.Module):
