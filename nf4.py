@@ -26,6 +26,8 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.nn.functional import linear, pad
+from torch.utils.checkpoint import checkpoint
 
 BLOCK, ABSMAX_BLOCK = 64, 256
 CHUNK = 1 << 22                          # entries quantised at a time: bounds the memory it takes
@@ -64,7 +66,7 @@ LEVELS, ABSMAX_LEVELS = normal_levels(), dynamic_levels()
 
 def nearest(x, levels, block):
     """(codes int32, absmax) of x (n,): every block is divided by its absmax, zeros fill up."""
-    blocks = nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
+    blocks = pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
     halfway = ((levels[:-1] + levels[1:]) / 2).to(x.device)
@@ -102,16 +104,18 @@ def quantize(W, double=True):
 def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
     """The numbers (n,) that the flat parts of an NF4 stand for; a last code too many included.
 
-    On a GPU this is compiled into one kernel, which reads half a byte a weight and writes two.
+    On a GPU this is compiled into one kernel. What it costs there is memory traffic, half a byte
+    read and two written for a weight, if only the two numbers of a byte are written as one word.
     """
-    if codes.is_cuda:
-        high_low = torch.stack([codes >> 4, codes & 15], 1)                       # (n / 2, 2)
-        numbers = levels[high_low.int()]
-    else:                            # a table of pairs takes an eighth of the time of single levels
-        numbers = pairs.index_select(0, codes.int())
     if scale is not None:
         absmax = spread(absmax_levels[absmax.int()], scale, ABSMAX_BLOCK) + mean
-    return spread(numbers.flatten(), absmax, BLOCK).to(dtype)
+    if not codes.is_cuda:            # a table of pairs takes an eighth of the time of single levels
+        return spread(pairs.index_select(0, codes.int()).flatten(), absmax, BLOCK).to(dtype)
+    small, wide = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}[dtype.itemsize]
+    bits = 8 * dtype.itemsize
+    first, second = (spread(levels[half.int()], absmax, BLOCK // 2).to(dtype).view(small).to(wide)
+                     for half in (codes >> 4, codes & 15))
+    return (first & 2**bits - 1 | second << bits).view(dtype)             # little-endian
 
 
 def spread(x, scale, block):
@@ -123,15 +127,18 @@ def spread(x, scale, block):
 
 @cache
 def compiled():
-    """`unpack` for GPUs: one kernel for all sizes, compiled at the first use (some seconds)."""
-    return torch.compile(unpack, dynamic=True)
+    """`unpack` for GPUs, compiled at its first use, in about a second."""
+    return torch.compile(unpack)
 
 
 def dequantize(parts, shape, dtype):
     """The tensor that the parts of an NF4 (see `NF4.parts`) stand for."""
     run = compiled() if parts[0].is_cuda and not torch.compiler.is_compiling() else unpack
-    flat = run(*(p if p is None else p.flatten() for p in parts[:4]), *parts[4:], dtype)
-    return flat[:shape.numel()].view(shape)
+    # Always the same mode, and no parameters: each would be compiled by itself.
+    with torch.inference_mode(False), torch.no_grad():
+        flat = run(*(p if p is None else p.detach().flatten() for p in parts[:4]), *parts[4:],
+                   dtype)
+        return flat[:shape.numel()].view(shape)
 
 
 class Product(torch.autograd.Function):
@@ -141,7 +148,7 @@ class Product(torch.autograd.Function):
     def forward(ctx, x, shape, *parts):
         ctx.shape = shape
         ctx.save_for_backward(*parts)
-        return nn.functional.linear(x, dequantize(parts, shape, x.dtype))
+        return linear(x, dequantize(parts, shape, x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
@@ -194,6 +201,8 @@ class NF4(nn.Module):
         return dequantize(self.parts(), self.shape, dtype or self.dtype)
 
     def forward(self, x):
+        if torch.compiler.is_compiling():       # where the compiler would keep W, unless told not to
+            return checkpoint(lambda x: linear(x, self.dequantize(x.dtype)), x, use_reentrant=False)
         return Product.apply(x, self.shape, *self.parts())
 
     def checksum(self):
@@ -201,7 +210,7 @@ class NF4(nn.Module):
         total = 0
         for part in self.parameters():
             words = part.flatten().view(torch.uint8)
-            words = nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
+            words = pad(words, (0, -len(words) % 8)).view(torch.int64)
             odd = 2 * torch.arange(len(words), device=words.device) + 1
             total = (31 * total + (words * odd).sum().item()) % 2**64
         return total
