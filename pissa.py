@@ -194,9 +194,13 @@ class PissaLinear(nn.Module):
                 raise ValueError(NOT_KEPT)
             device, parked = self.weight.device, self.weight
             for_now = self.base.to(device)
-            self.base = (parked if isinstance(parked, nf4.NF4) else parked.detach()).cpu()
-            self.weight = for_now if isinstance(for_now, nf4.NF4) else nn.Parameter(
-                for_now, requires_grad=False)
+            kept = parked if isinstance(parked, nf4.NF4) else parked.detach()
+            self.__dict__["base"] = kept.cpu()               # an NF4 would become a submodule here
+            if isinstance(for_now, nf4.NF4):
+                del self.weight              # a parameter makes no room for a module by itself
+                self.weight = for_now
+            else:
+                self.weight = nn.Parameter(for_now, requires_grad=False)
         self.enabled = on
 
     def extra_repr(self):
