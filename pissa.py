@@ -255,6 +255,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, weigh
             keep_base=keep_base)
         put(net, name, layer)
         errors[name] = relative_error(W, layer)
+        del W
     net.pissa = {"method": method, "rank": rank, "niter": niter, "seed": seed,
                  "base": digest(samples)}
     if method in QUANTISED:
@@ -341,7 +342,8 @@ def sample(W):
     """Shape and some 256 entries of W, in bfloat16, so that a checkpoint has one fingerprint
     whether it is read in float32 or in bfloat16."""
     step = max(1, W.numel() // 256) | 1                    # odd, or it could stay in one column
-    return tuple(W.shape), W.detach().flatten()[::step].bfloat16().cpu()
+    # a copy, since a view would keep all of W in memory
+    return tuple(W.shape), W.detach().flatten()[::step].to("cpu", torch.bfloat16, copy=True)
 
 
 def digest(samples):
@@ -517,6 +519,7 @@ def load(net, directory, *, weight=None, keep_base=True):
         frozen = freeze(W, Aq, Bq, info)
         base = W.cpu() if keep_base and frozen is not W else None
         put(net, name, PissaLinear(linear, frozen, A, B, A0, B0, Aq, Bq, base))
+        del W, linear                    # freed before the next one is asked for
     base = digest(samples)
     check_info(directory, info, base)
     net.pissa = dict(info) if info else {"method": "lora", "rank": config["r"], "niter": None,
