@@ -185,7 +185,9 @@ class PissaLinear(nn.Module):
     def frozen(self):
         """W_res or Q as a tensor (out, in)."""
         W = self.weight
-        return W.dequantize(torch.float32) if isinstance(W, nf4.NF4) else W.detach()
+        if isinstance(W, nf4.NF4):
+            return W.dequantize(torch.promote_types(W.dtype, torch.float32))
+        return W.detach()
 
     def switch(self, on):
         """Turn the adapter on or off. Off, the original weight takes the place of the residual."""
