@@ -175,7 +175,7 @@ class PissaLinear(nn.Module):
     def forward(self, x):
         if isinstance(self.weight, nf4.NF4):
             y = self.weight(x)
-            y = y if self.bias is None else y + self.bias
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
         else:
             y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
