@@ -2,9 +2,9 @@
 
 PEFT's lora_A is (r, in) and its lora_B (out, r): the transposes of A (in, r) and B (r, out) here,
 under the name base_model.model.<module>.lora_A.weight. A saved PiSSA adapter is the LoRA of rank 2r
-with the factors [A | A_0] and [B ; -B_0]; the key "pissa" of its config says how it was made. One with a
-quantised residual has a third file, SEEN, which PEFT ignores: what was subtracted from W before the
-rest was rounded to four bits (pissa.py's A_q and B_q), where that is not A_0 B_0.
+with the factors [A | A_0] and [B ; -B_0]; the key "pissa" of its config says how it was made. One
+with a quantised residual has a third file, SEEN, which PEFT ignores: what was subtracted from W
+before the rest was rounded to four bits (pissa.py's A_q and B_q), where that is not A_0 B_0.
 """
 import json
 import os

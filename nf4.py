@@ -17,7 +17,7 @@ absmax, less their mean, into 8 bits in the same manner, in blocks of 256: 4.13 
 Codes, absmax and levels equal those of bitsandbytes to the last bit; they are stored with the rows
 of W as rows, where these divide into bytes and blocks, so that a matrix can be split by rows.
 
-    Q = nf4.quantize(W);   Q.dequantize(torch.float32);   y = Q(x)        # y = x W^T, W is (out, in)
+    Q = nf4.quantize(W);   Q.dequantize(torch.float32);   y = Q(x)       # y = x W^T, W is (out, in)
 
 What is multiplied is W in the dtype of x, unpacked when it is needed and dropped again: in backward
 too, which is why Q(x) keeps four bits a weight for it, where F.linear would keep sixteen.
@@ -63,7 +63,7 @@ LEVELS, ABSMAX_LEVELS = normal_levels(), dynamic_levels()
 
 
 def nearest(x, levels, block):
-    """(codes int32, absmax) of x (n,): every block is divided by its absmax. Zeros fill the last."""
+    """(codes int32, absmax) of x (n,): every block divided by its absmax. Zeros fill the last."""
     blocks = nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
