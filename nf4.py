@@ -168,10 +168,12 @@ class NF4(nn.Module):
     def __init__(self, W, codes, absmax, scale=None, mean=None):
         super().__init__()
         self.shape, self.dtype = W.shape, W.dtype
-        for name, part in zip(("codes", "absmax", "scale", "mean"), (codes, absmax, scale, mean)):
-            if part is not None:
-                rows = part.view(len(W), -1) if part.numel() % len(W) == 0 else part
-                part = nn.Parameter(rows, requires_grad=False)
+        row, each = W.shape[1:].numel(), (2, BLOCK, BLOCK * ABSMAX_BLOCK, W.numel())
+        for name, part, n in zip(("codes", "absmax", "scale", "mean"),
+                                 (codes, absmax, scale, mean), each):
+            if part is not None:         # as rows, where each of its entries is for one row of W
+                part = nn.Parameter(part if row % n else part.view(-1, row // n),
+                                    requires_grad=False)
             self.register_parameter(name, part)
         pairs = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], 1)
         for name, table in zip(("levels", "absmax_levels", "pairs"),
@@ -212,7 +214,8 @@ class NF4(nn.Module):
             words = part.flatten().view(torch.uint8)
             words = pad(words, (0, -len(words) % 8)).view(torch.int64)
             odd = 2 * torch.arange(len(words), device=words.device) + 1
-            total = (31 * total + (words * odd).sum().item()) % 2**64
+            words = words * odd
+            total = (31 * total + ((words ^ words >> 32) * odd).sum().item()) % 2**64
         return total
 
     def extra_repr(self):

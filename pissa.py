@@ -180,7 +180,7 @@ class PissaLinear(nn.Module):
     def forward(self, x):
         if isinstance(self.weight, nf4.NF4):
             y = self.weight(x)
-            y = y if self.bias is None else y + self.bias
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
         else:
             y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
@@ -190,7 +190,9 @@ class PissaLinear(nn.Module):
     def frozen(self):
         """W_res or Q as a tensor (out, in)."""
         W = self.weight
-        return W.dequantize(torch.float32) if isinstance(W, nf4.NF4) else W.detach()
+        if isinstance(W, nf4.NF4):
+            return W.dequantize(torch.promote_types(W.dtype, torch.float32))
+        return W.detach()
 
     def switch(self, on):
         """Turn the adapter on or off. Off, the original weight takes the place of the residual."""
@@ -199,9 +201,13 @@ class PissaLinear(nn.Module):
                 raise ValueError(NOT_KEPT)
             device, parked = self.weight.device, self.weight
             for_now = self.base.to(device)
-            self.base = (parked if isinstance(parked, nf4.NF4) else parked.detach()).cpu()
-            self.weight = for_now if isinstance(for_now, nf4.NF4) else nn.Parameter(
-                for_now, requires_grad=False)
+            kept = parked if isinstance(parked, nf4.NF4) else parked.detach()
+            self.__dict__["base"] = kept.cpu()               # an NF4 would become a submodule here
+            if isinstance(for_now, nf4.NF4):
+                del self.weight              # a parameter makes no room for a module by itself
+                self.weight = for_now
+            else:
+                self.weight = nn.Parameter(for_now, requires_grad=False)
         self.enabled = on
 
     def extra_repr(self):
@@ -256,6 +262,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, weigh
             keep_base=keep_base)
         put(net, name, layer)
         errors[name] = relative_error(W, layer)
+        del W
     net.pissa = {"method": method, "rank": rank, "niter": niter, "seed": seed,
                  "base": digest(samples)}
     if method in QUANTISED:
@@ -349,6 +356,7 @@ def sample(W):
     """Shape and some 256 entries of W, in bfloat16, so that a checkpoint has one fingerprint
     whether it is read in float32 or in bfloat16."""
     step = max(1, W.numel() // 256) | 1                    # odd, or it could stay in one column
+    # a copy, since a view would keep all of W in memory
     return tuple(W.shape), W.detach().flatten()[::step].to("cpu", torch.bfloat16, copy=True)
 
 
@@ -529,6 +537,7 @@ def load(net, directory, *, weight=None, keep_base=True):
         frozen = freeze(W, Aq, Bq, info)
         base = W.cpu() if keep_base and frozen is not W else None
         put(net, name, PissaLinear(linear, frozen, A, B, A0, B0, Aq, Bq, base))
+        del W, linear                    # freed before the next one is asked for
     base = digest(samples)
     check_info(directory, info, base)
     net.pissa = dict(info) if info else {"method": "lora", "rank": config["r"], "niter": None,
