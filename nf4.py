@@ -22,10 +22,10 @@ of W as rows, where these divide into bytes and blocks, so that a matrix can be 
 What is multiplied is W in the dtype of x, unpacked when it is needed and dropped again: in backward
 too, which is why Q(x) keeps four bits a weight for it, where F.linear would keep sixteen.
 """
-from functools import cache
-
 import torch
+import torch._inductor
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
@@ -96,7 +96,7 @@ def quantize(W, double=True):
         raise ValueError("the matrix holds NaN or Inf")
     if not double:
         return NF4(W, codes, absmax)
-    mean = absmax.mean()
+    mean = absmax.double().mean().float()            # the same for any number of threads
     found, scale = nearest(absmax - mean, ABSMAX_LEVELS, ABSMAX_BLOCK)
     return NF4(W, codes, found.flatten()[:len(absmax)].to(torch.uint8), scale, mean.view(1))
 
@@ -125,36 +125,43 @@ def spread(x, scale, block):
     return (x.view(-1, block) * scale[:, None]).flatten()
 
 
-@cache
-def compiled():
-    """`unpack` for GPUs, compiled at its first use, in about a second."""
-    return torch.compile(unpack)
+KERNELS = {}                  # `unpack` for GPUs, compiled for the sizes in the key
 
 
-def dequantize(parts, shape, dtype):
-    """The tensor that the parts of an NF4 (see `NF4.parts`) stand for."""
-    run = compiled() if parts[0].is_cuda and not torch.compiler.is_compiling() else unpack
-    # Always the same mode, and no parameters: each would be compiled by itself.
-    with torch.inference_mode(False), torch.no_grad():
-        flat = run(*(p if p is None else p.detach().flatten() for p in parts[:4]), *parts[4:],
-                   dtype)
-        return flat[:shape.numel()].view(shape)
+def kernel(parts, dtype):
+    """`unpack` as one kernel, which takes a second to compile for every size and dtype.
+
+    Without torch.compile, whose checks at every call would take as long as small matrices do.
+    """
+    key = dtype, parts[0].device, *(None if p is None else len(p) for p in parts[:3])
+    if key not in KERNELS:
+        graph = make_fx(lambda *parts: unpack(*parts, dtype), tracing_mode="fake")(*parts)
+        KERNELS[key] = torch._inductor.compile(graph, parts)
+    return KERNELS[key](*parts)
+
+
+@torch.no_grad()
+def dequantize(Q, dtype):
+    """The tensor that an NF4 stands for."""
+    parts = [p if p is None else p.detach().flatten() for p in (Q.codes, Q.absmax, Q.scale, Q.mean)]
+    parts += Q.levels, Q.absmax_levels, Q.pairs
+    fused = parts[0].is_cuda and not torch.compiler.is_compiling()
+    numbers = kernel(parts, dtype) if fused else unpack(*parts, dtype)
+    return numbers[:Q.shape.numel()].view(Q.shape)
 
 
 class Product(torch.autograd.Function):
     """x W^T with W in NF4. Backward has no use for anything but W, and unpacks it again."""
 
     @staticmethod
-    def forward(ctx, x, shape, *parts):
-        ctx.shape = shape
-        ctx.save_for_backward(*parts)
-        return linear(x, dequantize(parts, shape, x.dtype))
+    def forward(ctx, x, Q):
+        ctx.Q = Q
+        return linear(x, dequantize(Q, x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         # d loss / d x = (d loss / d y) W
-        parts = ctx.saved_tensors                      # once: checkpointing recomputes them
-        return grad @ dequantize(parts, ctx.shape, grad.dtype), None, *[None] * len(parts)
+        return grad @ dequantize(ctx.Q, grad.dtype), None
 
 
 class NF4(nn.Module):
@@ -181,7 +188,12 @@ class NF4(nn.Module):
             self.register_buffer(name, table.to(codes.device), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(lambda t: fn(t.view(torch.uint8)).view(t.dtype), recurse)
+        def moved(part):
+            raw = fn(part.view(torch.uint8))
+            assert raw.dtype == torch.uint8, f"an NF4 cannot be made {raw.dtype}"
+            return raw.view(part.dtype)
+
+        return super()._apply(moved, recurse)
 
     @property
     def device(self):
@@ -193,19 +205,14 @@ class NF4(nn.Module):
         """Bytes of codes and absmax."""
         return sum(p.nbytes for p in self.parameters())
 
-    def parts(self):
-        """What `dequantize` takes: codes, absmax, scale and mean (or None), tables of levels."""
-        return (self.codes, self.absmax, self.scale, self.mean, self.levels, self.absmax_levels,
-                self.pairs)
-
     def dequantize(self, dtype=None):
         """The tensor of the original shape, in the original dtype or another."""
-        return dequantize(self.parts(), self.shape, dtype or self.dtype)
+        return dequantize(self, dtype or self.dtype)
 
     def forward(self, x):
         if torch.compiler.is_compiling():       # where the compiler would keep W, unless told not to
             return checkpoint(lambda x: linear(x, self.dequantize(x.dtype)), x, use_reentrant=False)
-        return Product.apply(x, self.shape, *self.parts())
+        return Product.apply(x, self)
 
     def checksum(self):
         """A 64-bit sum that differs (all but surely) where a bit of the parts does."""
@@ -213,9 +220,8 @@ class NF4(nn.Module):
         for part in self.parameters():
             words = part.flatten().view(torch.uint8)
             words = pad(words, (0, -len(words) % 8)).view(torch.int64)
-            odd = 2 * torch.arange(len(words), device=words.device) + 1
-            words = words * odd
-            total = (31 * total + ((words ^ words >> 32) * odd).sum().item()) % 2**64
+            mixed = words * (2 * torch.arange(len(words), device=words.device) + 1)
+            total = (31 * total + (mixed ^ mixed >> 32).sum().item()) % 2**64
         return total
 
     def extra_repr(self):

@@ -406,6 +406,8 @@ def check_info(directory, info, base):
                          f"{info['base'][:12]}, this one has {base[:12]})")
     if info and info["method"] not in METHODS:
         raise ValueError(f"{directory}: method {info['method']} is none of {', '.join(METHODS)}")
+    if info and info["method"] in QUANTISED and not {"double_quant", "codes"} <= set(info):
+        raise ValueError(f"{directory}: its config does not say how weights were rounded")
 
 
 def base_weight(m, name):

@@ -2,6 +2,8 @@
 import copy
 import json
 import math
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,10 +12,16 @@ from torch import nn
 
 import adapter
 import model
+import nf4
 import pissa
-from conftest import assert_logits_equal, hugging_face, small_net
+from conftest import SMALL, assert_logits_equal, hugging_face, small_net
 
 MLP_TARGETS = ("fc1", "fc2")
+QUANTISED = [("qlora", {}), ("qlora", dict(double_quant=False)), ("loftq", {}),
+             ("loftq", dict(quant_iters=1)), ("loftq", dict(last_svd=False)), ("qpissa", {}),
+             ("qpissa", dict(double_quant=False)), ("qpissa", dict(quant_iters=1)),
+             ("qpissa", dict(quant_iters=3, last_svd=False))]
+QUANTISED_IDS = [" ".join([m, *(f"{k}={v}" for k, v in o.items())]) for m, o in QUANTISED]
 
 
 def mlp(dtype=torch.float32, bias=True):
@@ -25,8 +33,8 @@ def mlp(dtype=torch.float32, bias=True):
     return net.to(dtype)
 
 
-def quiet(net, rank=4, method="pissa", **kwargs):
-    return pissa.inject(net, rank, method, progress=False, **kwargs)
+def quiet(net, rank=4, method="pissa", *args, **kwargs):
+    return pissa.inject(net, rank, method, *args, progress=False, **kwargs)
 
 
 def optimise(net, tokens, steps, lr=1e-2, optimizer=None):
@@ -140,7 +148,8 @@ def test_inject_reports(net, capsys):
     (dict(rank=4, method="dora"), "method 'dora' is none of pissa, lora"),
     (dict(rank=4, targets=["mlp"]), "model.layers.0.mlp is a MLP, not an nn.Linear"),
     (dict(rank=4, targets="attn"), "no module is called attn;"),
-    (dict(rank=4, niter=-1), "niter -1")])
+    (dict(rank=4, niter=-1), "niter -1"),
+    (dict(rank=4, method="qpissa", quant_iters=0), "quant_iters should be at least 1, not 0")])
 def test_inject_errors_change_nothing(net, call, message):
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -151,7 +160,6 @@ def test_inject_errors_change_nothing(net, call, message):
 
 def test_inject_frees_every_weight_before_the_next(net, monkeypatch):
     """At no time is there more than one original weight beside the residuals."""
-    import weakref
     refs, alive = [weakref.ref(m) for m in net.modules() if type(m) is nn.Linear][:-1], []
 
     def spy(weight, *args):
@@ -161,6 +169,54 @@ def test_inject_frees_every_weight_before_the_next(net, monkeypatch):
     monkeypatch.setitem(pissa.METHODS, "pissa", spy)
     quiet(net, keep_base=False)
     assert alive == list(range(14, 0, -1))
+
+
+def on_meta(dtype):
+    with torch.device("meta"):
+        return model.Llama(SMALL).to(dtype)
+
+
+def one_by_one(net):
+    """A function name -> weight that makes a copy; the names it was asked for, and how many of the
+    copies before were in memory then: a weak reference to the memory itself sees views, too."""
+    asked, alive, copies = [], [], []
+
+    def weight(name):
+        W = net.get_submodule(name).weight.detach()
+        memory = W.view(torch.uint8).numpy().copy()
+        alive.append(sum(r() is not None for r in copies))
+        asked.append(name), copies.append(weakref.ref(memory))
+        return torch.from_numpy(memory).view(W.dtype)
+
+    return weight, asked, alive
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", pissa.METHODS)
+def test_one_weight_at_a_time(tmp_path, tokens, method, dtype):
+    """From the meta device: the same bit for bit, every matrix asked for once, and let go."""
+    whole = quiet(small_net().to(dtype), 4, method)
+    pissa.save(whole, tmp_path)
+    for put_on in (lambda net, **how: quiet(net, 4, method, **how),
+                   lambda net, **how: pissa.load(net, tmp_path, **how)):
+        weight, asked, alive = one_by_one(small_net().to(dtype))
+        net = put_on(on_meta(dtype), weight=weight, keep_base=False)
+        assert sorted(asked) == sorted(n for n, _ in pissa.layers(whole))
+        assert method == "lora" or not any(alive)                 # LoRA's frozen weight is W
+        for name, m in pissa.layers(whole):
+            got, want = net.get_submodule(name).state_dict(), m.state_dict()
+            assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+        assert net.pissa == whole.pissa
+
+
+def test_one_weight_at_a_time_is_checked(tmp_path):
+    pissa.save(quiet(small_net(), 4, "qpissa", niter=0), tmp_path)
+    with pytest.raises(ValueError, match="made on another base model"):
+        pissa.load(on_meta(torch.float32), tmp_path, weight=one_by_one(small_net(seed=1))[0])
+    bad = small_net()
+    bad.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj: the weight holds NaN or Inf"):
+        quiet(on_meta(torch.float32), 4, "qlora", weight=one_by_one(bad)[0])
 
 
 def test_inject_twice(net):
@@ -179,7 +235,7 @@ def test_inject_not_finite(net):
 # --- off, merge, remove
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["pissa", "lora"])
+@pytest.mark.parametrize("method", pissa.METHODS)
 def test_off_is_the_base_bit_for_bit(dtype, method, tokens):
     net = small_net().to(dtype)
     base = net(tokens)
@@ -203,8 +259,9 @@ def test_off_comes_back_on_after_an_exception(net, tokens):
     assert torch.equal(net(tokens), on)
 
 
-def test_base_not_kept(net):
-    quiet(net, keep_base=False)
+@pytest.mark.parametrize("method", [m for m in pissa.METHODS if m != "lora"])
+def test_base_not_kept(net, method):
+    quiet(net, 4, method, keep_base=False, niter=0)
     with pytest.raises(ValueError, match="base weights were not kept"), pissa.disabled(net):
         assert False, "must not get here"
     with pytest.raises(ValueError, match="base weights were not kept"):
@@ -212,7 +269,7 @@ def test_base_not_kept(net):
     assert len(list(pissa.layers(net))) == 14
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora"])
+@pytest.mark.parametrize("method", pissa.METHODS)
 def test_merge(net, tokens, method):
     names = list(net.state_dict())
     optimise(quiet(net, 4, method), tokens, 2)
@@ -240,11 +297,12 @@ def test_merge_keeps_bias():
 
 # --- save and load
 
-@pytest.mark.parametrize("method", ["pissa", "lora"])
+@pytest.mark.parametrize("method, options", [("pissa", {}), ("lora", {}), *QUANTISED],
+                         ids=["pissa", "lora", *QUANTISED_IDS])
 @pytest.mark.parametrize("niter", [None, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_load_is_the_trained_model(tmp_path, tokens, method, niter, dtype):
-    net = quiet(small_net().to(dtype), 4, method, niter=niter)
+def test_load_is_the_trained_model(tmp_path, tokens, method, options, niter, dtype):
+    net = quiet(small_net().to(dtype), 4, method, niter=niter, **options)
     optimise(net, tokens, 3)
     pissa.save(net, tmp_path / "a")
     fresh = pissa.load(small_net().to(dtype), tmp_path / "a")
@@ -256,7 +314,7 @@ def test_load_is_the_trained_model(tmp_path, tokens, method, niter, dtype):
         assert torch.equal(fresh(tokens), small_net().to(dtype)(tokens))
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora"])
+@pytest.mark.parametrize("method", pissa.METHODS)
 def test_reload_and_continue_is_uninterrupted(tmp_path, tokens, method):
     net = quiet(small_net(), 4, method)
     losses, optimizer = optimise(net, tokens, 3)
@@ -272,12 +330,13 @@ def test_reload_and_continue_is_uninterrupted(tmp_path, tokens, method):
 
 def test_adapters_one_after_another(tmp_path, tokens):
     base, want = small_net(), {}
-    for name, method, rank in [("a", "pissa", 4), ("b", "lora", 3), ("c", "pissa", 8)]:
+    for name, method, rank in [("a", "pissa", 4), ("b", "lora", 3), ("c", "qpissa", 8),
+                               ("d", "qlora", 4), ("e", "loftq", 2)]:
         net = quiet(small_net(), rank, method)
         optimise(net, tokens, 2)
         pissa.save(net, tmp_path / name)
         want[name] = net(tokens)
-    for name in "abcba":
+    for name in "abcdecba":
         assert torch.equal(pissa.load(base, tmp_path / name)(tokens), want[name])
     assert torch.equal(pissa.remove(base)(tokens), small_net()(tokens))
 
@@ -334,9 +393,10 @@ def test_failed_load_keeps_the_adapter_that_is_there(tmp_path, net, tokens):
     assert torch.equal(net(tokens), want) and net.pissa["rank"] == 4
 
 
-def test_without_safetensors(tmp_path, net, tokens, monkeypatch):
+@pytest.mark.parametrize("method", ["pissa", "qpissa"])
+def test_without_safetensors(tmp_path, net, tokens, monkeypatch, method):
     import sys
-    optimise(quiet(net), tokens, 1)
+    optimise(quiet(net, 4, method), tokens, 1)
     pissa.save(net, tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "safetensors.torch", None)
@@ -344,7 +404,7 @@ def test_without_safetensors(tmp_path, net, tokens, monkeypatch):
         with pytest.raises(ValueError, match="pip install safetensors"):
             pissa.load(small_net(), tmp_path)
         pissa.save(net, tmp_path)          # replaces the .safetensors of before
-        assert not (tmp_path / "adapter_model.safetensors").exists()
+        assert not list(tmp_path.glob("*.safetensors"))
         assert torch.equal(pissa.load(small_net(), tmp_path)(tokens), net(tokens))
 
 
@@ -443,6 +503,244 @@ def test_compress(tmp_path, net, tokens):
     assert_logits_equal(pissa.load(small_net(), tmp_path / "c")(tokens), net(tokens), 1e-5)
 
 
+# --- four bits
+
+def with_weights(net, weight):
+    """small_net() with weight(W, m) instead of W, for the PissaLinears m of `net`."""
+    plain = small_net()
+    for name, m in pissa.layers(net):
+        W = plain.get_submodule(name).weight
+        W.copy_(weight(W, m))
+    return plain
+
+
+def rounded_base(W, m):
+    """Q + A_0 B_0: W, up to what rounding lost."""
+    return m.frozen() + (0 if m.A0 is None else (m.A0 @ m.B0).T)
+
+
+def changed(W, m):
+    """W + Delta W."""
+    return W + (m.A @ m.B).T - (0 if m.A0 is None else (m.A0 @ m.B0).T)
+
+
+def exact_factors(W, r):
+    """A, B of SVD_r(W), W given as (out, in)."""
+    U, S, Vh = torch.linalg.svd(W.T, full_matrices=False)
+    return (U * S.sqrt())[:, :r].contiguous(), (S.sqrt()[:, None] * Vh)[:r].contiguous()
+
+
+def alternation(W, method, turns, last_svd, r=4):
+    """[(Q, A B transposed, |W - Q - A B|)] after 1 ... turns turns of LoftQ's Algorithm 1.
+
+    Without the last SVD it is the loop of PiSSA's authors, A B being what Q was rounded without.
+    """
+    A, B = exact_factors(W, r)
+    if method == "loftq":
+        A, B = torch.zeros_like(A), torch.zeros_like(B)
+    found = []
+    for _ in range(turns):
+        Q, kept = nf4.quantize(torch.addmm(W, B.T, A.T, alpha=-1)).dequantize(), (A, B)
+        A, B = exact_factors(W - Q, r)
+        AB = torch.matmul(*((A, B) if last_svd else kept)).T
+        found.append((Q, AB, (W - Q - AB).norm().item()))
+    return found
+
+
+def first_rise(errors):
+    """How many come before the error falls no more."""
+    return next((i for i in range(1, len(errors)) if errors[i] >= errors[i - 1]), len(errors))
+
+
+NAMES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("last_svd", [True, False])
+@pytest.mark.parametrize("method", ["qpissa", "loftq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alternation(net, dtype, method, last_svd, name):
+    """Q and A B for T turns, as long as the error falls; it stops before it would rise."""
+    linear, stopped = net.model.layers[1].get_submodule(name).to(dtype), False
+    W = linear.weight.float()              # W - A B is not rounded to bfloat16 on its way to Q
+    want, errors = alternation(W, method, 12, last_svd), []
+    for T in (1, 2, 5, 12):
+        layer = pissa.PissaLinear.from_linear(linear, 4, method=method, niter=None, quant_iters=T,
+                                              last_svd=last_svd)
+        turns = min(T, first_rise([error for *_, error in want]))
+        stopped |= turns < T
+        Q, AB, error = want[turns - 1]
+        assert (layer.frozen() - Q).norm() <= 1e-5 * W.norm()
+        assert ((layer.A @ layer.B).T - AB).norm() <= 1e-5 * W.norm()
+        errors.append((W - layer.frozen() - (layer.A @ layer.B).T).norm().item())
+        assert errors[-1] == pytest.approx(error, rel=1e-5)
+        seen = nf4.quantize(pissa.residual(W, layer.Aq, layer.Bq))
+        assert seen.checksum() == layer.weight.checksum()                 # W, A_q, B_q give Q
+    assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
+    assert stopped or method == "qpissa"
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_qlora_is_lora_on_rounded_weights(double):
+    linear = nn.Linear(128, 96)
+    layer, lora = (pissa.PissaLinear.from_linear(linear, 4, method=m, double_quant=double,
+                                                 generator=torch.Generator().manual_seed(3))
+                   for m in ("qlora", "lora"))
+    assert torch.equal(layer.A, lora.A) and torch.equal(layer.B, lora.B) and layer.A0 is None
+    assert torch.equal(layer.frozen(), nf4.quantize(linear.weight, double).dequantize())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("iters", [1, 5])
+def test_what_rounding_costs(net, name, iters):
+    """qpissa < loftq < qlora, with spectra like trained weights'; one more SVD at the end helps."""
+    linear = net.model.layers[0].get_submodule(name)
+
+    def error(method, **options):
+        layer = pissa.PissaLinear.from_linear(linear, 4, method=method, niter=None,
+                                              quant_iters=iters, **options)
+        return pissa.relative_error(linear.weight, layer)
+
+    assert error("qpissa") < error("qpissa", last_svd=False)
+    assert error("qpissa") < 0.5 * error("loftq") < 0.5 * error("qlora")
+
+
+@pytest.mark.parametrize("method, options", QUANTISED, ids=QUANTISED_IDS)
+def test_quantised_step_0(net, tokens, method, options):
+    """The outputs are those of the weights Q + A B; A and B are all that is trained."""
+    quiet(net, 4, method, **options)
+    near = with_weights(net, lambda W, m: m.weight.dequantize() + (m.A @ m.B).T)
+    assert_logits_equal(net(tokens), near(tokens), 1e-5)
+    assert all(p.requires_grad == n.endswith((".A", ".B")) for n, p in net.named_parameters())
+    frozen = pissa.checksum(pissa.nf4_sums(net))
+    losses = optimise(net, tokens, 8)[0]
+    assert losses[-1] < losses[0] - 0.1 and pissa.checksum(pissa.nf4_sums(net)) == frozen
+
+
+def test_inject_reports_four_bits(net, capsys):
+    pissa.inject(net, 4, "qpissa", double_quant=False)
+    out, total = capsys.readouterr().out, sum(p.numel() for p in small_net().parameters())
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert f"{trained:,} of {total + trained:,} parameters" in out
+    assert "4.50 bits a frozen weight" in out
+    mean, worst = (float(out.split(word)[1].split()[0]) for word in ("(Q + A B)|", "at most"))
+    assert 0.01 < mean <= worst < 0.05
+
+
+@pytest.mark.parametrize("method", pissa.METHODS)
+def test_autocast(method):
+    """As nn.Linear under autocast, with a bias too: bfloat16 out, float32 gradients."""
+    linear, x = nn.Linear(40, 60), torch.randn(3, 40, requires_grad=True)
+    layer = pissa.PissaLinear.from_linear(linear, 4, method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, want = layer(x), linear(x)
+    assert y.dtype == want.dtype == torch.bfloat16
+    assert (y - want).abs().max() < 0.2 * want.abs().max()
+    y.float().sum().backward()
+    assert {g.dtype for g in (x.grad, layer.A.grad, layer.B.grad)} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", pissa.METHODS)
+def test_float64(method):
+    net, x = quiet(mlp(torch.float64), 4, method, MLP_TARGETS), torch.randn(5, 40).double()
+    want = net(x)
+    assert want.dtype == torch.float64
+    assert_logits_equal(pissa.merge(net)(x), want, 1e-14)
+
+
+def test_parked_residual_is_no_part_of_the_network(net):
+    """While the adapter is off, the base is the weight, and Q is out of the way of .to()."""
+    names = set(net.state_dict())
+    quiet(net, 4, "qpissa", niter=0)
+    codes = pissa.checksum(pissa.nf4_sums(net))
+    with pissa.disabled(net):
+        assert {n for n in net.state_dict() if not n.endswith((".A", ".B"))} == names
+    assert pissa.checksum(pissa.nf4_sums(net)) == codes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["qlora", "qpissa"])
+def test_merge_four_bits(method, dtype, tokens):
+    """Q + A B, rounded once to the dtype of W."""
+    net = quiet(small_net().to(dtype), 4, method)
+    optimise(net, tokens, 2)
+    want = {n: m.weight.dequantize(torch.float32) + (m.A @ m.B).detach().T
+            for n, m in pissa.layers(net)}
+    pissa.merge(net)
+    for name, W in want.items():
+        got = net.get_submodule(name).weight
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), W, rtol=2**-8 if dtype != W.dtype else 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method, options, needed", [
+    ("pissa", {}, False), ("lora", {}, False), ("qlora", {}, False), ("qpissa", {}, True),
+    ("qpissa", dict(quant_iters=1), True), ("qpissa", dict(last_svd=False), False),
+    ("loftq", dict(quant_iters=1), True), ("loftq", dict(last_svd=False), False)])
+def test_what_q_was_rounded_from_is_kept(tmp_path, net, method, options, needed):
+    """A third file where Q cannot be had from A_0 and B_0; the next adapter there removes it."""
+    pissa.save(quiet(small_net(), 4, "qpissa", niter=0), tmp_path)
+    before = {p.name for p in tmp_path.iterdir()}
+    pissa.save(quiet(net, 4, method, niter=0, **options), tmp_path)
+    pissa.save(pissa.load(small_net(), tmp_path), tmp_path / "again")
+    side = "pissa_quantised_from.safetensors"
+    for directory in (tmp_path, tmp_path / "again"):
+        files = {p.name for p in directory.iterdir() if p.is_file()}
+        assert side in before and files == before - (set() if needed else {side})
+        config = json.loads((directory / "adapter_config.json").read_text())
+        assert ("seen" in config["pissa"]) == needed and "seen" not in net.pissa
+        assert config["r"] == (4 if method in ("lora", "qlora") else 8)
+    assert adapter.read_tensors(tmp_path).keys() == adapter.read_tensors(tmp_path / "again").keys()
+
+
+@pytest.mark.parametrize("damage_it, error, message", [
+    (lambda path, save: path.unlink(), FileNotFoundError, "from.safetensors is missing"),
+    (lambda path, save: path.write_bytes(path.read_bytes()[:-9]), ValueError, "not readable, perh"),
+    (lambda path, save: save(0), ValueError, "A_q and B_q of .*_proj are missing"),
+    (lambda path, save: save(3), ValueError, "A_q and B_q of .*_proj are miss.*another shape")])
+def test_damaged_file_of_what_q_was_rounded_from(tmp_path, net, damage_it, error, message):
+    from safetensors.torch import save_file
+    pissa.save(quiet(small_net(), 4, "qpissa", niter=0), tmp_path)
+    path = tmp_path / "pissa_quantised_from.safetensors"
+
+    def save(rows):
+        tensors = adapter.read_tensors(tmp_path, path.stem) if rows else {}
+        save_file({n: M[:rows].clone() for n, M in tensors.items()}, path)
+
+    damage_it(path, save)
+    with pytest.raises(error, match=message):
+        pissa.load(net, tmp_path)
+    assert not any(pissa.layers(net)) and net.lm_head.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["qpissa", "qlora"])
+def test_other_codes_than_where_it_was_trained(tmp_path, net, method):
+    pissa.save(quiet(net, 4, method, niter=0), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pissa.load(small_net(), tmp_path)
+    info = json.loads((tmp_path / "adapter_config.json").read_text())["pissa"]
+    damage(tmp_path, dict(pissa={**info, "codes": "0" * 16}))
+    with pytest.warns(UserWarning, match="round to another 4-bit code here"):
+        assert pissa.load(small_net(), tmp_path).pissa == net.pissa
+
+
+def test_compress_four_bits(tmp_path, net, tokens):
+    """A qpissa adapter ends as a LoRA on W; one of qlora stays on nf4(W)."""
+    for method, rank, want in [("qpissa", 8, "lora"), ("qlora", 4, "qlora")]:
+        trained = quiet(small_net(), 4, method)
+        optimise(trained, tokens, 3)
+        pissa.save(trained, tmp_path / "a")
+        pissa.compress(tmp_path / "a", tmp_path / "b", rank)
+        net = pissa.load(small_net(), tmp_path / "b")
+        assert (net.pissa["method"], net.pissa["rank"]) == (want, rank)
+        if method == "qlora":
+            assert_logits_equal(net(tokens), trained(tokens), 1e-5)
+        else:
+            assert_logits_equal(net(tokens), with_weights(trained, changed)(tokens), 1e-5)
+        assert len(list((tmp_path / "b").iterdir())) == 2
+
+
 # --- other people's modules
 
 def test_hugging_face_model(tmp_path, net, tokens):
@@ -454,11 +752,12 @@ def test_hugging_face_model(tmp_path, net, tokens):
     assert_logits_equal(ours(tokens), theirs(tokens).logits)
 
 
-def test_plain_mlp(tmp_path):
+@pytest.mark.parametrize("method", pissa.METHODS)
+def test_plain_mlp(tmp_path, method):
     net, x = mlp(), torch.randn(5, 40)
-    quiet(net, 8, targets=MLP_TARGETS)
+    quiet(net, 8, method, targets=MLP_TARGETS)
     F.mse_loss(net(x), torch.zeros(5, 30)).backward()
-    assert net.fc1.A.grad.abs().max() > 0 and net.fc1.bias.grad is None
+    assert net.fc1.B.grad.abs().max() > 0 and net.fc1.bias.grad is None
     pissa.save(net, tmp_path)
     assert torch.equal(pissa.load(mlp(), tmp_path)(x), net(x))
 
@@ -501,6 +800,39 @@ def test_peft_loads_ours(tmp_path, net, tokens, niter, method):
     pissa.save(net, tmp_path)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path))
     assert_logits_equal(theirs(tokens).logits, net(tokens))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ["qlora", "loftq", "qpissa"])
+def test_peft_loads_ours_in_four_bits(tmp_path, net, tokens, method):
+    """PEFT adds Delta W to whatever base it is given: on the full-precision one it computes with
+    W + A B - A_0 B_0, on Q + A_0 B_0 it computes what we do."""
+    peft = pytest.importorskip("peft")
+    optimise(quiet(net, 4, method), tokens, 5)
+    pissa.save(net, tmp_path)
+
+    def theirs(base):
+        return peft.PeftModel.from_pretrained(hugging_face(base), str(tmp_path))(tokens).logits
+
+    assert_logits_equal(theirs(small_net()), with_weights(net, changed)(tokens), 1e-5)
+    assert_logits_equal(theirs(with_weights(net, rounded_base)), net(tokens), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["qlora", "loftq", "qpissa"])
+def test_difference_to_the_full_precision_base(net, tokens, method):
+    """Layer by layer no more than what rounding lost, |W - Q - A_0 B_0| |x|."""
+    inputs, base = {}, small_net()
+    optimise(quiet(net, 4, method), tokens, 5)
+    for name, m in pissa.layers(net):
+        m.register_forward_hook(lambda m, x, y, name=name: inputs.update({name: (x[0], y)}))
+    net(tokens)
+    full = with_weights(net, changed)
+    for name, m in pissa.layers(net):
+        (x, y), W = inputs[name], base.get_submodule(name).weight
+        lost = torch.linalg.matrix_norm(W - rounded_base(W, m), 2)
+        error = (y - F.linear(x, full.get_submodule(name).weight)).norm(dim=-1)
+        bound = lost * x.norm(dim=-1)
+        assert (error <= bound * (1 + 1e-4)).all() and error.max() > 0.1 * bound.max(), name
 
 
 @pytest.mark.parametrize("alpha, rslora", [(4, False), (32, False), (32, True)])
