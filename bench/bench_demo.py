@@ -18,6 +18,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def run(method, lr, seed, args):
     flags = ["--method", method, "--lr", str(lr), "--seed", str(seed), "--out", str(out),
              "--device", args.device, *task]
     done, env = None, {**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
+    if args.gpus > 1:
+        env["CUDA_VISIBLE_DEVICES"] = threading.current_thread().name.rpartition("_")[2]
     if not (out / "summary.json").exists():                # a sweep that was interrupted goes on
         done = subprocess.run([sys.executable, "train.py", *flags], capture_output=True, text=True,
                               env=env)
@@ -74,6 +77,7 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cpu")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    p.add_argument("--gpus", type=int, default=1, help="more than one: a run on each at a time")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--rates", nargs="+", metavar="METHOD=LR,LR", help="instead of all of them")
     p.add_argument("--train", help="flags of train.py, instead of the demo")
@@ -85,7 +89,7 @@ def main():
     if args.rates:
         rates = {m: [float(lr) for lr in text.split(",")]
                  for m, text in (word.split("=") for word in args.rates)}
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(max(args.jobs, args.gpus)) as pool:
         jobs = [pool.submit(run, m, lr, s, args) for m in rates for lr in rates[m]
                 for s in range(args.seeds)]
         rows = [job.result() for job in jobs]
