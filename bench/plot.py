@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-COLOURS = {"pissa": "#c0392b", "lora": "#2471a3", "full": "#7f8c8d"}
+COLOURS = {"pissa": "#c0392b", "lora": "#2471a3", "full": "#7f8c8d", "qpissa": "#c0392b",
+           "qlora": "#2471a3", "loftq": "#1e8449"}
 
 
 def read(name):
@@ -84,6 +85,62 @@ def generate_table():
                  rows) + "".join(map(source, parts))
 
 
+def quantised_training_table():
+    """The demo and SmolLM2 on GSM8K in four bits: every method at its best rate, and the others."""
+    rows, parts = [], {"demo": read("demo4bit_cpu"), "GSM8K": read("gsm8k4bit_h200")}
+    for name, result in parts.items():
+        for method, best in result["best"].items():
+            before, loss, right = (by_rate(result, method, key)
+                                   for key in ("val_loss_before", "val_loss", "accuracy"))
+            lr, mean = best["lr"], statistics.mean
+            rows.append([name, method, f"{lr:g}", f"{mean(before[lr]):.3f}",
+                         f"{mean(loss[lr]):.4f}", f"{mean(right[lr]):.1%}" if right else "",
+                         len(loss[lr]), ", ".join(f"{rate:g}: {mean(v):.3f}" + (
+                             f", {mean(right[rate]):.1%}" if right else "")
+                             for rate, v in loss.items())])
+    head = ["", "method", "best rate", "validation loss at step 0", "at the end", "accuracy",
+            "seeds", "at every rate"]
+    return table(head, rows) + "".join(map(source, parts.values()))
+
+
+def nf4_table():
+    """The kernel and a step of QLoRA beside bitsandbytes and PEFT."""
+    result = read("nf4_h200")
+    rows = [[f"unpack {name} quantisation", f"{r['ours_us']:.0f} µs", f"{r['theirs_us']:.0f} µs",
+             f"**{r['theirs_over_ours']:.2f}x**", f"{r['ours_gb_per_second']:,.0f} GB/s", ""]
+            for name, r in result["kernel"].items()]
+    step = result["step"]
+    for ours, ratio in step["times as fast"].items():
+        rows_of = 1 if "1 row" in ours else 8
+        theirs = max((r for name, r in step.items() if name.startswith("PEFT")
+                      and ("checkpointing" in name) == ("checkpointing" in ours)
+                      and ("1 row" in name) == ("1 row" in ours)),
+                     key=lambda r: r["tokens_per_second"])
+        what = ours.replace("ours, ", "").replace("1 row, ", "").replace("ours", "eager")
+        rows.append([f"step of {rows_of} x 512 tokens, {what}",
+                     f"{step[ours]['step_seconds']:.3f} s", f"{theirs['step_seconds']:.3f} s",
+                     f"**{ratio:.2f}x**", f"{step[ours]['tokens_per_second']:,.0f} tokens/s",
+                     f"{step[ours]['peak_gib']:.1f} / {theirs['peak_gib']:.1f} GiB"])
+    return table(["Llama-2-7B shapes, rank 64", "ours", "theirs", "ratio", "rate", "peak memory"],
+                 rows) + source(result)
+
+
+def large_table():
+    """QPiSSA of 7B and of 70B on one GPU, made and trained."""
+    small, large, rows = read("nf4_h200"), read("nf4_70b_h200"), []
+    for name, part in ("Llama-2-7B", small["memory"]), ("Llama-3-70B", large["seventy"]):
+        made, step = part["decomposition"], part["1 x 512, checkpointing"]
+        rows.append([f"{name}, {made['matrices']} matrices", f"{made['seconds']:.0f} s",
+                     f"{part['model']['gib']:.1f} GiB",
+                     f"{made['peak_over_finished_gib']:.1f} GiB", f"{step['step_seconds']:.2f} s",
+                     f"**{step['peak_gib']:.1f} GiB**"])
+    exact = [r["extrapolated_so_far_seconds"] for r in large["exact"].values()][-1]
+    return table(["QPiSSA, rank 64, 5 turns", "decompose and quantise", "model",
+                  "memory on top meanwhile", "step of 1 x 512, checkpointing", "peak, all told"],
+                 rows) + (f"\n\nThe same 5 turns for 70B with exact SVDs, timed once a shape: "
+                          f"**{exact / 3600:.1f} hours**.") + source(small) + source(large)
+
+
 def demo_figure(result="demo_h200", with_losses="demo_cpu", log=True):
     """Left: loss of every method at its best rate. Right: accuracy against the learning rate."""
     import matplotlib
@@ -92,12 +149,7 @@ def demo_figure(result="demo_h200", with_losses="demo_cpu", log=True):
     demo, curves = read(result), read(with_losses)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
     for method, best in demo["best"].items():
-        key = method, best["lr"]
-        runs = [r["losses"] for r in curves["runs"] if (r["method"], r["lr"]) == key]
-        mean = [statistics.mean(step) for step in zip(*runs)]
-        smooth = [statistics.mean(mean[max(0, i - 4):i + 1]) for i in range(len(mean))]
-        left.plot(range(1, len(mean) + 1), smooth, color=COLOURS[method],
-                  label=f"{method}, lr {best['lr']:g}")
+        draw_losses(left, curves, method, best["lr"])
         scores = by_rate(demo, method, "accuracy")
         right.plot(list(scores), [statistics.mean(s) for s in scores.values()], "o-",
                    color=COLOURS[method], label=method, markersize=4)
@@ -113,6 +165,34 @@ def demo_figure(result="demo_h200", with_losses="demo_cpu", log=True):
         axes.title.set_fontsize(10)
     figure.tight_layout()
     figure.savefig(ROOT / "bench" / "figures" / f"{result.partition('_')[0]}.png", dpi=130)
+
+
+def draw_losses(axes, result, method, lr, window=5):
+    """The training loss of one method at one rate: the mean of its seeds, smoothed."""
+    runs = [r["losses"] for r in result["runs"] if (r["method"], r["lr"]) == (method, lr)]
+    mean = [statistics.mean(step) for step in zip(*runs)]
+    smooth = [statistics.mean(mean[max(0, i + 1 - window):i + 1]) for i in range(len(mean))]
+    axes.plot(range(1, len(mean) + 1), smooth, color=COLOURS[method], label=f"{method}, lr {lr:g}")
+
+
+def quantised_figure():
+    """Training losses in four bits, every method at its best rate: the demo, and GSM8K."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, both = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    for axes, name, title in zip(both, ("demo4bit_cpu", "gsm8k4bit_h200"), (
+            "the demo, tiny model", "GSM8K, SmolLM2-135M")):
+        result = read(name)
+        for method, best in result["best"].items():
+            draw_losses(axes, result, method, best["lr"], window=5 if "demo" in name else 15)
+        axes.set(xlabel="step", ylabel="training loss", title=title, yscale="log")
+        axes.legend(frameon=False, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
+    both[1].set(yscale="linear", ylim=(0.55, 0.9))
+    figure.tight_layout()
+    figure.savefig(ROOT / "bench" / "figures" / "quantised.png", dpi=130)
 
 
 def svd_table(result="svd_h200"):
@@ -154,7 +234,8 @@ def main():
     """Every table into its place."""
     parts = {"demo": demo_table(), "svd": svd_table(), "svd-cpu": svd_table("svd_smollm2_cpu"),
              "train": train_table(), "tiny": tiny_text(), "demo-output": demo_output(),
-             "gsm8k": gsm8k_table(), "generate": generate_table()}
+             "gsm8k": gsm8k_table(), "generate": generate_table(), "nf4": nf4_table(),
+             "large": large_table(), "quantised-training": quantised_training_table()}
     for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
         text = path.read_text()
         for name, part in parts.items():
@@ -163,6 +244,7 @@ def main():
         path.write_text(text)
     demo_figure()
     demo_figure("gsm8k_h200", "gsm8k_h200", log=False)
+    quantised_figure()
 
 
 if __name__ == "__main__":
