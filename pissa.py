@@ -147,6 +147,40 @@ QUANTISED = ("qpissa", "qlora", "loftq")
 
 # ------------------------------------------------------------------------------------------ layer
 
+class Product(torch.autograd.Function):
+    """y = x W + (x A) B + bias with a frozen W, a tensor (out, in) or an nf4.NF4.
+
+    What autograd would make of `PissaLinear.forward`, but every sum of two products is accumulated
+    by the second one, in place, and an NF4 is unpacked when it is needed, and kept in four bits.
+    With g = dL/dy:   dL/dx = g W^T + (g B^T) A^T,   dL/dA = x^T (g B^T),   dL/dB = (x A)^T g
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, bias):
+        kind, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        ctx.W, shape, x = W, x.shape, x.reshape(-1, x.shape[-1]).to(dtype)        # x: (T, in)
+        A, B = A.to(dtype), B.to(dtype)
+        xA = x @ A                                                                # (T, r)
+        ctx.save_for_backward(x, xA, A, B)
+        return F.linear(x, plain(W, dtype), bias).addmm_(xA, B).view(*shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, xA, A, B = ctx.saved_tensors
+        need, shape, g = ctx.needs_input_grad, g.shape, g.reshape(-1, g.shape[-1])      # (T, out)
+        gB = g @ B.T                                                              # (T, r)
+        dx = (g @ plain(ctx.W, g.dtype)).addmm_(gB, A.T) if need[0] else None
+        return (dx if dx is None else dx.view(*shape[:-1], -1), None, x.T @ gB, xA.T @ g,
+                g.sum(0) if need[4] else None)
+
+
+def plain(W, dtype):
+    """An NF4 unpacked; a tensor as it is, but for autocast."""
+    return W.dequantize(dtype) if isinstance(W, nf4.NF4) else W.to(dtype)
+
+
 class PissaLinear(nn.Module):
     """y = x W_res + (x A) B + bias, in place of an nn.Linear; only A and B are trained.
 
@@ -178,6 +212,8 @@ class PissaLinear(nn.Module):
         return cls(linear, weight, A, B, A0, B0, Aq, Bq, base)
 
     def forward(self, x):
+        if self.enabled and not torch.compiler.is_compiling():
+            return Product.apply(x, self.weight, self.A, self.B, self.bias)
         if isinstance(self.weight, nf4.NF4):
             y = self.weight(x)
             y = y if self.bias is None else y + self.bias.to(y.dtype)

@@ -848,3 +848,28 @@ def test_ours_loads_peft(tmp_path, net, tokens, alpha, rslora):
     assert (ours(tokens) - base).abs().max() > 1e-2
     with pissa.disabled(ours):
         assert torch.equal(ours(tokens), base)
+
+
+# --- the product and its gradient
+
+@pytest.mark.parametrize("shape", [(40,), (5, 40), (2, 3, 40)])
+@pytest.mark.parametrize("method", ["pissa", "qpissa"])
+@pytest.mark.parametrize("dtype, autocast", [(torch.float64, False), (torch.bfloat16, False),
+                                             (torch.float32, True)])
+def test_product_is_what_autograd_makes_of_the_equation(method, shape, dtype, autocast):
+    """Values and gradients of x, A, B and bias; beside the plain formula in the same precision."""
+    torch.manual_seed(0)
+    layer = pissa.PissaLinear.from_linear(nn.Linear(40, 60).to(dtype), 4, method=method)
+    layer.bias.requires_grad_()
+    x, g = torch.randn(*shape, dtype=dtype), torch.randn(*shape[:-1], 60, dtype=dtype)
+    results = []
+    for formula in (layer, lambda x: F.linear(x, layer.frozen().to(x.dtype), layer.bias)
+                    + (x @ layer.A.to(x.dtype)) @ layer.B.to(x.dtype)):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = formula(leaf)
+        wrt = [leaf, layer.A, layer.B, layer.bias]
+        results.append([y, *torch.autograd.grad(y, wrt, g.to(y.dtype))])
+    for got, want in zip(*results):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        assert (got - want).norm() <= (1e-12 if dtype == torch.float64 else 1e-2) * want.norm()
