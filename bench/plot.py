@@ -1,7 +1,7 @@
 """The README's tables and figure, from bench/results/*.json: python -m bench.plot
 
 Rewrites what stands between <!-- NAME --> and <!-- end --> in README.md (and in checkpoints/tiny/
-README.md), and bench/figures/demo.png. Nothing there is typed by hand.
+README.md), and the pictures in bench/figures/. Nothing there is typed by hand.
 """
 import json
 import re
@@ -123,6 +123,69 @@ def svd_table(result="svd_h200"):
     return table(["rank", svd["matrices"], "time", "excess residual, worst"], rows) + source(svd)
 
 
+QUANT = {"quant_smollm2_cpu": "SmolLM2-135M, layers 0, 15 and 29",
+         "quant_minilm_cpu": "MiniLM-L6, float32"}
+KINDS = {"query": "q", "key": "k", "value": "v", "attention.output": "o", "intermediate": "up",
+         "output": "down"}                              # MiniLM's names, and what LLaMA calls them
+
+
+def quant_rows(quant, rank):
+    """{method: {(niter, T): row}} of a result."""
+    found = {}
+    for r in quant["rows"]:
+        if r["rank"] == rank:
+            found.setdefault(r["method"], {})[r["niter"], r["T"]] = r
+    return found
+
+
+def quant_table():
+    """Error reduction over all matrices against T, of both sets of weights."""
+    lines, sources = [], []
+    for name, what in QUANT.items():
+        quant = read(name)
+        sources.append(source(quant))
+        for rank in sorted({r["rank"] for r in quant["rows"]}):
+            for method, at in quant_rows(quant, rank).items():
+                turns = [at[8, T] for T in (1, 5, 10)]
+                lines.append([
+                    what.partition(",")[0], rank, method, *(f"{r['all'][0]:.1%}" for r in turns),
+                    f"{at[8, 5]['all'][1]:.1%}", f"{at[8, 5]['frobenius'][0]:.1%}",
+                    "" if method == "LoftQ" else ", ".join(str(r["beats_loftq"]) for r in turns)
+                    + f" of {quant['matrices']}", f"{at[8, 5]['seconds']:.1f} s",
+                    f"{at[None, 5]['seconds']:.1f} s, {at[None, 5]['all'][0]:.1%}"])
+    head = ["weights", "rank", "method", "T = 1", "T = 5", "T = 10", "worst at T = 5",
+            "Frobenius, T = 5", "matrices better than LoftQ's, T = 1, 5, 10", "time, T = 5",
+            "T = 5 with exact SVDs"]
+    return table(head, lines) + "".join(sources)
+
+
+def quant_figure(rank=16, turns=5):
+    """Error reduction of every kind of matrix."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
+    colours = {"QPiSSA": "#c0392b", "QPiSSA, authors'": "#e6a69f", "LoftQ": "#2471a3"}
+    for axes, (name, what) in zip(panels, QUANT.items()):
+        for i, (method, at) in enumerate(quant_rows(read(name), rank).items()):
+            kinds = {KINDS.get(k, k): mean for k, (mean, _) in at[8, turns]["kinds"].items()}
+            order = sorted(kinds, key="q k v o gate up down".split().index)
+            heights = [kinds[k] for k in order] + [at[8, turns]["all"][0]]
+            places = [*range(len(order)), len(order) + 0.4]
+            axes.bar([p + 0.27 * (i - 1) for p in places], heights, 0.25, label=method,
+                     color=colours[method])
+        axes.set_xticks(places, [*order, "all"])
+        axes.set(title=f"{what}, rank {rank}, T = {turns}")
+        axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+        axes.tick_params(axis="x", length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
+    panels[0].set(ylabel="error reduction, nuclear norm")
+    panels[1].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(ROOT / "bench" / "figures" / "quant.png", dpi=130)
+
+
 def train_table():
     """Load, decomposition, step and memory of train.py at Llama-2-7B's size."""
     train = read("train_7b_h200")
@@ -154,7 +217,8 @@ def main():
     """Every table into its place."""
     parts = {"demo": demo_table(), "svd": svd_table(), "svd-cpu": svd_table("svd_smollm2_cpu"),
              "train": train_table(), "tiny": tiny_text(), "demo-output": demo_output(),
-             "gsm8k": gsm8k_table(), "generate": generate_table()}
+             "gsm8k": gsm8k_table(), "generate": generate_table(),
+             "quant": quant_table()}
     for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
         text = path.read_text()
         for name, part in parts.items():
@@ -163,6 +227,7 @@ def main():
         path.write_text(text)
     demo_figure()
     demo_figure("gsm8k_h200", "gsm8k_h200", log=False)
+    quant_figure()
 
 
 if __name__ == "__main__":
