@@ -37,7 +37,7 @@ import hashlib
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +117,9 @@ def init_loftq(weight, o):
 
 def init_qpissa(weight, o):
     """QPiSSA: the principal components are not rounded (section 4)."""
-    return alternate(weight, *principal(weight, o), o)
+    A, B = principal(weight, o)
+    # W - Q is A B and what rounding lost: its leading triplets stand out, two iterations do.
+    return alternate(weight, A, B, replace(o, niter=o.niter and min(o.niter, 2)))
 
 
 @full_float32()

@@ -227,13 +227,12 @@ def quant_table():
         for rank in sorted({r["rank"] for r in quant["rows"]}):
             for method, at in quant_rows(quant, rank).items():
                 turns = [at[8, T] for T in (1, 5, 10)]
-                lines.append([what.partition(",")[0], rank, method, *(f"{r['all'][0]:.1%}" for r in turns),
-                              f"{at[8, 5]['all'][1]:.1%}", f"{at[8, 5]['frobenius'][0]:.1%}",
-                              "" if method == "LoftQ" else ", ".join(
-                                  str(r["beats_loftq"]) for r in turns)
-                              + f" of {quant['matrices']}",
-                              f"{at[8, 5]['seconds']:.1f} s", f"{at[None, 5]['seconds']:.1f} s, "
-                              f"{at[None, 5]['all'][0]:.1%}"])
+                lines.append([
+                    what.partition(",")[0], rank, method, *(f"{r['all'][0]:.1%}" for r in turns),
+                    f"{at[8, 5]['all'][1]:.1%}", f"{at[8, 5]['frobenius'][0]:.1%}",
+                    "" if method == "LoftQ" else ", ".join(str(r["beats_loftq"]) for r in turns)
+                    + f" of {quant['matrices']}", f"{at[8, 5]['seconds']:.1f} s",
+                    f"{at[None, 5]['seconds']:.1f} s, {at[None, 5]['all'][0]:.1%}"])
     head = ["weights", "rank", "method", "T = 1", "T = 5", "T = 10", "worst at T = 5",
             "Frobenius, T = 5", "matrices better than LoftQ's, T = 1, 5, 10", "time, T = 5",
             "T = 5 with exact SVDs"]
