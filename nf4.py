@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 BLOCK, ABSMAX_BLOCK = 64, 256
 CHUNK = 1 << 22                          # entries quantised at a time: bounds the memory it takes
+HOST = {"dtype": torch.float32, "device": "cpu"}     # of the levels, whatever the defaults are
 
 
 # ----------------------------------------------------------------------------------------- levels
@@ -41,9 +42,9 @@ def normal_levels():
     Quantiles of the normal distribution: 7 of equally spaced probabilities below 0, 8 above it. The
     outermost probability is 1 - (1/30 + 1/32) / 2, as in QLoRA, rounded as its authors rounded it.
     """
-    below, above = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, k)[:-1].double()).float()
-                    for k in (8, 9))
-    levels = torch.cat([-below, torch.zeros(1), above.flip(0)])
+    below, above = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, k, **HOST)[:-1].double())
+                    .float() for k in (8, 9))
+    levels = torch.cat([-below, torch.zeros(1, **HOST), above.flip(0)])
     return levels / levels.max()
 
 
@@ -55,10 +56,10 @@ def dynamic_levels():
     """
     centres = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, **HOST)
         centres.append(10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
     above = torch.cat(centres)
-    return torch.cat([-above, torch.zeros(1), above, torch.ones(1)]).sort().values
+    return torch.cat([-above, torch.tensor([0, 1], **HOST), above]).sort().values
 
 
 LEVELS, ABSMAX_LEVELS = normal_levels(), dynamic_levels()
@@ -85,7 +86,7 @@ def quantize(W, double=True):
         raise ValueError(f"NF4 needs floating-point numbers, not {W.dtype} {tuple(W.shape)}")
     flat, n = W.reshape(-1), W.numel()
     codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=W.device)
-    absmax = torch.empty(-(-n // BLOCK), device=W.device)
+    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=W.device)
     for i in range(0, n, CHUNK):
         found, largest = nearest(flat[i:i + CHUNK].float(), LEVELS, BLOCK)
         found = found.view(-1, 2).to(torch.uint8)

@@ -1,6 +1,8 @@
 """nf4.py against bitsandbytes bit for bit, and against what backward must not keep."""
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import nf4
 import pissa
-from conftest import small_net
+from conftest import ROOT, small_net
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -342,3 +344,23 @@ def test_no_numbers(W):
 def test_nothing_is_recorded_for_autograd():
     W = normal(8, 64).requires_grad_()
     assert not nf4.quantize(W).dequantize().requires_grad
+
+
+DEFAULTS = """
+import torch
+torch.set_default_dtype(torch.float64)
+with torch.device("meta"):
+    import nf4
+W = torch.randn(60, 90, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+print(nf4.quantize(W).checksum(), nf4.quantize(W, double=False).checksum())
+torch.set_default_dtype(torch.bfloat16)
+print(nf4.quantize(W).checksum(), nf4.quantize(W, double=False).checksum())
+"""
+
+
+def test_default_dtype_and_device_do_not_matter():
+    """Neither where the levels are made, on import, nor where a matrix is rounded."""
+    done = subprocess.run([sys.executable, "-c", DEFAULTS], capture_output=True, text=True,
+                          cwd=ROOT, check=True)
+    want = [nf4.quantize(normal(60, 90), double).checksum() for double in (True, False)]
+    assert list(map(int, done.stdout.split())) == 2 * want
