@@ -37,7 +37,7 @@ import hashlib
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,8 @@ def alternate(weight, A, B, o):
     At most o.quant_iters turns. The authors of PiSSA stop before the last SVD, where A B is still
     what was subtracted to get Q: o.last_svd=False does as they do.
     """
+    if o.generator:        # what is drawn here leaves the next matrix as it is with fewer turns
+        o = replace(o, generator=o.generator.clone_state())
     best = None
     for _ in range(o.quant_iters):
         Q, pair = rounded(weight, A, B, o.double_quant), (A, B)

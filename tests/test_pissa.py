@@ -580,6 +580,19 @@ def test_alternation(net, dtype, method, last_svd, name):
     assert stopped or method == "qpissa"
 
 
+@pytest.mark.parametrize("method", ["qpissa", "loftq"])
+def test_another_turn_makes_no_matrix_worse(method):
+    """Of a whole network, whose matrices share a source of random numbers for their SVDs."""
+    before = {}
+    for turns in range(1, 10):
+        net = small_net(dim=96, ffn_dim=256)
+        weights = {n: m.weight for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+        quiet(net, 4, method, niter=1, quant_iters=turns)
+        errors = {n: pissa.relative_error(weights[n], m) for n, m in pissa.layers(net)}
+        assert all(errors[n] <= before.get(n, 1) for n in errors), turns
+        before = errors
+
+
 @pytest.mark.parametrize("double", [True, False])
 def test_qlora_is_lora_on_rounded_weights(double):
     linear = nn.Linear(128, 96)
