@@ -49,7 +49,8 @@ from adapter import compress, read_adapter, read_seen, write_adapter  # noqa: F4
 from svd import full_float32, randomized_svd, wide
 
 ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than where it was trained, "
-                     "on another kind of device perhaps: outputs differ a little")
+                     "in another dtype or on another kind of device perhaps: outputs differ a "
+                     "little")
 EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W + Delta W, not the "
             "Q + A B that was trained: the two differ by what rounding to four bits lost")
 NOT_KEPT = "the base weights were not kept (keep_base=False): load the model again for that"
@@ -388,8 +389,9 @@ def check_base(directory, config, pairs, weight):
     directory, config, pairs: the adapter and what `read_adapter` made of it. weight(name): the
     base's matrix (out, in) of a module, or a ValueError where it has none.
     """
+    check_method(directory, config.get("pissa"))
     base = fingerprint(pairs, lambda n: check_shape(directory, n, weight(n), *pairs[n]))
-    check_info(directory, config.get("pissa"), base)
+    check_fingerprint(directory, config.get("pissa"), base)
     return base
 
 
@@ -401,11 +403,15 @@ def check_shape(directory, name, W, A, B):
     return W
 
 
-def check_info(directory, info, base):
-    """ValueError if an adapter of ours is of another base, or of a method that is not known."""
+def check_fingerprint(directory, info, base):
+    """ValueError if an adapter of ours is of another base."""
     if info and info["base"] != base:
         raise ValueError(f"{directory} was made on another base model (fingerprint "
                          f"{info['base'][:12]}, this one has {base[:12]})")
+
+
+def check_method(directory, info):
+    """ValueError if an adapter of ours is of a method that is not known, or does not say enough."""
     if info and info["method"] not in METHODS:
         raise ValueError(f"{directory}: method {info['method']} is none of {', '.join(METHODS)}")
     if info and info["method"] in QUANTISED and not {"double_quant", "codes"} <= set(info):
@@ -523,6 +529,7 @@ def load(net, directory, *, weight=None, keep_base=True):
     config, pairs = read_adapter(directory)
     info, seen, samples = config.get("pissa"), read_seen(directory, config, pairs), {}
     if weight:
+        check_method(directory, info)
         for name, pair in pairs.items():
             check_shape(directory, name, own(name), *pair)
     else:
@@ -543,7 +550,7 @@ def load(net, directory, *, weight=None, keep_base=True):
         put(net, name, PissaLinear(linear, frozen, A, B, A0, B0, Aq, Bq, base))
         del W, linear                    # freed before the next one is asked for
     base = digest(samples)
-    check_info(directory, info, base)
+    check_fingerprint(directory, info, base)
     net.pissa = dict(info) if info else {"method": "lora", "rank": config["r"], "niter": None,
                                          "seed": None, "base": base}
     net.pissa.pop("seen", None)

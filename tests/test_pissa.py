@@ -422,7 +422,9 @@ def damage(tmp_path, change):
     (dict(lora_alpha=16), "not the config of a LoRA adapter .*lora_alpha 16"),
     (dict(pissa="yes"), "not the config of a LoRA adapter"),
     (dict(pissa={"method": "pissa"}), "not the config of a LoRA adapter"),
-    (dict(pissa={"method": "x", "rank": 4, "base": "?"}), "made on another base model"),
+    (dict(pissa={"method": "pissa", "rank": 4, "base": 5}), "not the config of a LoRA adapter"),
+    (dict(pissa={"method": ["pissa"], "rank": 4, "base": "?"}), "not the config of a LoRA adapter"),
+    (dict(pissa={"method": "pissa", "rank": 4, "base": "?"}), "made on another base model"),
     (dict(modules_to_save=["lm_head"]), "modules_to_save is not supported"),
     (dict(init_lora_weights="pissa_niter_4"), "needs the changed base it was made with")])
 def test_what_cannot_be_loaded_is_refused(tmp_path, net, change, message):
@@ -437,6 +439,17 @@ def test_a_method_of_the_future_is_refused(tmp_path, net):
     damage(tmp_path, dict(pissa={**net.pissa, "method": "dora"}))
     with pytest.raises(ValueError, match="method dora is none of pissa, lora"):
         pissa.load(small_net(), tmp_path)
+
+
+def test_a_config_that_does_not_say_how_weights_were_rounded(tmp_path, net):
+    """It is refused before a weight is read."""
+    pissa.save(quiet(net, 4, "qpissa", niter=0), tmp_path)
+    info = json.loads((tmp_path / "adapter_config.json").read_text())["pissa"]
+    for key in ("double_quant", "codes"):
+        damage(tmp_path, dict(pissa={k: v for k, v in info.items() if k != key}))
+        for weight in (None, lambda name: pytest.fail("it was read")):
+            with pytest.raises(ValueError, match="does not say how weights were rounded"):
+                pissa.load(small_net(), tmp_path, weight=weight)
 
 
 def test_damaged_adapters(tmp_path, net):
