@@ -237,6 +237,9 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, weigh
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     if quant_iters < 1:
         raise ValueError(f"quant_iters should be at least 1, not {quant_iters}")
+    if method == "loftq" and quant_iters == 1 and not last_svd:
+        raise ValueError("loftq begins with A B = 0, where one turn without the last SVD ends, too: "
+                         "nothing would ever be trained; quant_iters should be at least 2")
     if any(layers(net)):
         raise ValueError("the model is injected already: merge(net) or remove(net) first")
     linears = find_linears(net, targets)

@@ -149,7 +149,8 @@ def test_inject_reports(net, capsys):
     (dict(rank=4, targets=["mlp"]), "model.layers.0.mlp is a MLP, not an nn.Linear"),
     (dict(rank=4, targets="attn"), "no module is called attn;"),
     (dict(rank=4, niter=-1), "niter -1"),
-    (dict(rank=4, method="qpissa", quant_iters=0), "quant_iters should be at least 1, not 0")])
+    (dict(rank=4, method="qpissa", quant_iters=0), "quant_iters should be at least 1, not 0"),
+    (dict(rank=4, method="loftq", quant_iters=1, last_svd=False), "nothing would ever be trained")])
 def test_inject_errors_change_nothing(net, call, message):
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match=message):
