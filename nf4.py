@@ -14,8 +14,10 @@ absmax, less their mean, into 8 bits in the same manner, in blocks of 256: 4.13 
     absmax     absmax           (n / 64,) float32, or uint8 with double quantisation
     c_2        scale, mean      (n / 64 / 256,) and (1,) float32, of double quantisation only
 
-Codes, absmax and levels equal those of bitsandbytes to the last bit; they are stored with the rows
-of W as rows, where these divide into bytes and blocks, so that a matrix can be split by rows.
+Codes, absmax and levels equal those of bitsandbytes to the last bit, but for what its own kernels
+do not agree on: the code of 0 in a block of zeros, and the mean of the absmax, which is summed in
+float64 here. They are stored with the rows of W as rows, where these divide into bytes and blocks,
+so that a matrix can be split by rows.
 
     Q = nf4.quantize(W);  Q.dequantize(torch.float32);  y = Q(x)         # y = x W^T, W is (out, in)
 
@@ -23,7 +25,6 @@ What is multiplied is W in the dtype of x, unpacked when it is needed and droppe
 too, which is why Q(x) keeps four bits a weight for it, where F.linear would keep sixteen.
 """
 import torch
-import torch._inductor
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear, pad
@@ -102,6 +103,9 @@ def quantize(W, double=True):
     return NF4(W, codes, found.flatten()[:len(absmax)].to(torch.uint8), scale, mean.view(1))
 
 
+WORDS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}   # for one number, for two
+
+
 def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
     """The numbers (n,) that the flat parts of an NF4 stand for; a last code too many included.
 
@@ -110,9 +114,10 @@ def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
     """
     if scale is not None:
         absmax = spread(absmax_levels[absmax.int()], scale, ABSMAX_BLOCK) + mean
-    if not codes.is_cuda:            # a table of pairs takes an eighth of the time of single levels
+    if not codes.is_cuda or dtype.itemsize not in WORDS:
+        # on a CPU, a table of pairs takes an eighth of the time of single levels
         return spread(pairs.index_select(0, codes.int()).flatten(), absmax, BLOCK).to(dtype)
-    small, wide = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}[dtype.itemsize]
+    small, wide = WORDS[dtype.itemsize]
     bits = 8 * dtype.itemsize
     first, second = (spread(levels[half.int()], absmax, BLOCK // 2).to(dtype).view(small).to(wide)
                      for half in (codes >> 4, codes & 15))
@@ -211,7 +216,7 @@ class NF4(nn.Module):
         return dequantize(self, dtype or self.dtype)
 
     def forward(self, x):
-        if torch.compiler.is_compiling():       # where the compiler would keep W, unless told not to
+        if torch.compiler.is_compiling():      # where the compiler would keep W, unless told not to
             return checkpoint(lambda x: linear(x, self.dequantize(x.dtype)), x, use_reentrant=False)
         return Product.apply(x, self)
 

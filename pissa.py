@@ -230,16 +230,17 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, weigh
     (out, in): each is asked for once and let go, so that all of them are never in memory together.
     keep_base: keep the original weights in host memory, for `disabled`, `remove` and a further
     `load`; without them these are refused. Raises ValueError, before anything is changed, for a
-    target that matches nothing or is no nn.Linear, a rank too large, a weight with NaN or Inf, and
-    an injected model.
+    target that matches nothing or is no nn.Linear, a rank too large, an injected model, and a
+    weight with NaN or Inf; from `weight`, the latter is found when its turn comes.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     if quant_iters < 1:
         raise ValueError(f"quant_iters should be at least 1, not {quant_iters}")
     if method == "loftq" and quant_iters == 1 and not last_svd:
-        raise ValueError("loftq begins with A B = 0, where one turn without the last SVD ends, too: "
-                         "nothing would ever be trained; quant_iters should be at least 2")
+        raise ValueError("loftq begins with A B = 0, and one turn without the last SVD ends "
+                         "there, too: nothing would ever be trained; quant_iters should be 2 or "
+                         "more")
     if any(layers(net)):
         raise ValueError("the model is injected already: merge(net) or remove(net) first")
     linears = find_linears(net, targets)

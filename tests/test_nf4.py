@@ -101,7 +101,7 @@ def test_last_block_of_zeros(bnb):
 
 
 def test_double_quantisation(bnb):
-    """Scale and mean are equal, and the 8-bit codes are equal to those by exact distance.
+    """Scale and mean are equal to rounding, and the 8-bit codes to those by exact distance.
 
     The C++ kernel for CPUs of bitsandbytes finds them by another search, which is not exact: where
     its codes differ, ours are the nearer. Other dtypes take its generic path, all distances.
@@ -109,7 +109,9 @@ def test_double_quantisation(bnb):
     W = spread_rows(1200, 1000)
     _, state = bnb.quantize_4bit(W, blocksize=64, quant_type="nf4", compress_statistics=True)
     Q, absmax = nf4.quantize(W), nf4.quantize(W, double=False).absmax.flatten()
-    assert torch.equal(Q.mean, state.offset.view(1)) and torch.equal(Q.scale, state.state2.absmax)
+    largest = absmax.max().item()       # the sum of float32 numbers depends on threads and device
+    torch.testing.assert_close(Q.mean, state.offset.view(1), rtol=0, atol=1e-6 * largest)
+    torch.testing.assert_close(Q.scale, state.state2.absmax, rtol=0, atol=1e-6 * largest)
     centred = absmax - Q.mean
     exact, _ = torch.ops.bitsandbytes.quantize_blockwise(centred.double(), nf4.ABSMAX_LEVELS, 256)
     assert torch.equal(Q.absmax.flatten(), exact)
