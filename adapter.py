@@ -71,7 +71,8 @@ def read_config(directory):
         alpha, info = float(config["lora_alpha"]), config.get("pissa")
         if config["peft_type"] != "LORA":
             raise ValueError(f"peft_type is {config['peft_type']}")
-        if info and (int(config["r"]) != alpha or not {"method", "base", "rank"} <= set(info)):
+        if info and (int(config["r"]) != alpha or not isinstance(info["rank"], int)
+                     or not all(isinstance(info[k], str) for k in ("method", "base"))):
             raise ValueError(f"r {config['r']}, lora_alpha {alpha:g}, pissa {info}")
     except FileNotFoundError:
         inner = directory / "adapter"

@@ -4,8 +4,9 @@
     python eval.py --ckpt tiny --adapter runs/demo/adapter --accuracy checkpoints/tiny/test.jsonl
     python eval.py --ckpt tiny --ppl some_text.txt
 
-With an adapter, --prompt shows the base model's completion beside the adapted one. Where --accuracy
-was interrupted, the same command goes on.
+With an adapter, --prompt shows the base model's completion beside the adapted one; not where the
+adapter belongs to weights in four bits, since the base may be too large. Where --accuracy was
+interrupted, the same command goes on.
 """
 import argparse
 import hashlib

@@ -531,7 +531,7 @@ def load(ckpt, device=None, dtype=None, prepare=None):
     one. dtype: default bfloat16 on a GPU that has it, float32 on a CPU.
     The network is built without memory (on the meta device), then every tensor is read, merged,
     converted and moved by itself, so there is never a second copy of the model in memory.
-    prepare: a function called as prepare(net, weight=...) before anything is read, where weight(name)
+    prepare: a function called as prepare(net, weight=...) before anything is read; weight(name)
     reads the matrix of one linear layer. Layers that it replaces are not read again: a network that
     it shrinks, say partial(pissa.inject, rank=64, method="qpissa"), is never whole in memory.
     Raises FileNotFoundError or ValueError naming file, tensor, expected and found.

@@ -14,8 +14,10 @@ absmax, less their mean, into 8 bits in the same manner, in blocks of 256: 4.13 
     absmax     absmax           (n / 64,) float32, or uint8 with double quantisation
     c_2        scale, mean      (n / 64 / 256,) and (1,) float32, of double quantisation only
 
-Codes, absmax and levels equal those of bitsandbytes to the last bit; they are stored with the rows
-of W as rows, where these divide into bytes and blocks, so that a matrix can be split by rows.
+Codes, absmax and levels equal those of bitsandbytes to the last bit, but for what its own kernels
+do not agree on: the code of 0 in a block of zeros, and the mean of the absmax, which is summed in
+float64 here. They are stored with the rows of W as rows, where these divide into bytes and blocks,
+so that a matrix can be split by rows.
 
     Q = nf4.quantize(W);  Q.dequantize(torch.float32);  y = Q(x)         # y = x W^T, W is (out, in)
 
@@ -23,7 +25,6 @@ What is multiplied is W in the dtype of x, unpacked when it is needed and droppe
 too, which is why Q(x) keeps four bits a weight for it, where F.linear would keep sixteen.
 """
 import torch
-import torch._inductor
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear, pad
@@ -31,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 BLOCK, ABSMAX_BLOCK = 64, 256
 CHUNK = 1 << 22                          # entries quantised at a time: bounds the memory it takes
+HOST = {"dtype": torch.float32, "device": "cpu"}     # of the levels, whatever the defaults are
 
 
 # ----------------------------------------------------------------------------------------- levels
@@ -41,9 +43,9 @@ def normal_levels():
     Quantiles of the normal distribution: 7 of equally spaced probabilities below 0, 8 above it. The
     outermost probability is 1 - (1/30 + 1/32) / 2, as in QLoRA, rounded as its authors rounded it.
     """
-    below, above = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, k)[:-1].double()).float()
-                    for k in (8, 9))
-    levels = torch.cat([-below, torch.zeros(1), above.flip(0)])
+    below, above = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, k, **HOST)[:-1].double())
+                    .float() for k in (8, 9))
+    levels = torch.cat([-below, torch.zeros(1, **HOST), above.flip(0)])
     return levels / levels.max()
 
 
@@ -55,10 +57,10 @@ def dynamic_levels():
     """
     centres = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, **HOST)
         centres.append(10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
     above = torch.cat(centres)
-    return torch.cat([-above, torch.zeros(1), above, torch.ones(1)]).sort().values
+    return torch.cat([-above, torch.tensor([0, 1], **HOST), above]).sort().values
 
 
 LEVELS, ABSMAX_LEVELS = normal_levels(), dynamic_levels()
@@ -85,7 +87,7 @@ def quantize(W, double=True):
         raise ValueError(f"NF4 needs floating-point numbers, not {W.dtype} {tuple(W.shape)}")
     flat, n = W.reshape(-1), W.numel()
     codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=W.device)
-    absmax = torch.empty(-(-n // BLOCK), device=W.device)
+    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=W.device)
     for i in range(0, n, CHUNK):
         found, largest = nearest(flat[i:i + CHUNK].float(), LEVELS, BLOCK)
         found = found.view(-1, 2).to(torch.uint8)
@@ -101,6 +103,9 @@ def quantize(W, double=True):
     return NF4(W, codes, found.flatten()[:len(absmax)].to(torch.uint8), scale, mean.view(1))
 
 
+WORDS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}   # for one number, for two
+
+
 def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
     """The numbers (n,) that the flat parts of an NF4 stand for; a last code too many included.
 
@@ -109,9 +114,10 @@ def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
     """
     if scale is not None:
         absmax = spread(absmax_levels[absmax.int()], scale, ABSMAX_BLOCK) + mean
-    if not codes.is_cuda:            # a table of pairs takes an eighth of the time of single levels
+    if not codes.is_cuda or dtype.itemsize not in WORDS:
+        # on a CPU, a table of pairs takes an eighth of the time of single levels
         return spread(pairs.index_select(0, codes.int()).flatten(), absmax, BLOCK).to(dtype)
-    small, wide = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}[dtype.itemsize]
+    small, wide = WORDS[dtype.itemsize]
     bits = 8 * dtype.itemsize
     first, second = (spread(levels[half.int()], absmax, BLOCK // 2).to(dtype).view(small).to(wide)
                      for half in (codes >> 4, codes & 15))
@@ -210,7 +216,7 @@ class NF4(nn.Module):
         return dequantize(self, dtype or self.dtype)
 
     def forward(self, x):
-        if torch.compiler.is_compiling():       # where the compiler would keep W, unless told not to
+        if torch.compiler.is_compiling():      # where the compiler would keep W, unless told not to
             return checkpoint(lambda x: linear(x, self.dequantize(x.dtype)), x, use_reentrant=False)
         return Product.apply(x, self)
 

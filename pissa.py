@@ -49,7 +49,8 @@ from adapter import compress, read_adapter, read_seen, write_adapter  # noqa: F4
 from svd import full_float32, randomized_svd, wide
 
 ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than where it was trained, "
-                     "on another kind of device perhaps: outputs differ a little")
+                     "in another dtype or on another kind of device perhaps: outputs differ a "
+                     "little")
 EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W + Delta W, not the "
             "Q + A B that was trained: the two differ by what rounding to four bits lost")
 NOT_KEPT = "the base weights were not kept (keep_base=False): load the model again for that"
@@ -129,6 +130,8 @@ def alternate(weight, A, B, o):
     At most o.quant_iters turns. The authors of PiSSA stop before the last SVD, where A B is still
     what was subtracted to get Q: o.last_svd=False does as they do.
     """
+    if o.generator:        # what is drawn here leaves the next matrix as it is with fewer turns
+        o = replace(o, generator=o.generator.clone_state())
     best = None
     for _ in range(o.quant_iters):
         Q, pair = rounded(weight, A, B, o.double_quant), (A, B)
@@ -265,13 +268,17 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, weigh
     (out, in): each is asked for once and let go, so that all of them are never in memory together.
     keep_base: keep the original weights in host memory, for `disabled`, `remove` and a further
     `load`; without them these are refused. Raises ValueError, before anything is changed, for a
-    target that matches nothing or is no nn.Linear, a rank too large, a weight with NaN or Inf, and
-    an injected model.
+    target that matches nothing or is no nn.Linear, a rank too large, an injected model, and a
+    weight with NaN or Inf; from `weight`, the latter is found when its turn comes.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     if quant_iters < 1:
         raise ValueError(f"quant_iters should be at least 1, not {quant_iters}")
+    if method == "loftq" and quant_iters == 1 and not last_svd:
+        raise ValueError("loftq begins with A B = 0, and one turn without the last SVD ends "
+                         "there, too: nothing would ever be trained; quant_iters should be 2 or "
+                         "more")
     if any(layers(net)):
         raise ValueError("the model is injected already: merge(net) or remove(net) first")
     linears = find_linears(net, targets)
@@ -424,8 +431,9 @@ def check_base(directory, config, pairs, weight):
     directory, config, pairs: the adapter and what `read_adapter` made of it. weight(name): the
     base's matrix (out, in) of a module, or a ValueError where it has none.
     """
+    check_method(directory, config.get("pissa"))
     base = fingerprint(pairs, lambda n: check_shape(directory, n, weight(n), *pairs[n]))
-    check_info(directory, config.get("pissa"), base)
+    check_fingerprint(directory, config.get("pissa"), base)
     return base
 
 
@@ -437,11 +445,15 @@ def check_shape(directory, name, W, A, B):
     return W
 
 
-def check_info(directory, info, base):
-    """ValueError if an adapter of ours is of another base, or of a method that is not known."""
+def check_fingerprint(directory, info, base):
+    """ValueError if an adapter of ours is of another base."""
     if info and info["base"] != base:
         raise ValueError(f"{directory} was made on another base model (fingerprint "
                          f"{info['base'][:12]}, this one has {base[:12]})")
+
+
+def check_method(directory, info):
+    """ValueError if an adapter of ours is of a method that is not known, or does not say enough."""
     if info and info["method"] not in METHODS:
         raise ValueError(f"{directory}: method {info['method']} is none of {', '.join(METHODS)}")
     if info and info["method"] in QUANTISED and not {"double_quant", "codes"} <= set(info):
@@ -559,6 +571,7 @@ def load(net, directory, *, weight=None, keep_base=True):
     config, pairs = read_adapter(directory)
     info, seen, samples = config.get("pissa"), read_seen(directory, config, pairs), {}
     if weight:
+        check_method(directory, info)
         for name, pair in pairs.items():
             check_shape(directory, name, own(name), *pair)
     else:
@@ -579,7 +592,7 @@ def load(net, directory, *, weight=None, keep_base=True):
         put(net, name, PissaLinear(linear, frozen, A, B, A0, B0, Aq, Bq, base))
         del W, linear                    # freed before the next one is asked for
     base = digest(samples)
-    check_info(directory, info, base)
+    check_fingerprint(directory, info, base)
     net.pissa = dict(info) if info else {"method": "lora", "rank": config["r"], "niter": None,
                                          "seed": None, "base": base}
     net.pissa.pop("seen", None)

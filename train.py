@@ -58,8 +58,8 @@ def parser():
     add = p.add_argument_group("model and method").add_argument
     add("--ckpt", help="directory in Meta's or Hugging Face's layout, or a name under checkpoints/")
     add("--method", choices=[*pissa.METHODS, "full"], default="pissa",
-        help="what is trained: A and B, on weights in 16 bits (pissa, lora) or in 4 (qpissa, loftq, "
-        "qlora), or every weight (full, saved in bfloat16)")
+        help="what is trained: A and B, on weights in 16 bits (pissa, lora) or in 4 (qpissa, "
+        "loftq, qlora), or every weight (full, saved in bfloat16)")
     add("--rank", type=int, default=128, help="r, the width of A and B")
     add("--niter", type=power_iterations, default=8,
         help="power iterations of the SVD, or: exact")
@@ -294,7 +294,9 @@ def prepare(net, args, weight=None):
         net.requires_grad_(True)
     elif args.adapter:
         pissa.load(net, args.adapter, weight=weight, keep_base=False)
-        vars(args).update({key: net.pissa[key] for key in ("method", "rank", "niter")})
+        vars(args).update({key: net.pissa[key] for key in ("method", "rank", "niter", "quant_iters")
+                           if key in net.pissa})
+        args.no_double_quant = not net.pissa.get("double_quant", True)
         print(f"going on with {args.adapter}: {args.method}, rank {args.rank}")
     else:
         pissa.inject(net, args.rank, args.method, args.targets, args.niter, args.seed,

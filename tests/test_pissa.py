@@ -149,7 +149,8 @@ def test_inject_reports(net, capsys):
     (dict(rank=4, targets=["mlp"]), "model.layers.0.mlp is a MLP, not an nn.Linear"),
     (dict(rank=4, targets="attn"), "no module is called attn;"),
     (dict(rank=4, niter=-1), "niter -1"),
-    (dict(rank=4, method="qpissa", quant_iters=0), "quant_iters should be at least 1, not 0")])
+    (dict(rank=4, method="qpissa", quant_iters=0), "quant_iters should be at least 1, not 0"),
+    (dict(rank=4, method="loftq", quant_iters=1, last_svd=False), "nothing would ever be trained")])
 def test_inject_errors_change_nothing(net, call, message):
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -422,7 +423,9 @@ def damage(tmp_path, change):
     (dict(lora_alpha=16), "not the config of a LoRA adapter .*lora_alpha 16"),
     (dict(pissa="yes"), "not the config of a LoRA adapter"),
     (dict(pissa={"method": "pissa"}), "not the config of a LoRA adapter"),
-    (dict(pissa={"method": "x", "rank": 4, "base": "?"}), "made on another base model"),
+    (dict(pissa={"method": "pissa", "rank": 4, "base": 5}), "not the config of a LoRA adapter"),
+    (dict(pissa={"method": ["pissa"], "rank": 4, "base": "?"}), "not the config of a LoRA adapter"),
+    (dict(pissa={"method": "pissa", "rank": 4, "base": "?"}), "made on another base model"),
     (dict(modules_to_save=["lm_head"]), "modules_to_save is not supported"),
     (dict(init_lora_weights="pissa_niter_4"), "needs the changed base it was made with")])
 def test_what_cannot_be_loaded_is_refused(tmp_path, net, change, message):
@@ -437,6 +440,17 @@ def test_a_method_of_the_future_is_refused(tmp_path, net):
     damage(tmp_path, dict(pissa={**net.pissa, "method": "dora"}))
     with pytest.raises(ValueError, match="method dora is none of pissa, lora"):
         pissa.load(small_net(), tmp_path)
+
+
+def test_a_config_that_does_not_say_how_weights_were_rounded(tmp_path, net):
+    """It is refused before a weight is read."""
+    pissa.save(quiet(net, 4, "qpissa", niter=0), tmp_path)
+    info = json.loads((tmp_path / "adapter_config.json").read_text())["pissa"]
+    for key in ("double_quant", "codes"):
+        damage(tmp_path, dict(pissa={k: v for k, v in info.items() if k != key}))
+        for weight in (None, lambda name: pytest.fail("it was read")):
+            with pytest.raises(ValueError, match="does not say how weights were rounded"):
+                pissa.load(small_net(), tmp_path, weight=weight)
 
 
 def test_damaged_adapters(tmp_path, net):
@@ -578,6 +592,19 @@ def test_alternation(net, dtype, method, last_svd, name):
         assert seen.checksum() == layer.weight.checksum()                 # W, A_q, B_q give Q
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
     assert stopped or method == "qpissa"
+
+
+@pytest.mark.parametrize("method", ["qpissa", "loftq"])
+def test_another_turn_makes_no_matrix_worse(method):
+    """Of a whole network, whose matrices share a source of random numbers for their SVDs."""
+    before = {}
+    for turns in range(1, 10):
+        net = small_net(dim=96, ffn_dim=256)
+        weights = {n: m.weight for n, m in net.named_modules() if isinstance(m, nn.Linear)}
+        quiet(net, 4, method, niter=1, quant_iters=turns)
+        errors = {n: pissa.relative_error(weights[n], m) for n, m in pissa.layers(net)}
+        assert all(errors[n] <= before.get(n, 1) for n in errors), turns
+        before = errors
 
 
 @pytest.mark.parametrize("double", [True, False])

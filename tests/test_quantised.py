@@ -159,6 +159,8 @@ def test_going_on(run, tmp_path):
                    "--batch", 4, "--max-new-tokens", 2, "--out", tmp_path)
     after = json.loads((out / "summary.json").read_text())["after"]["loss"]
     assert f"going on with {out / 'adapter'}: {method}, rank 8" in text
+    args = json.loads((tmp_path / "args.json").read_text())     # what was true, not the defaults
+    assert (args["method"], args["quant_iters"], args["no_double_quant"]) == (method, 2, True)
     assert f"step 0: validation loss {after:.4f}, with the weights in four bits" in text
 
 
