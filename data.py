@@ -13,7 +13,8 @@ Fine-tuning on instructions sees one example as
 4. Labels are shifted here, once: labels[t] is token t+1, or -100, which `cross_entropy` skips,
    where there is nothing to learn.
 5. Micro-batches are padded on the right. Attention is causal: a real token never looks right, so
-   it never sees padding. Nothing is packed: no example sees another one.
+   it never sees padding. Each says which of its tokens are real: model.py packs these into one row,
+   where every example still has a row of attention and positions to itself.
 """
 import json
 import re
@@ -139,22 +140,27 @@ def _shuffle(items, seed):
     return [items[i] for i in order.tolist()]
 
 
-def micro_batches(batch, micro_size, pad=0):
-    """Cut a batch of (ids, n_prompt) into padded (tokens, labels), `micro_size` examples each.
+def micro_batches(batch, cells, pad=0):
+    """Cut a batch of (ids, n_prompt) into (tokens, labels, real), each of at most `cells` tokens.
 
+    tokens, labels: (b, T) int64, b T <= cells with padding (a longer example is alone in its own).
+    real: (P,) int64, where among the b T tokens there is text.
     Examples of like length share a micro-batch, so little is padding; the gradient does not change
     with the cut, since the training loss is a mean over the learnt tokens of the whole batch. The
-    longest come first: if memory does not suffice, it runs out at once and not an hour later.
+    longest come first: if memory does not suffice, it runs out early and not after an hour.
     """
-    batch, cut = sorted(batch, key=lambda example: -len(example[0])), []
-    for i in range(0, len(batch), micro_size):
-        group = batch[i:i + micro_size]
-        shape = len(group), len(group[0][0]) - 1  # the last token is only ever a label
-        tokens, labels = torch.full(shape, pad), torch.full(shape, -100)         # (b, T), int64
+    batch, cut, i = sorted(batch, key=lambda example: -len(example[0])), [], 0
+    while i < len(batch):
+        T = len(batch[i][0]) - 1  # the last token is only ever a label
+        group = batch[i:i + max(1, cells // T)]
+        tokens, labels = torch.full((len(group), T), pad), torch.full((len(group), T), -100)
         for row, (ids, n_prompt) in enumerate(group):
             tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
             labels[row, n_prompt - 1:len(ids) - 1] = torch.tensor(ids[n_prompt:])
-        cut.append((tokens, labels))
+        lengths = torch.tensor([len(ids) - 1 for ids, _ in group])
+        real = (torch.arange(T) < lengths[:, None]).flatten().nonzero()[:, 0]
+        cut.append((tokens, labels, real))
+        i += len(group)
     return cut
 
 

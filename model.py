@@ -12,8 +12,8 @@ the one file that this one looks for, and only then. It knows nothing of PiSSA.
     logits = net(tokens)                                 # (B, T) int64 -> (B, T, V) float32
     ids = model.generate(net, [[1, 306, 4658]], max_new_tokens=64)
 
-Shapes: B batch, T new positions, S all positions so far, D width, H heads, G key/value heads,
-K head width (mostly D / H), V vocabulary.
+Shapes: B batch, T new positions, S all positions so far, P positions that are no padding, D width,
+H heads, G key/value heads, K head width (mostly D / H), V vocabulary.
 """
 import json
 import os
@@ -82,6 +82,12 @@ def rotate(x, cos, sin):
     return (y * cos + y.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
+def unpack(x, real, B, T):
+    """(1, H, P, K), of whose P positions `real` says where in B x T they are -> (B, H, T, K)."""
+    cells = x.new_zeros(B * T, x.shape[1], x.shape[3]).index_copy(0, real, x[0].transpose(0, 1))
+    return cells.unflatten(0, (B, T)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention: H query heads share G key/value heads."""
 
@@ -94,7 +100,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, config.dim, bias=False)
 
-    def forward(self, x, rope, mask, causal, cache):
+    def forward(self, x, rope, mask, causal, cache, packed):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, H, T, K)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, G, T, K)
@@ -105,12 +111,17 @@ class Attention(nn.Module):
             kv, index, seen = cache
             k = kv[0].index_copy_(2, index, k)[:, :, :seen]                       # (B, G, S, K)
             v = kv[1].index_copy_(2, index, v)[:, :, :seen]
+        if packed is not None:                   # every row of text by itself: only here is padding
+            real, B, T = packed
+            q, k, v = (unpack(t, real, B, T) for t in (q, k, v))
         if not causal:       # SDPA's fast kernels take a mask or grouped heads, never both: so the
             q = q.reshape(B, k.shape[1], -1, self.head_dim)   # H / G heads of a group become rows
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                            enable_gqa=q.shape[1] != k.shape[1])
-        y = y.reshape(B, heads, T, self.head_dim)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.reshape(B, heads, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)
+        if packed is not None:
+            y = y.flatten(0, 1).index_select(0, real)[None]                       # (1, P, H K)
+        return self.o_proj(y)
 
 
 class MLP(nn.Module):
@@ -135,8 +146,8 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, rope, mask=None, causal=True, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, causal, cache)
+    def forward(self, x, rope, mask=None, causal=True, cache=None, packed=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, causal, cache, packed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -154,12 +165,16 @@ class Llama(nn.Module):
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(self, tokens, *, cache=None, start=0, pad=None):
+    def hidden(self, tokens, *, cache=None, start=0, pad=None, real=None):
         """Final hidden states, (B, T) int64 -> (B, T, D); `lm_head` turns them into logits.
 
         cache: from `new_cache`; `tokens` then are positions start ... start + T - 1 of it. start
         may be an int64 tensor (1,) on the device: nothing then depends on its value but numbers.
         pad: (B,) int64, how many positions at the left of each row are padding, not text.
+        real: (P,) int64, without a cache: which of the B T positions, counted row by row, are text;
+        the rest, at the right of each row, is padding. The P are packed into one row, (1, P, D) is
+        returned, and nothing is computed for padding, but within attention, where each row of
+        `tokens` stays by itself. Numbers are those of the same positions without it.
         """
         T, window, fixed = tokens.shape[1], self.config.sliding_window, type(start) is not int
         index = start + torch.arange(T, device=tokens.device)                     # (T,)
@@ -177,9 +192,14 @@ class Llama(nn.Module):
             mask = torch.zeros_like(mask, dtype=self.lm_head.weight.dtype).masked_fill(~mask, -inf)
             mask = mask.repeat(1, self.config.n_heads // self.config.n_kv_heads, 1)[:, None]
         rope, causal = rope_tables(self.config, positions), mask is None and start == 0
+        packed = None
+        if real is not None:
+            packed = real, *tokens.shape
+            rope = [table[:, :, real % T] for table in rope]                      # (1, 1, P, K)
+            tokens = tokens.flatten()[real][None]                                 # (1, P)
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)
         for i, layer in enumerate(self.model.layers):
-            args = x, rope, mask, causal, cache and (cache[i], index, seen)
+            args = x, rope, mask, causal, cache and (cache[i], index, seen), packed
             recompute = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return self.model.norm(x)

@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from itertools import count, islice
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # nothing here needs it
@@ -32,6 +33,7 @@ from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, check_ranges, complete, describe, is_quantised, load_model, run
 
 TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
+CHUNK = 2**25           # logits computed at a time: 128 MiB in float32
 DEMO = ["--ckpt", TINY, "--data", f"{TINY}/train.jsonl", "--test-data", f"{TINY}/test.jsonl",
         *"--rank 16 --lr 1e-3 --batch 16 --steps 120 --max-new-tokens 64 --out runs/demo".split()]
 
@@ -90,7 +92,10 @@ def parser():
     add("--steps", type=int, help="stop after so many steps (default: the epochs decide)")
     add("--seed", type=int, default=0, help="of the SVD, the split and the order of the data")
     add = p.add_argument_group("machine").add_argument
-    add("--micro-batch", type=int, default=8, help="examples per pass: lower it to save memory")
+    add("--micro-batch", type=int, default=8, help="examples per pass, if all are as long as the "
+        "longest, and more of shorter ones: lower it to save memory")
+    add("--no-packing", action="store_true",
+        help="compute the padding as well: slower, same results up to rounding")
     add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
     add("--compile", action="store_true", help="torch.compile, layer by layer")
     add("--device", help="default: cuda if there is one, else cpu")
@@ -150,24 +155,68 @@ def read_data(args, tok):
     return encoded, data.encode(val, tok, args.max_length)[0], val
 
 
-def loss_sum(net, tokens, labels):
-    """Sum of the cross-entropies of (b, T) tokens and labels, both on the CPU (-100: no loss)."""
-    device = net.lm_head.weight.device
-    where = (labels.flatten() != -100).nonzero()[:, 0]     # logits only where there is something
-    x = net.hidden(tokens.to(device)).flatten(0, 1)        # to learn: most of (b T, V) never exists
-    logits = net.lm_head(x[where.to(device)]).float()
-    return F.cross_entropy(logits, labels.flatten()[where].to(device), reduction="sum")
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of head(x), x (M, D), and targets (M,), `rows` of M at a time.
+
+    The gradient of a chunk is taken along with its loss, and its logits are gone: (M, V) never
+    exists, and nothing is computed twice. trained: the parameters of `head` that want a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, head, rows, x, targets, *trained):
+        total, wanted = 0.0, any(ctx.needs_input_grad)
+        dx, grads = torch.zeros_like(x), [torch.zeros_like(p) for p in trained]
+        for part, target, d in zip(x.split(rows), targets.split(rows), dx.split(rows)):
+            with torch.set_grad_enabled(wanted):
+                part = part.detach().requires_grad_(wanted)
+                loss = F.cross_entropy(head(part).float(), target, reduction="sum")
+            if wanted:
+                for kept, new in zip([d, *grads], torch.autograd.grad(loss, [part, *trained])):
+                    kept += new
+            total += loss.detach()
+        ctx.save_for_backward(dx, *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, *grads = (g * grad for g in ctx.saved_tensors)
+        return None, None, dx, None, *grads
+
+
+def loss_sum(net, tokens, labels, real=None):
+    """Sum of the cross-entropies of (b, T) tokens and labels (-100: no loss), all on the CPU.
+
+    real: as data.micro_batches gives it; without it, padding is computed as well.
+    """
+    def send(x):                   # from pinned memory: nobody waits for the GPU to get that far
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+    device, head = net.lm_head.weight.device, net.lm_head
+    labels = labels.flatten() if real is None else labels.flatten()[real]
+    where = (labels != -100).nonzero()[:, 0]       # logits only where there is something to learn
+    real = real if real is None else send(real)
+    x = net.hidden(send(tokens), real=real).flatten(0, 1).index_select(0, send(where))
+    trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
+    return ChunkedLoss.apply(head, max(1, CHUNK // net.config.vocab_size), x, send(labels[where]),
+                             *trained)
+
+
+def cut(batch, longest, args):
+    """Micro-batches, none larger than args.micro_batch examples with `longest` tokens each."""
+    made = data.micro_batches(batch, args.micro_batch * longest)
+    return [(tokens, labels, None) for tokens, labels, _ in made] if args.no_packing else made
 
 
 @torch.no_grad()
 def validation_loss(net, examples, args, autocast):
     """Mean loss per learnt token."""
-    total, count = 0.0, 0
-    for tokens, labels in data.micro_batches(examples, args.micro_batch):
+    total, learnt = 0.0, 0
+    longest = max((len(ids) for ids, _ in examples), default=0)
+    for tokens, labels, real in cut(examples, longest, args):
         with autocast:
-            total += loss_sum(net, tokens, labels).item()
-        count += int((labels != -100).sum())
-    return total / max(count, 1)
+            total += loss_sum(net, tokens, labels, real).item()
+        learnt += int((labels != -100).sum())
+    return total / max(learnt, 1)
 
 
 def learning_rate(step, steps, args):
@@ -178,33 +227,41 @@ def learning_rate(step, steps, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def feed(examples, args):
+    """Every step's batch and its micro-batches, epoch after epoch, without end."""
+    longest = max(len(ids) for ids, _ in examples)
+    for epoch in count():
+        for batch in data.batches(examples, args.batch, args.seed, epoch):
+            yield batch, cut(batch, longest, args)
+
+
 def train(net, examples, args, autocast):
     """The loop. Returns the logged rows and why it ended early, or None."""
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    epoch = math.ceil(len(examples) / args.batch)          # steps in one
-    steps = args.steps or epoch * args.epochs
+    steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
     rows, log = [], open(args.out / "log.jsonl", "w")
     bar = tqdm(range(steps), desc="train", unit="step")
+    batches = islice(feed(examples, args), steps)
+    ahead = next(batches)
     try:
         for step in bar:
-            start = time.perf_counter()
-            if step % epoch == 0:
-                shuffled = data.batches(examples, args.batch, args.seed, step // epoch)
-            batch = shuffled[step % epoch]
+            start, (batch, micro_batches) = time.perf_counter(), ahead
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
             learnt = sum(len(ids) - n_prompt for ids, n_prompt in batch)
             total = 0.0
-            for tokens, labels in data.micro_batches(batch, args.micro_batch):
+            for micro_batch in micro_batches:
                 # The mean over the tokens of the whole batch: it does not depend on the cut.
                 with autocast:
-                    loss = loss_sum(net, tokens, labels) / learnt
+                    loss = loss_sum(net, *micro_batch) / learnt
                 loss.backward()
                 total += loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-            row = {"step": step + 1, "loss": total.item(), "grad_norm": norm.item(), "lr": lr,
+            ahead = next(batches, None)           # while the GPU works: the next line waits for it
+            loss, norm = torch.stack([total, norm]).tolist()
+            row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
                    "tokens": sum(len(ids) for ids, _ in batch)}
-            for name, value in ("loss", row["loss"]), ("gradient norm", row["grad_norm"]):
+            for name, value in ("loss", loss), ("gradient norm", norm):
                 if not math.isfinite(value):                   # stop before it spoils the weights
                     return rows, f"the {name} is {value} at step {step + 1}: lower --lr"
             optimizer.step()

@@ -174,10 +174,13 @@ def test_batches_are_a_function_of_seed_and_epoch():
 # micro_batches ------------------------------------------------------------------------------------
 
 def test_micro_batch_by_hand():
-    [(tokens, labels)] = data.micro_batches([([1, 10, 2], 1), ([1, 20, 21, 30, 2], 3)], 4, pad=9)
+    batch = [([1, 10, 2], 1), ([1, 20, 21, 30, 2], 3)]
+    [(tokens, labels, real)] = data.micro_batches(batch, 8, pad=9)
     assert tokens.tolist() == [[1, 20, 21, 30], [1, 10, 9, 9]]
     assert labels.tolist() == [[-100, -100, 30, 2], [10, 2, -100, -100]]
-    assert tokens.dtype == labels.dtype == torch.int64
+    assert real.tolist() == [0, 1, 2, 3, 4, 5]
+    assert tokens.dtype == labels.dtype == real.dtype == torch.int64
+    assert [t.tolist() for t, *_ in data.micro_batches(batch, 7)] == [[[1, 20, 21, 30]], [[1, 10]]]
 
 
 def random_batch(n, seed=0):
@@ -187,12 +190,13 @@ def random_batch(n, seed=0):
             for i, k in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("micro_size", [1, 4, 7, 100])
-def test_micro_batches_hold_every_example_once(micro_size):
+@pytest.mark.parametrize("cells", [1, 60, 200, 10_000])
+def test_micro_batches_hold_every_example_once(cells):
     batch, seen = random_batch(33), []
     untouched = [(list(ids), n) for ids, n in batch]
-    for tokens, labels in data.micro_batches(batch, micro_size, pad=0):
-        assert tokens.shape == labels.shape and len(tokens) <= micro_size
+    for tokens, labels, real in data.micro_batches(batch, cells, pad=0):
+        assert tokens.shape == labels.shape and (tokens.numel() <= cells or len(tokens) == 1)
+        assert real.tolist() == [i for i, t in enumerate(tokens.flatten().tolist()) if t]
         for row, label in zip(tokens.tolist(), labels.tolist()):
             length = len(row) - row.count(0)
             assert row[length:] == [0] * (len(row) - length)
@@ -210,11 +214,13 @@ def test_sorting_saves_padding():
     def padded(groups):
         return sum(len(g) * (max(len(ids) for ids, _ in g) - 1) for g in groups)
 
-    made = data.micro_batches(batch, 8)
-    real, ours = padded([[e] for e in batch]), sum(tokens.numel() for tokens, _ in made)
+    made = data.micro_batches(batch, 8 * 58)
+    real, ours = padded([[e] for e in batch]), sum(tokens.numel() for tokens, *_ in made)
+    assert sum(len(where) for *_, where in made) == real
     unsorted = padded([batch[i:i + 8] for i in range(0, 64, 8)])
     assert ours < 1.2 * real < 1.5 * real < unsorted
-    assert [t.shape[1] for t, _ in made] == sorted((t.shape[1] for t, _ in made), reverse=True)
+    assert [t.shape[1] for t, *_ in made] == sorted((t.shape[1] for t, *_ in made), reverse=True)
+    assert len(made) < 8                          # more than 8 of the shorter ones in one of them
 
 
 def test_gradient_does_not_depend_on_the_cut():
@@ -222,9 +228,9 @@ def test_gradient_does_not_depend_on_the_cut():
     batch, grads = random_batch(13), []
     table = torch.randn(50, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     learnt = sum(len(ids) - n for ids, n in batch)
-    for micro_size, pad in [(1, 0), (4, 0), (4, 7), (13, 2)]:
+    for cells, pad in [(1, 0), (240, 0), (240, 7), (1000, 2)]:
         weight, count = table.clone().requires_grad_(), 0
-        for tokens, labels in data.micro_batches(batch, micro_size, pad):
+        for tokens, labels, _ in data.micro_batches(batch, cells, pad):
             steps = torch.arange(1, tokens.shape[1] + 1)[:, None]
             logits = weight[tokens].cumsum(1) / steps                            # (b, T, V)
             loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")

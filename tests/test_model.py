@@ -97,6 +97,93 @@ def test_causal(net, tokens):
     assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a[:, 9:], b[:, 9:])
 
 
+# --- packing
+
+KINDS = {"gqa": {}, "mha": dict(n_kv_heads=6), "qkv_bias": dict(qkv_bias=True),
+         "sliding_window": dict(sliding_window=5), "head_dim": dict(head_dim=12)}
+LENGTHS = [17, 11, 11, 4, 1]
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def packing(lengths=LENGTHS, seed=0):
+    """Texts of these lengths in rows, and which of the positions are text."""
+    shape = len(lengths), max(lengths)
+    tokens = torch.randint(0, 101, shape, generator=torch.Generator().manual_seed(seed))
+    real = [b * shape[1] + t for b, n in enumerate(lengths) for t in range(n)]
+    return tokens, torch.tensor(real)
+
+
+def biased(**changes):
+    """Biases start at random numbers, not at the zeros that would hide them."""
+    net = small_net(**changes)
+    for name, p in net.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
+    return net
+
+
+@kinds
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_equals_every_text_by_itself(kind, checkpointing):
+    """Logits and gradients, also recomputed."""
+    net, (tokens, real) = biased(**KINDS[kind]).requires_grad_(), packing()
+    net.checkpointing = checkpointing
+    weight = torch.randn(1, len(real), 101, generator=torch.Generator().manual_seed(2))
+    want = torch.cat([net(row[None, :n]) for row, n in zip(tokens, LENGTHS)], 1)
+    got = net(tokens, real=real)                                                  # (1, P, V)
+    assert_logits_equal(got, want, 1e-5)
+    expected = torch.autograd.grad((want * weight).sum(), list(net.parameters()))
+    for g, e in zip(torch.autograd.grad((got * weight).sum(), list(net.parameters())), expected):
+        assert (g - e).norm() <= 1e-5 * e.norm()
+
+
+@kinds
+@pytest.mark.parametrize("changed", range(len(LENGTHS)))
+def test_no_text_sees_another(kind, changed):
+    """Bit for bit, whether another text changes or what stands in the padding."""
+    net, (tokens, real) = biased(**KINDS[kind]), packing()
+    before, other = net(tokens, real=real)[0], tokens.clone()
+    other[changed] = (other[changed] + 1 + torch.arange(tokens.shape[1])) % 101
+    after, there = net(other, real=real)[0], real // tokens.shape[1] == changed
+    assert torch.equal(after[~there], before[~there])
+    assert (after[there] != before[there]).any(-1).all()
+    is_text = torch.zeros(tokens.numel(), dtype=torch.bool).index_fill(0, real, True)
+    padded = torch.where(is_text.view_as(tokens), tokens, 7)
+    assert torch.equal(net(padded, real=real)[0], before)
+
+
+@kinds
+def test_positions_restart(kind):
+    """A text has the same logits wherever it stands."""
+    net, (tokens, real) = biased(**KINDS[kind]), packing()
+    order = [3, 0, 4, 2, 1]
+    moved = [b * tokens.shape[1] + t for b, i in enumerate(order) for t in range(LENGTHS[i])]
+    texts = net(tokens, real=real)[0].split(LENGTHS)
+    assert_logits_equal(net(tokens[order], real=torch.tensor(moved))[0],
+                        torch.cat([texts[i] for i in order]), 1e-5)
+
+
+def test_packing_is_compiled_once():
+    """Other lengths and another number of texts are no reason to compile again and again."""
+    net, graphs, counts = small_net().requires_grad_(), [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for layer in net.model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    for seed, lengths in enumerate([LENGTHS, [16, 3], [9, 9, 8, 8, 2, 2], [30, 2, 2], [8, 7],
+                                    [12, 11, 10], [25, 24, 3, 2, 1], [14, 13, 3, 3]]):
+        tokens, real = packing(lengths, seed)
+        with torch.compiler.set_stance("force_eager"):
+            want = torch.cat([net(row[None, :n]) for row, n in zip(tokens, lengths)], 1)
+        assert_logits_equal(net(tokens, real=real), want, 1e-5)
+        counts.append(len(graphs))
+    torch._dynamo.reset()
+    assert counts[2:] == counts[2:3] * 6, counts
+
+
 # --- generation
 
 def test_kv_cache_equals_full_forward(net, tokens):

@@ -147,7 +147,7 @@ def test_train(run):
     tok, args = data.Tokenizer(TINY), json.loads((out / "args.json").read_text())
     examples = data.read(args["data"])
     val = data.encode(data.split(examples, 0.02, 0)[1], tok, 512)[0]
-    total = sum(train.loss_sum(net, *pair).item() for pair in data.micro_batches(val, 8))
+    total = sum(train.loss_sum(net, *pair).item() for pair in data.micro_batches(val, 1000))
     count = sum(len(ids) - n for ids, n in val)
     assert total / count == pytest.approx(summary["after"]["loss"], rel=1e-5)
 

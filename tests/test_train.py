@@ -103,15 +103,17 @@ def full_logits_loss(net, batch):
 
 # --- the loss
 
-@pytest.mark.parametrize("micro", [1, 3, 8])
-def test_loss_and_gradient_are_those_of_the_whole_batch(examples, micro):
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("method", ["pissa", "full"])
+@pytest.mark.parametrize("cells", [1, 400, 10_000])
+def test_loss_and_gradient_are_those_of_the_whole_batch(examples, cells, method, packed):
     """The mean over the tokens of a batch, however it is cut; every example by itself agrees."""
-    net, batch = prepared("pissa"), examples[:8]
+    net, batch = prepared(method), examples[:8]
     params = [p for p in net.parameters() if p.requires_grad]
     learnt = sum(len(ids) - n for ids, n in batch)
     total = 0.0
-    for tokens, labels in data.micro_batches(batch, micro):
-        loss = train.loss_sum(net, tokens, labels) / learnt
+    for tokens, labels, real in data.micro_batches(batch, cells):
+        loss = train.loss_sum(net, tokens, labels, real if packed else None) / learnt
         loss.backward()
         total += loss.item()
     got = [p.grad.clone() for p in params]
@@ -131,6 +133,40 @@ def test_loss_sum_by_hand(tok):
                                ignore_index=-100)
     torch.testing.assert_close(train.loss_sum(net, tokens, labels), expected, rtol=1e-6, atol=0)
 
+
+@pytest.mark.parametrize("trained", ["A and B", "the head's A and B", "everything"])
+def test_loss_in_chunks(monkeypatch, trained):
+    """Few logits at a time, and the gradient along with them, give what all at once give."""
+    net = model.load("tiny", "cpu")
+    if trained != "everything":
+        pissa.inject(net, 8, targets=("lm_head",) if "head" in trained else pissa.TARGETS)
+    params = [p for p in net.parameters() if p.requires_grad]
+    tokens, labels = torch.randint(3, 2000, (2, 3, 11), generator=torch.Generator().manual_seed(1))
+    labels[0, :7], sizes = -100, []
+    expected = F.cross_entropy(net(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
+    monkeypatch.setattr(train, "CHUNK", 4 * net.config.vocab_size + 1)
+    hook = net.lm_head.register_forward_hook(lambda _, x, y: sizes.append(len(y)))
+    got = train.loss_sum(net, tokens, labels)
+    assert sizes == [4] * 6 + [2]
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    for g, e in zip(*(torch.autograd.grad(loss / 7, params) for loss in (got, expected))):
+        assert (g - e).norm() <= 1e-5 * e.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(train.loss_sum(net, tokens, labels), expected)
+    hook.remove()
+
+
+def test_padding_is_not_computed(examples, tmp_path):
+    """Every linear layer sees as many tokens as there are; with --no-packing, more."""
+    seen, batch = [], examples[:8]
+    for flag in ([], ["--no-packing"]):
+        net, rows = prepared("pissa"), []
+        net.model.layers[0].mlp.up_proj.register_forward_hook(
+            lambda _, x, y: rows.append(y.shape[:2].numel()))
+        args = parse("--ckpt", "tiny", "--out", tmp_path, "--steps", 1, *flag)
+        train.train(net, batch, args, nullcontext())
+        seen.append(sum(rows))
+    assert seen[0] == sum(len(ids) - 1 for ids, _ in batch) < seen[1]
 
 @pytest.mark.parametrize("micro", [1, 3, 8])
 def test_the_loop_averages_over_tokens(examples, tmp_path, micro):
