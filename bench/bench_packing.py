@@ -154,7 +154,7 @@ def main():
     p.add_argument("--peft-micro-batch", type=int, default=4)
     p.add_argument("--steps", type=int, default=3)
     p.add_argument("--repeat", type=int, default=3)
-    p.add_argument("--cpu-seconds", action="store_true", help="count the seconds of this process, "
+    p.add_argument("--cpu-seconds", action="store_true", help="count seconds of this process, "
                    "not those of others on the same cores; with OMP_NUM_THREADS=1")
     p.add_argument("--device")
     p.add_argument("--dtype", choices=["float32", "bfloat16"])
@@ -162,7 +162,7 @@ def main():
     args = p.parse_args()
     device, kept = model.default_device(args.device), args.out
     if args.cpu_seconds:
-        time.perf_counter = time.process_time                              # train.train's clock, too
+        time.perf_counter = time.process_time                             # train.train's clock, too
     if args.ckpt:
         net = model.load(args.ckpt, device, args.dtype and getattr(torch, args.dtype))
     else:
