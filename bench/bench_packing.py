@@ -9,7 +9,7 @@ start; sides take turns, --repeat times, and the fastest of a step's times count
 of train.py, with and without packing. PEFT's is transformers' Trainer by hand: --peft-micro-batch
 examples in the order of the batch, padded to the longest, with an attention mask, and the network's
 own loss divided by the learnt tokens of the batch. On a GPU ours is compiled, too, and PEFT also
-runs under autocast, as by Trainer(bf16=True). A step on the longest batch warms each side up.
+runs under autocast, as by Trainer(bf16=True). A step of 16 examples warms each side up.
 """
 import argparse
 import tempfile
@@ -113,8 +113,8 @@ def compare(net, theirs, examples, args):
     found, steps = sides(net, theirs, examples, args), args.steps
     rows, gpu, peak = {name: [] for name in found}, net.lm_head.weight.is_cuda, {}
     batches = data.batches(examples, args.batch, args.seed, 0)[:steps]
-    for name, run in found.items():                                                     # warm up
-        run(max(batches, key=lambda batch: sum(len(ids) for ids, _ in batch)), 1)
+    for run in found.values():                                                          # warm up
+        run(batches[0][:16], 1)
     for _ in range(args.repeat):
         for name, run in found.items():
             start_again(net, theirs)
@@ -154,11 +154,15 @@ def main():
     p.add_argument("--peft-micro-batch", type=int, default=4)
     p.add_argument("--steps", type=int, default=3)
     p.add_argument("--repeat", type=int, default=3)
+    p.add_argument("--cpu-seconds", action="store_true", help="count seconds of this process, "
+                   "not those of others on the same cores; with OMP_NUM_THREADS=1")
     p.add_argument("--device")
     p.add_argument("--dtype", choices=["float32", "bfloat16"])
     p.add_argument("--out")
-    args, kept = p.parse_args(), None
+    args = p.parse_args()
     device, kept = model.default_device(args.device), args.out
+    if args.cpu_seconds:
+        time.perf_counter = time.process_time                             # train.train's clock, too
     if args.ckpt:
         net = model.load(args.ckpt, device, args.dtype and getattr(torch, args.dtype))
     else:
@@ -179,6 +183,7 @@ def main():
     name = model.find(args.ckpt).name if args.ckpt else f"Llama-2-7B shape, {args.layers} layers"
     dtype = str(net.lm_head.weight.dtype).removeprefix("torch.")
     report({"bench": "packing", "model": name, "dtype": dtype, "batch": args.batch,
+            "micro_batch": args.micro_batch, "peft_micro_batch": args.peft_micro_batch,
             "rank": args.rank, **found, "peft": peft.__version__,
             "transformers": transformers.__version__}, kept)
 
