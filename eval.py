@@ -207,7 +207,7 @@ def resume(part, header, count):
     return done
 
 
-def show_accuracy(net, tok, examples, base, args):
+def show_accuracy(net, tok, examples, args):
     """--accuracy: the protocol, the score with its standard error, and a file of predictions."""
     how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
     print(describe(**how))
@@ -217,7 +217,8 @@ def show_accuracy(net, tok, examples, base, args):
     out = Path(args.out or folder / f"{name}.jsonl")
     part = out.with_name(out.name + ".part")
     asked = [(data.prompt_ids(prompt, tok), reference) for prompt, reference in examples]
-    content = hashlib.sha256(json.dumps([base, str(net.lm_head.weight.dtype), asked]).encode())
+    weights = pissa.fingerprint([name for name, _ in net.named_parameters()], net.get_parameter)
+    content = hashlib.sha256(json.dumps([weights, str(net.lm_head.weight.dtype), asked]).encode())
     for file in sorted(Path(args.adapter).glob("adapter_*")) if args.adapter else []:
         content.update(file.read_bytes())
     header = {"ckpt": args.ckpt, "adapter": args.adapter, **how, "sha256": content.hexdigest()}
@@ -249,7 +250,6 @@ def main():
     net = load_model(args.ckpt, tok, args.device, prepare=adapt if quantised else None)
     if args.adapter and not quantised:
         adapt(net)
-    base = pissa.fingerprint([name for name, _ in net.named_parameters()], net.get_parameter)
     if args.prompt:
         options = {k: getattr(args, k) for k in ("max_new_tokens", "stop", "temperature", "top_k",
                                                  "top_p", "seed")}
@@ -259,7 +259,7 @@ def main():
             print(f"--- with {args.adapter}")
         print(complete(net, tok, [args.prompt], **options)[0])
     if args.accuracy:
-        show_accuracy(net, tok, examples, base, args)
+        show_accuracy(net, tok, examples, args)
     if args.ppl:
         length = args.length or min(512, net.config.max_seq_len or 512)
         ppl, n, windows = perplexity(net, tok, text, length, args.stride)

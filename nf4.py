@@ -64,14 +64,17 @@ def dynamic_levels():
 
 
 LEVELS, ABSMAX_LEVELS = normal_levels(), dynamic_levels()
+PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], 1)       # of a byte's codes
 
 
-def nearest(x, levels, block):
-    """(codes int32, absmax) of x (n,): every block is divided by its absmax, zeros fill up."""
+def nearest(x, halfway, block):
+    """(codes int32, absmax) of x (n,): every block is divided by its absmax, zeros fill up.
+
+    halfway: the middles between neighbouring levels.
+    """
     blocks = pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
-    halfway = ((levels[:-1] + levels[1:]) / 2).to(x.device)
     return torch.bucketize(scaled, halfway, out_int32=True), absmax
 
 
@@ -88,8 +91,10 @@ def quantize(W, double=True):
     flat, n = W.reshape(-1), W.numel()
     codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=W.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=W.device)
+    halfway, halfway_absmax = (((levels[:-1] + levels[1:]) / 2).to(W.device)
+                               for levels in (LEVELS, ABSMAX_LEVELS))
     for i in range(0, n, CHUNK):
-        found, largest = nearest(flat[i:i + CHUNK].float(), LEVELS, BLOCK)
+        found, largest = nearest(flat[i:i + CHUNK].float(), halfway, BLOCK)
         found = found.view(-1, 2).to(torch.uint8)
         target = codes[i // 2:(i + CHUNK) // 2]
         target.copy_((found[:, 0] << 4 | found[:, 1])[:len(target)])
@@ -99,7 +104,7 @@ def quantize(W, double=True):
     if not double:
         return NF4(W, codes, absmax)
     mean = absmax.double().mean().float()            # the same for any number of threads
-    found, scale = nearest(absmax - mean, ABSMAX_LEVELS, ABSMAX_BLOCK)
+    found, scale = nearest(absmax - mean, halfway_absmax, ABSMAX_BLOCK)
     return NF4(W, codes, found.flatten()[:len(absmax)].to(torch.uint8), scale, mean.view(1))
 
 
@@ -146,28 +151,18 @@ def kernel(parts, dtype):
     return KERNELS[key](*parts)
 
 
-@torch.no_grad()
-def dequantize(Q, dtype):
-    """The tensor that an NF4 stands for."""
-    parts = [p if p is None else p.detach().flatten() for p in (Q.codes, Q.absmax, Q.scale, Q.mean)]
-    parts += Q.levels, Q.absmax_levels, Q.pairs
-    fused = parts[0].is_cuda and not torch.compiler.is_compiling()
-    numbers = kernel(parts, dtype) if fused else unpack(*parts, dtype)
-    return numbers[:Q.shape.numel()].view(Q.shape)
-
-
 class Product(torch.autograd.Function):
     """x W^T with W in NF4. Backward has no use for anything but W, and unpacks it again."""
 
     @staticmethod
     def forward(ctx, x, Q):
         ctx.Q = Q
-        return linear(x, dequantize(Q, x.dtype))
+        return linear(x, Q.dequantize(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         # d loss / d x = (d loss / d y) W
-        return grad @ dequantize(ctx.Q, grad.dtype), None
+        return grad @ ctx.Q.dequantize(grad.dtype), None
 
 
 class NF4(nn.Module):
@@ -188,9 +183,8 @@ class NF4(nn.Module):
                 part = nn.Parameter(part if row % n else part.view(-1, row // n),
                                     requires_grad=False)
             self.register_parameter(name, part)
-        pairs = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], 1)
         for name, table in zip(("levels", "absmax_levels", "pairs"),
-                               (LEVELS, ABSMAX_LEVELS, pairs)):
+                               (LEVELS, ABSMAX_LEVELS, PAIRS)):
             self.register_buffer(name, table.to(codes.device), persistent=False)
 
     def _apply(self, fn, recurse=True):
@@ -211,9 +205,15 @@ class NF4(nn.Module):
         """Bytes of codes and absmax."""
         return sum(p.nbytes for p in self.parameters())
 
+    @torch.no_grad()
     def dequantize(self, dtype=None):
         """The tensor of the original shape, in the original dtype or another."""
-        return dequantize(self, dtype or self.dtype)
+        parts = [p if p is None else p.detach().flatten()
+                 for p in (self.codes, self.absmax, self.scale, self.mean)]
+        parts += self.levels, self.absmax_levels, self.pairs
+        dtype, fused = dtype or self.dtype, self.codes.is_cuda and not torch.compiler.is_compiling()
+        numbers = kernel(parts, dtype) if fused else unpack(*parts, dtype)
+        return numbers[:self.shape.numel()].view(self.shape)
 
     def forward(self, x):
         if torch.compiler.is_compiling():      # where the compiler would keep W, unless told not to

@@ -290,7 +290,6 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=8, seed=0, *, weigh
             check_finite(name, m.weight)
     start, samples, errors, generators = time.perf_counter(), {}, {}, {}
     net.requires_grad_(False)
-    count = len(linears)
     bar = tqdm(list(linears), desc=method, unit="matrix", disable=not progress, leave=False)
     for name in bar:
         bar.set_postfix_str(name)
@@ -575,7 +574,7 @@ def load(net, directory, *, weight=None, keep_base=True):
         for name, pair in pairs.items():
             check_shape(directory, name, own(name), *pair)
     else:
-        base = check_base(directory, config, pairs, own)
+        found = check_base(directory, config, pairs, own)
         remove(net)
     net.requires_grad_(False)
     bar = tqdm(pairs.items(), desc="adapter", unit="matrix", delay=1, leave=False)
@@ -583,18 +582,19 @@ def load(net, directory, *, weight=None, keep_base=True):
         linear = net.get_submodule(name)
         if weight:
             linear.weight = nn.Parameter(weight(name), requires_grad=False)
+            samples[name] = sample(linear.weight)
         W = linear.weight.detach()
-        samples[name] = sample(W)
         A, B, A0, B0, Aq, Bq = split(A, B, seen.get(name), info)
         A, B = (M.to(W.device, wide(W).dtype) for M in (A, B))
         frozen = freeze(W, Aq, Bq, info)
         base = W.cpu() if keep_base and frozen is not W else None
         put(net, name, PissaLinear(linear, frozen, A, B, A0, B0, Aq, Bq, base))
         del W, linear                    # freed before the next one is asked for
-    base = digest(samples)
-    check_fingerprint(directory, info, base)
+    if weight:
+        found = digest(samples)
+        check_fingerprint(directory, info, found)
     net.pissa = dict(info) if info else {"method": "lora", "rank": config["r"], "niter": None,
-                                         "seed": None, "base": base}
+                                         "seed": None, "base": found}
     net.pissa.pop("seen", None)
     if "codes" in net.pissa:
         net.pissa["codes"] = checksum(nf4_sums(net))

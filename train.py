@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -342,11 +343,13 @@ def summarise(rows, before, after, args, seconds, device):
         print(f"peak GPU memory {summary['peak_gpu_bytes'] / 2**30:.1f} GiB")
 
 
-def prepare(net, args, weight=None):
+def prepare(net, args, seconds, weight=None):
     """Make the parameters of args.method trainable: whole weights, an adapter, or a new one.
 
-    weight: as `model.load` gives it, where the network is still to be read.
+    weight: as `model.load` gives it, where the network is still to be read. What it takes goes into
+    seconds["init"].
     """
+    start = time.perf_counter()
     if args.method == "full":
         net.requires_grad_(True)
     elif args.adapter:
@@ -360,6 +363,7 @@ def prepare(net, args, weight=None):
                      weight=weight, quant_iters=args.quant_iters,
                      double_quant=not args.no_double_quant, keep_base=False)
     net.checkpointing = args.checkpointing
+    seconds["init"] = time.perf_counter() - start
 
 
 def advise(net, examples, args):
@@ -382,16 +386,10 @@ def main():
     data.references(test, args.test_data)
     start, full = time.perf_counter(), args.method == "full"
     seconds = {"init": 0.0}
-
-    def adapt(net, weight=None):
-        before = time.perf_counter()
-        prepare(net, args, weight)
-        seconds["init"] = time.perf_counter() - before
-
     # In four bits, the base as a whole may not fit: its layers are quantised while they are read.
     quantised = is_quantised(args.adapter) if args.adapter else args.method in pissa.QUANTISED
     net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype,
-                     adapt if quantised else None)
+                     partial(prepare, args=args, seconds=seconds) if quantised else None)
     if full:                                   # to say now, not after training, what is missing
         check_layout(layout_of(model.find(args.ckpt)), net.config)
     seconds["load"] = time.perf_counter() - start - seconds["init"]
@@ -406,7 +404,7 @@ def main():
     if quantised:
         print(f"step 0: validation loss {before['loss']:.4f}, with the weights in four bits")
     else:
-        adapt(net)
+        prepare(net, args, seconds)
     advise(net, examples, args)
     for layer in net.model.layers if args.compile else ():
         layer.compile()

@@ -19,15 +19,20 @@ import model
 from bench import report
 
 
-def twin(net):
-    """transformers' LlamaForCausalLM on the very tensors of `net`."""
+def llama_config(c, dtype, **more):
+    """transformers' LlamaConfig of a model.Config; more: further settings."""
     import transformers
-    c = net.config
-    config = transformers.LlamaConfig(
+    return transformers.LlamaConfig(
         hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size,
         rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=c.tied,
-        max_position_embeddings=4096, dtype=net.lm_head.weight.dtype)
+        max_position_embeddings=4096, dtype=dtype, **more)
+
+
+def twin(net):
+    """transformers' LlamaForCausalLM on the very tensors of `net`."""
+    import transformers
+    config = llama_config(net.config, net.lm_head.weight.dtype)
     theirs = transformers.LlamaForCausalLM(config).to(net.lm_head.weight.dtype).eval()
     theirs.load_state_dict(net.state_dict(), assign=True)
     return theirs.to(net.lm_head.weight.device).requires_grad_(False)

@@ -141,13 +141,27 @@ def large_table():
                           f"**{exact / 3600:.1f} hours**.") + source(small) + source(large)
 
 
-def demo_figure(result="demo_h200", with_losses="demo_cpu", log=True):
-    """Left: loss of every method at its best rate. Right: accuracy against the learning rate."""
+def panels_of_two(**options):
+    """A figure and its two panels, side by side; options: of pyplot.subplots."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    return plt.subplots(1, 2, figsize=(9.5, 3.4), **options)
+
+
+def keep(figure, name):
+    """Write a figure, in the style of all of them, to bench/figures/."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
+    figure.tight_layout()
+    figure.savefig(ROOT / "bench" / "figures" / f"{name}.png", dpi=130)
+
+
+def demo_figure(result="demo_h200", with_losses="demo_cpu", log=True):
+    """Left: loss of every method at its best rate. Right: accuracy against the learning rate."""
     demo, curves = read(result), read(with_losses)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    figure, (left, right) = panels_of_two()
     for method, best in demo["best"].items():
         draw_losses(left, curves, method, best["lr"])
         scores = by_rate(demo, method, "accuracy")
@@ -161,10 +175,7 @@ def demo_figure(result="demo_h200", with_losses="demo_cpu", log=True):
               ylim=(0, 1) if log else (0, None), title="what the learning rate does")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(10)
-    figure.tight_layout()
-    figure.savefig(ROOT / "bench" / "figures" / f"{result.partition('_')[0]}.png", dpi=130)
+    keep(figure, f"{result.partition('_')[0]}")
 
 
 def draw_losses(axes, result, method, lr, window=5):
@@ -177,10 +188,7 @@ def draw_losses(axes, result, method, lr, window=5):
 
 def quantised_figure():
     """Training losses in four bits, every method at its best rate: the demo, and GSM8K."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, both = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    figure, both = panels_of_two()
     for axes, name, title in zip(both, ("demo4bit_cpu", "gsm8k4bit_h200"), (
             "the demo, tiny model", "GSM8K, SmolLM2-135M")):
         result = read(name)
@@ -188,11 +196,8 @@ def quantised_figure():
             draw_losses(axes, result, method, best["lr"], window=5 if "demo" in name else 15)
         axes.set(xlabel="step", ylabel="training loss", title=title, yscale="log")
         axes.legend(frameon=False, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(10)
     both[1].set(yscale="linear", ylim=(0.55, 0.9))
-    figure.tight_layout()
-    figure.savefig(ROOT / "bench" / "figures" / "quantised.png", dpi=130)
+    keep(figure, "quantised")
 
 
 def svd_table(result="svd_h200"):
@@ -241,10 +246,7 @@ def quant_table():
 
 def quant_figure(rank=16, turns=5):
     """Error reduction of every kind of matrix."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
+    figure, panels = panels_of_two(sharey=True)
     colours = {"QPiSSA": "#c0392b", "QPiSSA, authors'": "#e6a69f", "LoftQ": "#2471a3"}
     for axes, (name, what) in zip(panels, QUANT.items()):
         for i, (method, at) in enumerate(quant_rows(read(name), rank).items()):
@@ -258,12 +260,9 @@ def quant_figure(rank=16, turns=5):
         axes.set(title=f"{what}, rank {rank}, T = {turns}")
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         axes.tick_params(axis="x", length=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(10)
     panels[0].set(ylabel="error reduction, nuclear norm")
     panels[1].legend(frameon=False, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(ROOT / "bench" / "figures" / "quant.png", dpi=130)
+    keep(figure, "quant")
 
 
 def train_table():

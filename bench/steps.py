@@ -29,6 +29,7 @@ from torch import nn
 import model
 import pissa
 from bench import report
+from bench.bench_generate import llama_config
 from train import loss_sum
 
 CUDA = torch.cuda.is_available()
@@ -156,12 +157,7 @@ def peft_twin(config, rank, bits):
     """transformers' network with PEFT's LoRA, on bitsandbytes' Linear4bit for bits 4."""
     import peft
     import transformers
-    c = transformers.LlamaConfig(
-        hidden_size=config.dim, intermediate_size=config.ffn_dim, use_cache=False,
-        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads, vocab_size=config.vocab_size,
-        rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta, tie_word_embeddings=False,
-        max_position_embeddings=4096, attn_implementation="sdpa", dtype=torch.bfloat16)
+    c = llama_config(config, torch.bfloat16, use_cache=False, attn_implementation="sdpa")
     with torch.device("meta"):
         net = transformers.LlamaForCausalLM(c).to(torch.bfloat16)
     net.model.rotary_emb = type(net.model.rotary_emb)(c).to(DEVICE)        # its table is float32
