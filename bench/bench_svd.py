@@ -76,8 +76,8 @@ def measure(matrices, copies, rank, repeats):
     """Seconds for copies x every matrix, and the worst and mean excess, per method."""
     sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     exact = {n: singular_values(W) for n, W in matrices.items()}
-    shapes = {}                              # {shape: copies, each with memory of its own, as in a
-    for W in matrices.values():              # model: the same one again would be in a cache}
+    shapes = {}          # {shape: copies}, each in memory of its own: the same again is in a cache
+    for W in matrices.values():
         shapes.setdefault(W.shape, []).extend(W.clone() for _ in range(copies))
     gaps = {name: [excess(W, exact[n], *method([W], rank)[0]) for n, W in matrices.items()]
             for name, method in METHODS.items()}
@@ -145,6 +145,7 @@ def main():
     p.add_argument("--smollm2", help="model.safetensors: its layers' real weights instead")
     p.add_argument("--ranks", type=int, nargs="+", default=[128])
     p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--copies", type=int, help="of every matrix; as many as there are layers")
     p.add_argument("--out")
     args = p.parse_args()
     if args.smollm2:
@@ -152,11 +153,13 @@ def main():
         with safe_open(args.smollm2, "pt") as f:
             matrices = {n: f.get_tensor(n).float().T.contiguous() for n in f.keys()
                         if ".15." in n and n.endswith("proj.weight")}
-        copies, what = 30, "SmolLM2-135M, the 7 matrices of layer 15, 30 times"
+        copies = args.copies or 30
+        what = f"SmolLM2-135M, the 7 matrices of layer 15, {copies} times"
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         matrices = {n: synthetic(s, device, i) for i, (n, s) in enumerate(LLAMA_7B.items())}
-        copies, what = 32, "Llama-2-7B's 224 shapes, bf16, singular values i^-0.35"
+        copies = args.copies or 32
+        what = f"Llama-2-7B's {7 * copies} shapes, bf16, singular values i^-0.35"
     rows = {str(r): measure(matrices, copies, r, args.repeats) for r in args.ranks}
     result = {"bench": "svd", "matrices": what, "ranks": rows}
     if torch.cuda.is_available():
