@@ -64,7 +64,7 @@ def parser():
         help="what is trained: A and B, on weights in 16 bits (pissa, lora) or in 4 (qpissa, "
         "loftq, qlora), or every weight (full, saved in bfloat16)")
     add("--rank", type=int, default=128, help="r, the width of A and B")
-    add("--niter", type=power_iterations, default=8,
+    add("--niter", type=power_iterations, default=5,
         help="power iterations of the SVD, or: exact")
     add("--quant-iters", type=int, default=5,
         help="qpissa, loftq: at most so many turns of rounding and SVD")

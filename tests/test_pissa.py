@@ -900,3 +900,20 @@ def test_product_is_what_autograd_makes_of_the_equation(method, shape, dtype, au
     for got, want in zip(*results):
         assert got.dtype == want.dtype and got.shape == want.shape
         assert (got - want).norm() <= (1e-12 if dtype == torch.float64 else 1e-2) * want.norm()
+
+
+def test_weights_of_one_shape_are_decomposed_together():
+    """Which inject does on a GPU: the same factors as one by one, within rounding."""
+    linears = pissa.find_linears(small_net(), pissa.TARGETS)
+    first = next(iter(linears))
+    names = pissa.alike(first, linears)
+    assert first == names[0] and len(names) > 1 and len(pissa.alike(first, linears, 1)) == 1
+    assert {linears[n].weight.shape for n in names} == {linears[first].weight.shape}
+    weights = [linears[n].weight.detach() for n in names]
+    o = pissa.Options(4)
+    for W, (A, B) in zip(weights, pissa.principal_alike(weights, o)):
+        for a, b in zip((A, B), pissa.principal(W, o)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert a.is_contiguous()
+        layer = pissa.PissaLinear.from_linear(linears[first], 4, pair=(A, B))
+        assert layer.A.data_ptr() != layer.A0.data_ptr() and torch.equal(layer.A0, A)

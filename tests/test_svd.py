@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY
-from svd import fix_signs, orthonormalise, randomized_svd
+from svd import finite, fix_signs, grouped_svd, orthonormalise, products, randomized_svd
 
 
 def matrix(m, n, decay=0.5, seed=0, batch=()):
@@ -126,7 +126,7 @@ def test_orthonormalise_any_condition(condition):
     W = matrix(200, 20, seed=3)
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)
     Y = ((U * torch.logspace(0, -torch.tensor(condition).log10().item(), 20)) @ Vh).float()
-    Q = orthonormalise(Y)
+    Q = orthonormalise(Y.T)[0].T
     assert_orthonormal(Q, 5e-6)
     assert (Y - Q @ (Q.mT @ Y)).norm() < 1e-5 * Y.norm()     # and spans the columns of Y
 
@@ -203,3 +203,92 @@ def test_tf32_settings_do_not_reach_the_svd(setting):
         assert all(torch.equal(a, b) for a, b in zip(randomized_svd(W, 16), want))
         assert torch.equal(W @ W, allowed)                 # and afterwards it is as it was"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("view", [False, True], ids=["", "transposed"])
+def test_a_group_is_as_one_by_one(dtype, view):
+    Ws = [matrix(150, 130, seed=i, decay=0.2 + i / 2).to(dtype) for i in range(4)]
+    Ws = [W.T for W in Ws] if view else Ws
+    for W, *usv in zip(Ws, *grouped_svd(Ws, 8)):
+        rounding = 1e-10 if dtype == torch.float64 else 1e-4
+        for a, b in zip(usv, randomized_svd(W, 8)):
+            torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
+        assert excess(W, *usv) < 1e-3
+        assert_orthonormal(usv[0])
+        assert_orthonormal(usv[2].mT)
+
+
+def test_a_group_with_members_of_low_rank():
+    """The others are not spoilt by what only one of them needs."""
+    g = torch.Generator().manual_seed(0)
+    low = torch.randn(90, 2, generator=g) @ torch.randn(2, 100, generator=g)
+    Ws = [matrix(90, 100).float(), torch.zeros(90, 100), low]
+    U, S, Vh = grouped_svd(Ws, 6)
+    assert_orthonormal(U)
+    assert_orthonormal(Vh.mT)
+    assert excess(Ws[0], U[0], S[0], Vh[0]) < 1e-3
+    assert S[1].abs().max() == 0
+    torch.testing.assert_close((U[2] * S[2]) @ Vh[2], low, atol=1e-4, rtol=1e-4)
+
+
+def test_a_group_is_deterministic_and_exact_where_asked():
+    Ws = [matrix(60, 70, seed=i) for i in range(3)]
+    for niter in (0, 2, None):
+        for a, b in zip(grouped_svd(Ws, 5, niter=niter), grouped_svd(Ws, 5, niter=niter)):
+            assert torch.equal(a, b)
+    S = grouped_svd(Ws, 5, niter=None)[1]
+    torch.testing.assert_close(S, torch.stack([torch.linalg.svdvals(W)[:5] for W in Ws]))
+    for bad in (Ws[0] * float("nan"), Ws[0].long()):
+        with pytest.raises(ValueError):
+            grouped_svd([*Ws[:2], bad], 5)
+
+
+def spectrum(kind, k):
+    i = torch.arange(1, k + 1, dtype=torch.float64)
+    if kind == "outliers":
+        return torch.cat([torch.tensor([1000., 300, 100]), (i ** -0.35)[:-3]])
+    return {"fast": (-i / 8).exp(), "steep": i ** -2, "step": torch.where(i < 20, 1.0, 0.01)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["outliers", "fast", "steep", "step"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hard_spectra(kind, dtype):
+    """Large singular values beside small ones; the shift must not let the small ones stand out."""
+    U, _, Vh = torch.linalg.svd(matrix(300, 350), full_matrices=False)
+    W = ((U * spectrum(kind, 300)) @ Vh).to(dtype)
+    assert excess(W, *randomized_svd(W, 32)) < 1e-3
+
+
+def test_the_shift_helps():
+    """The same iterations without it, and orthonormalised by Householder, end twice as far off."""
+    W = matrix(300, 300, decay=0.3)
+    Q = torch.linalg.qr(W @ torch.randn(300, 48, generator=torch.Generator().manual_seed(0),
+                                        dtype=W.dtype)).Q
+    for _ in range(4):
+        Q = torch.linalg.qr(W @ (W.T @ Q)).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+    plain = excess(W, Q @ U[:, :16], S[:16], Vh[:16])
+    assert excess(W, *randomized_svd(W, 16, niter=4)) < plain / 2
+
+
+def test_finite():
+    large = torch.full((8, 8), 3e38)
+    assert finite(large) and not large.sum().isfinite()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        W = large.clone()
+        W[3, 4] = bad
+        assert not finite(W)
+    assert not finite(torch.tensor([[float("inf"), -float("inf")]]))
+    assert finite(torch.full((300, 300), 6e4).half())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tensor cores")
+def test_products_of_bfloat16_on_a_gpu():
+    Ws = [matrix(256, 320, seed=i).bfloat16().cuda() for i in range(3)]
+    P = torch.linalg.qr(torch.randn(3, 256, 32, device="cuda")).Q.mT.contiguous()
+    want = P.double() @ torch.stack(Ws).double()
+    for rough, tolerance in ((True, 1e-2), (False, 2e-6)):
+        assert (products(P, Ws, rough) - want).norm() < tolerance * want.norm()
+    for W, *usv in zip(Ws, *grouped_svd(Ws, 16)):
+        assert excess(W.cpu(), *(M.cpu() for M in usv)) < 1e-3
