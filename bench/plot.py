@@ -4,9 +4,16 @@ Rewrites what stands between <!-- NAME --> and <!-- end --> in README.md (and in
 README.md), and the pictures in bench/figures/. Nothing there is typed by hand.
 """
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
+import model
+from plan import Job, memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -200,6 +207,41 @@ def quantised_figure():
     keep(figure, "quantised")
 
 
+def scale_figure():
+    """Seconds to decompose, seconds and memory of a step, each against what it depends on."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    result = read("scale_h200")
+    figure, grid = plt.subplots(3, 3, figsize=(9.5, 8.4))
+    for axes, axis in zip(grid[0], ("rank", "width", "matrices")):
+        rows = [r for r in result["init"] if r["axis"] == axis]
+        axes.plot([r["value"] for r in rows], [r["seconds"] for r in rows], "o-", color="#444444",
+                  markersize=4)
+        axes.set(xlabel=axis, ylabel="seconds to decompose")
+    for column, axis in enumerate(("rank", "length", "depth")):
+        for kind in dict.fromkeys(r["kind"] for r in result["step"]):
+            rows = [r for r in result["step"] if (r["axis"], r["kind"]) == (axis, kind)]
+            x, style = [r["value"] for r in rows], {
+                "color": COLOURS["qlora" if "four" in kind else "pissa"],
+                "markerfacecolor": "none" if "checkpointing" in kind else None, "markersize": 4}
+            grid[1, column].plot(x, [r["seconds"] for r in rows], "o-", **style, label=kind)
+            grid[2, column].plot(x, [r["peak_gib"] for r in rows], "o", **style, label=kind)
+            grid[2, column].plot(x, [r["planned_gib"] for r in rows], color=style["color"],
+                                 linewidth=1, linestyle=":" if "checkpointing" in kind else "-")
+        grid[1, column].set(xlabel=axis, ylabel="seconds a step")
+        grid[2, column].set(xlabel=axis, ylabel="peak GiB (lines: planned)")
+    for axes in grid.flat:
+        values = axes.lines[0].get_xdata()
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(values, [str(v) for v in values], fontsize=7)
+        axes.set_xticks([], minor=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[1, 0].legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(ROOT / "bench" / "figures" / "scale.png", dpi=130)
+
+
 def svd_table(result="svd_h200"):
     """Seconds and excess residual for the matrices of a whole model."""
     svd = read(result)
@@ -282,6 +324,64 @@ def demo_output():
     return "```\n" + text[text.index("step 0:"):].rstrip() + "\n```"
 
 
+def plan_rows():
+    """[(what was measured, its Job, GiB measured, the moment if it is not the peak)]."""
+    seven, steps, made = read("train_7b_h200")["runs"], read("nf4_h200"), read("nf4_70b_h200")
+    config = model.Config()
+    large = model.Config(8192, 80, 64, 8, 128256, 28672)
+    smol = model.Config(576, 30, 9, 3, 49152, 1536, tied=True)
+    rows = [(f"Llama-2-7B, pissa, 8 x 512, {name}",
+             Job(config, "pissa", 64, checkpointing=name == "checkpointing",
+                 compiled=name == "compile"), run["peak_gpu_gib"], None)
+            for name, run in seven.items()]
+    before = steps["step"]["our model"]["gib_before"]          # cuBLAS's workspaces, left out there
+    for name, ours in {"eager": "ours", "checkpointing": "ours, checkpointing",
+                       "compile": "ours, compiled"}.items():
+        rows.append((f"Llama-2-7B, qlora, 8 x 512, {name}",
+                     Job(config, "qlora", 64, checkpointing=name == "checkpointing",
+                         compiled=name == "compile"), steps["step"][ours]["peak_gib"] + before,
+                     None))
+    for name, c, part in ("Llama-2-7B", config, steps["memory"]), (
+            "Llama-3-70B", large, made["seventy"]):
+        job = Job(c, "qpissa", 64, rows=1, checkpointing=True)
+        rows += [(f"{name}, qpissa, 1 x 512, checkpointing", job,
+                  part["1 x 512, checkpointing"]["peak_gib"], None),
+                 (f"{name}, qpissa, loading", job, part["model"]["peak_gib"], "loading")]
+    for method, result in ("lora", "gsm8k_h200"), ("full", "gsm8k_h200"), (
+            "qpissa", "gsm8k4bit_h200"):
+        # Seed 0's fullest batch: 511 positions, and 4,652 of the tokens are of answers.
+        gib = min(r["peak_gpu_gib"] for r in read(result)["runs"]
+                  if r["method"] == method and r["seed"] == 0 and "peak_gpu_gib" in r)
+        rows.append((f"SmolLM2-135M, {method}, GSM8K, 32 x 511",
+                     Job(smol, method, 32, rows=32, length=511, learnt=4652), gib, None))
+    for _, job, _, _ in rows:
+        job.accumulate = False
+    return rows
+
+
+def plan_table():
+    """The planned peak beside the measured one."""
+    rows = []
+    for name, job, measured, moment in plan_rows():
+        moments = memory(job)[2]
+        planned = (moments[moment] if moment else max(moments.values())) / 2**30
+        rows.append([name, f"{planned:.1f} GiB", f"{measured:.1f} GiB",
+                     f"{planned / measured - 1:+.1%}"])
+    return table(["on one H200", "planned", "measured", ""], rows)
+
+
+def plan_output():
+    """What `--plan` prints where nothing but Llama-2-7B's params.json is there."""
+    with tempfile.TemporaryDirectory() as there:
+        (folder := Path(there) / "llama2-7b").mkdir()
+        (folder / "params.json").write_text(json.dumps(model.meta_params(model.Config())))
+        words = "train.py --ckpt llama2-7b --rank 64 --plan"
+        done = subprocess.run([sys.executable, ROOT / words.split()[0], *words.split()[1:]],
+                              cwd=there, capture_output=True, text=True, check=True,
+                              env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    return f"```\n$ python {words}\n{done.stdout}```"
+
+
 def tiny_text():
     """How checkpoints/tiny was pretrained."""
     p = read("pretrain_tiny")
@@ -298,7 +398,7 @@ def main():
              "train": train_table(), "tiny": tiny_text(), "demo-output": demo_output(),
              "gsm8k": gsm8k_table(), "generate": generate_table(), "nf4": nf4_table(),
              "large": large_table(), "quantised-training": quantised_training_table(),
-             "quant": quant_table()}
+             "quant": quant_table(), "plan": plan_table(), "plan-output": plan_output()}
     for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
         text = path.read_text()
         for name, part in parts.items():
@@ -309,6 +409,8 @@ def main():
     demo_figure("gsm8k_h200", "gsm8k_h200", log=False)
     quantised_figure()
     quant_figure()
+    if (RESULTS / "scale_h200.json").exists():
+        scale_figure()
 
 
 if __name__ == "__main__":
