@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
+import data
 import model
 import nf4
 import pissa
@@ -36,7 +36,9 @@ JOBS = {
     "full, autocast": plan.Job(WIDE, "full"),
     "checkpointing": plan.Job(WIDE, "pissa", 4, dtype=torch.float32, checkpointing=True),
     "qpissa, checkpointing": plan.Job(WIDE, "qpissa", 4, checkpointing=True)}
-JOBS = {name: replace(job, rows=3, length=64, learnt=50) for name, job in JOBS.items()}
+JOBS = {name: replace(job, rows=3, length=64, text=150, learnt=50) for name, job in JOBS.items()}
+JOBS["not packed"] = replace(JOBS["bfloat16"], packed=False)
+JOBS["no padding"] = replace(JOBS["bfloat16"], text=None, learnt=None)
 
 
 class Norm(torch.autograd.Function):
@@ -58,7 +60,8 @@ class Norm(torch.autograd.Function):
 def like_a_gpu(monkeypatch):
     """What fused kernels do not need is not made: norms, and weights in four bits."""
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda m, x: Norm.apply(x, m.weight, m.eps))
-    monkeypatch.setattr(nf4, "dequantize", lambda Q, dtype: torch.zeros(Q.shape, dtype=dtype))
+    monkeypatch.setattr(nf4.NF4, "dequantize", lambda Q, dtype=None: torch.zeros(
+        Q.shape, dtype=dtype or Q.dtype))
 
 
 def network(job):
@@ -72,13 +75,17 @@ def network(job):
 
 
 def loss(net, job):
-    """The training loss as train.py computes it."""
-    tokens = torch.randint(101, (job.rows, job.length))
-    labels = tokens.clone().flatten()
-    labels[job.labels:] = -100
+    """The training loss as train.py computes it, of a micro-batch with that much text."""
+    examples, text, learnt = [], job.text or job.cells, job.labels
+    for below in reversed(range(job.rows)):                # rows below want a token at least
+        n = min(job.length, text - below)
+        examples.append((torch.randint(101, (n + 1,)).tolist(), n + 1 - min(n, learnt)))
+        text, learnt = text - n, max(0, learnt - n)
+    (tokens, labels, real), = data.micro_batches(examples, job.cells)
+    assert (len(real), (labels != -100).sum()) == (job.text or job.cells, job.labels)
     mixed = job.full and job.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
-        return train.loss_sum(net, tokens, labels.view_as(tokens))
+        return train.loss_sum(net, tokens, labels, real if job.packed else None)
 
 
 class Alive(TorchDispatchMode):
@@ -110,30 +117,63 @@ class Alive(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_kept_is_what_autograd_saves(name):
-    job, kept = JOBS[name], {}
-    net = network(job)
-    net.checkpointing = job.checkpointing
-    own = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}
+def saved(net, job):
+    """Bytes of the floating-point tensors, parameters aside, that autograd keeps for backward."""
+    own, seen = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}, []
 
     def pack(t):
-        storage = t.untyped_storage()                 # held, or its address could be another's
-        kept[storage._cdata] = storage
+        seen.append(weakref.ref(t))
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss(net, replace(job, learnt=1)) if job.full else loss(net, job)
-    counted = sum(s.nbytes() for key, s in kept.items() if key not in own)
-    counted -= 4 * (1 if job.full else job.labels) * 101        # log(softmax), which is in "loss"
-    counted += job.checkpointing * 8 * job.length * job.config.head_dim      # RoPE, held elsewhere
-    assert counted == pytest.approx(plan.memory(job)[1]["kept for backward"], rel=0.03)
+        value = loss(net, job)
+    alive = [t for t in (ref() for ref in seen) if t is not None and t.is_floating_point()]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive}
+    assert value.requires_grad
+    return sum(size for key, size in storages.items() if key not in own)
+
+
+class Flops(TorchDispatchMode):
+    """FLOPs of the products. FlopCounterMode has hooks that autograd.grad does not allow."""
+    total = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out, packet = f(*args, **(kwargs or {})), f.overloadpacket
+        packet = torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet
+        if packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_kept_is_what_autograd_saves(name):
+    job = JOBS[name]
+    net, c = network(job), job.config
+    net.checkpointing = job.checkpointing
+    counted = saved(net, job)
+    counted += 8 * job.tokens * c.head_dim * job.checkpointing             # RoPE, held elsewhere
+    counted -= 4 * c.vocab_size * c.dim * job.full                         # planned in "loss"
+    # What the last norm divides by is left out, and so are the first layer's four bytes too many.
+    counted -= 4 * job.tokens * (job.full or job.checkpointing)
+    assert counted == plan.memory(job)[1]["kept for backward"]
+
+
+@pytest.mark.parametrize("method", ["pissa", "qlora"])
+def test_kept_by_compiled_layers(method, monkeypatch):
+    monkeypatch.undo()                           # norms are written out in what is compiled
+    job = replace(JOBS["bfloat16"], config=WIDE, method=method, rank=4, compiled=True)
+    net = network(job)
+    for layer in net.model.layers:
+        layer.compile(backend="aot_eager_decomp_partition")          # the partition of inductor
+    counted = saved(net, job) - (4 - 2) * job.tokens * WIDE.dim      # the last norm's, on a CPU
+    counted += 3 * 2 * 4 * WIDE.dim          # A of the first q, k and v, whose x wants no gradient
+    assert counted == plan.memory(job)[1]["kept for backward"]
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("name", JOBS)
 def test_the_peak_is_what_is_alive(name, accumulate):
-    job = replace(JOBS[name], accumulate=accumulate, rows=4, length=128, learnt=200)
+    job = replace(JOBS[name], accumulate=accumulate, rows=4, length=128, text=450, learnt=200)
     net = network(job)
     net.checkpointing = job.checkpointing
     params, alive = [p for p in net.parameters() if p.requires_grad], Alive()
@@ -144,7 +184,30 @@ def test_the_peak_is_what_is_alive(name, accumulate):
         for _ in range(1 + accumulate):
             loss(net, job).backward()
     planned = max(v for k, v in plan.memory(job)[2].items() if k != "loading") - plan.CUBLAS
-    assert moments and planned == pytest.approx(alive.most, rel=0.1 if job.full else 0.06)
+    assert moments and planned == pytest.approx(alive.most, rel=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_takes_a_chunk_of_logits(dtype, monkeypatch):
+    for module in (plan, train):
+        monkeypatch.setattr(module, "CHUNK", 60 * 20000)
+    config = replace(SMALL, vocab_size=20000)
+    job = replace(JOBS["lora"], config=config, dtype=dtype, length=128, text=None, learnt=300,
+                  accumulate=False)
+    net, alive = network(job), Alive()
+    for t in net.parameters():
+        alive.add(t)
+    with alive:
+        loss(net, job).backward()
+    held, moments = plan.memory(job)[1:]
+    assert held["loss"] == 12 * 60 * 20000 + dtype.itemsize * 300 * 48
+    planned = moments["the end of forward"]
+    assert planned == max(v for k, v in moments.items() if k != "loading")
+    assert planned - held["AdamW's moments"] - plan.CUBLAS == pytest.approx(alive.most, rel=0.01)
+
+
+def test_the_chunk_is_that_of_training():
+    assert plan.CHUNK == train.CHUNK
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -185,26 +248,18 @@ def test_flops_are_those_counted(name):
     net, expected = network(job), plan.flops(job)
     net.checkpointing = job.checkpointing
     # Plain attention computes the whole square of scores, and in backward no scores again.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        value = loss(net, job)
-        forward = counter.get_total_flops()
-        value.backward()
-    attention = expected["attention"]
-    assert forward == pytest.approx(job.tokens * (expected["forward"] + attention), rel=1e-6)
-    backward = expected["backward"] + (4 - 2.5) * attention
-    again = expected["recomputation"] + job.checkpointing * attention
-    counted = counter.get_total_flops() - forward
-    assert counted == pytest.approx(job.tokens * (backward + again), rel=0.03 * job.checkpointing
-                                    or 1e-6)
+    with Flops() as counter, sdpa_kernel(SDPBackend.MATH):
+        loss(net, job).backward()
+    attention, again = expected["attention"], expected["recomputation"]
+    total = (expected["forward"] + attention + expected["backward"] + (4 - 2.5) * attention
+             + again + job.checkpointing * attention)
+    assert counter.total == pytest.approx(job.tokens * total, rel=0.03 * (again > 0)
+                                                      or 1e-6)
 
 
-def test_what_was_measured_on_a_gpu():
-    rows = plot.plan_rows()
-    assert len(rows) > 10
-    for name, job, gib, moment in rows:
-        moments = plan.memory(job)[2]
-        planned = (moments[moment] if moment else max(moments.values())) / 2**30
-        assert planned == pytest.approx(gib, rel=0.04), name
+@pytest.mark.parametrize("name, job, gib, moment", plot.plan_rows())
+def test_what_was_measured_on_a_gpu(name, job, gib, moment):
+    assert plot.planned_gib(job, moment) == pytest.approx(gib, rel=0.1), name
 
 
 @pytest.fixture
@@ -222,7 +277,8 @@ def test_command_without_weights_or_data(llama2):
     text = command(train.main, "--ckpt", "llama2", "--rank", 64, "--data", "none.jsonl", "--plan")
     assert re.search(r"frozen matrices +6,476,005,376 +12\.06\n", text)
     assert re.search(r"trained, float32 +159,907,840 +0\.60\n", text)
-    assert "expected peak  35.6 GiB, at the beginning of backward" in text
+    assert "expected peak  35.6 GiB, at the end of forward" in text
+    assert "parameters     6,898,323,456, 159,907,840 of them trained (2.32%)" in text
     assert "--checkpointing" in text and "forward again" not in text
     assert [f.name for f in llama2.iterdir()] == ["llama2"]                # nothing is written
     text = command(train.main, "--ckpt", "llama2", "--plan", "--checkpointing", "--micro-batch", 1,
