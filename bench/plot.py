@@ -148,12 +148,17 @@ def large_table():
                           f"**{exact / 3600:.1f} hours**.") + source(small) + source(large)
 
 
-def panels_of_two(**options):
-    """A figure and its two panels, side by side; options: of pyplot.subplots."""
+def panels(rows, columns, height, **options):
+    """A figure and its panels, of that height in inches; options: of pyplot.subplots."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    return plt.subplots(1, 2, figsize=(9.5, 3.4), **options)
+    return plt.subplots(rows, columns, figsize=(9.5, height * rows), **options)
+
+
+def panels_of_two(**options):
+    """A figure and its two panels, side by side."""
+    return panels(1, 2, 3.4, **options)
 
 
 def keep(figure, name):
@@ -209,26 +214,27 @@ def quantised_figure():
 
 def scale_figure():
     """Seconds to decompose, seconds and memory of a step, each against what it depends on."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     result = read("scale_h200")
-    figure, grid = plt.subplots(3, 3, figsize=(9.5, 8.4))
-    for axes, axis in zip(grid[0], ("rank", "width", "matrices")):
+    figure, grid = panels(3, 3, 2.8)
+    for column, axis in enumerate(("rank", "width", "matrices")):
         rows = [r for r in result["init"] if r["axis"] == axis]
-        axes.plot([r["value"] for r in rows], [r["seconds"] for r in rows], "o-", color="#444444",
-                  markersize=4)
-        axes.set(xlabel=axis, ylabel="seconds to decompose")
+        grid[0, column].plot([r["value"] for r in rows], [r["seconds"] for r in rows], "o-",
+                             color="#444444", markersize=4)
+        grid[0, column].set(xlabel=axis, ylabel="seconds to decompose")
+    kinds = dict.fromkeys((r["method"], r["checkpointing"]) for r in result["step"])
     for column, axis in enumerate(("rank", "length", "depth")):
-        for kind in dict.fromkeys(r["kind"] for r in result["step"]):
-            rows = [r for r in result["step"] if (r["axis"], r["kind"]) == (axis, kind)]
+        for method, checkpointing in kinds:
+            rows = [r for r in result["step"] if axis == r["axis"]
+                    and (r["method"], r["checkpointing"]) == (method, checkpointing)]
             x, style = [r["value"] for r in rows], {
-                "color": COLOURS["qlora" if "four" in kind else "pissa"],
-                "markerfacecolor": "none" if "checkpointing" in kind else None, "markersize": 4}
-            grid[1, column].plot(x, [r["seconds"] for r in rows], "o-", **style, label=kind)
-            grid[2, column].plot(x, [r["peak_gib"] for r in rows], "o", **style, label=kind)
+                "color": COLOURS["qpissa" if method == "lora" else "qlora"], "markersize": 4,
+                "markerfacecolor": "none" if checkpointing else None}
+            name = ("four bits" if method == "qlora" else "bfloat16") + (
+                ", checkpointing" if checkpointing else "")
+            grid[1, column].plot(x, [r["seconds"] for r in rows], "o-", **style, label=name)
+            grid[2, column].plot(x, [r["peak_gib"] for r in rows], "o", **style, label=name)
             grid[2, column].plot(x, [r["planned_gib"] for r in rows], color=style["color"],
-                                 linewidth=1, linestyle=":" if "checkpointing" in kind else "-")
+                                 linewidth=1, linestyle=":" if checkpointing else "-")
         grid[1, column].set(xlabel=axis, ylabel="seconds a step")
         grid[2, column].set(xlabel=axis, ylabel="peak GiB (lines: planned)")
     for axes in grid.flat:
@@ -236,10 +242,8 @@ def scale_figure():
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(values, [str(v) for v in values], fontsize=7)
         axes.set_xticks([], minor=True)
-        axes.spines[["top", "right"]].set_visible(False)
     grid[1, 0].legend(frameon=False, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(ROOT / "bench" / "figures" / "scale.png", dpi=130)
+    keep(figure, "scale")
 
 
 def svd_table(result="svd_h200"):
@@ -325,49 +329,48 @@ def demo_output():
 
 
 def plan_rows():
-    """[(what was measured, its Job, GiB measured, the moment if it is not the peak)]."""
-    seven, steps, made = read("train_7b_h200")["runs"], read("nf4_h200"), read("nf4_70b_h200")
-    config = model.Config()
-    large = model.Config(8192, 80, 64, 8, 128256, 28672)
-    smol = model.Config(576, 30, 9, 3, 49152, 1536, tied=True)
-    rows = [(f"Llama-2-7B, pissa, 8 x 512, {name}",
-             Job(config, "pissa", 64, checkpointing=name == "checkpointing",
-                 compiled=name == "compile"), run["peak_gpu_gib"], None)
-            for name, run in seven.items()]
-    before = steps["step"]["our model"]["gib_before"]          # cuBLAS's workspaces, left out there
-    for name, ours in {"eager": "ours", "checkpointing": "ours, checkpointing",
-                       "compile": "ours, compiled"}.items():
-        rows.append((f"Llama-2-7B, qlora, 8 x 512, {name}",
-                     Job(config, "qlora", 64, checkpointing=name == "checkpointing",
-                         compiled=name == "compile"), steps["step"][ours]["peak_gib"] + before,
-                     None))
-    for name, c, part in ("Llama-2-7B", config, steps["memory"]), (
-            "Llama-3-70B", large, made["seventy"]):
-        job = Job(c, "qpissa", 64, rows=1, checkpointing=True)
-        rows += [(f"{name}, qpissa, 1 x 512, checkpointing", job,
-                  part["1 x 512, checkpointing"]["peak_gib"], None),
-                 (f"{name}, qpissa, loading", job, part["model"]["peak_gib"], "loading")]
-    for method, result in ("lora", "gsm8k_h200"), ("full", "gsm8k_h200"), (
-            "qpissa", "gsm8k4bit_h200"):
-        # Seed 0's fullest batch: 511 positions, and 4,652 of the tokens are of answers.
-        gib = min(r["peak_gpu_gib"] for r in read(result)["runs"]
-                  if r["method"] == method and r["seed"] == 0 and "peak_gpu_gib" in r)
-        rows.append((f"SmolLM2-135M, {method}, GSM8K, 32 x 511",
-                     Job(smol, method, 32, rows=32, length=511, learnt=4652), gib, None))
-    for _, job, _, _ in rows:
-        job.accumulate = False
+    """[(what was measured, its Job, GiB measured, the moment if it is not the peak of a step)]."""
+    small, large, rows = read("nf4_h200"), read("nf4_70b_h200"), []
+    for name, config, part in ("Llama-2-7B", model.Config(), small["memory"]), (
+            "Llama-3-70B", model.Config(8192, 80, 64, 8, 128256, 28672), large["seventy"]):
+        rows.append((f"{name}, qpissa, rank 64, loading", Job(config, "qpissa", 64),
+                     part["model"]["peak_gib"], "loading"))
+    if not (RESULTS / "scale_h200.json").exists():
+        return rows
+    result = read("scale_h200")
+    for r in result["seven"] + result["step"]:
+        job = Job(model.Config(n_layers=r["layers"]), r["method"], r["rank"], accumulate=False)
+        what = f"Llama-2-7B, {r['layers']} layers, {r['method']}, rank {r['rank']}, "
+        if "loading_gib" in r:
+            rows.append((what + "loading", job, r["loading_gib"], "loading"))
+            continue
+        job.rows, job.length, job.checkpointing = r["rows"], r["length"], r["checkpointing"]
+        rows.append((f"{what}{r['rows']} x {r['length']}" + ", checkpointing" * r["checkpointing"],
+                     job, r["peak_gib"], None))
     return rows
 
 
+def planned_gib(job, moment):
+    """GiB at a moment, or at most while a step is taken."""
+    moments = memory(job)[2]
+    loading = moments.pop("loading")
+    return (loading if moment else max(moments.values())) / 2**30
+
+
 def plan_table():
-    """The planned peak beside the measured one."""
-    rows = []
-    for name, job, measured, moment in plan_rows():
-        moments = memory(job)[2]
-        planned = (moments[moment] if moment else max(moments.values())) / 2**30
-        rows.append([name, f"{planned:.1f} GiB", f"{measured:.1f} GiB",
-                     f"{planned / measured - 1:+.1%}"])
-    return table(["on one H200", "planned", "measured", ""], rows)
+    """The planned peak beside the measured one, of whole networks; then what it depends on."""
+    lines, rows = [], plan_rows()
+    for name, job, measured, moment in rows:
+        if job.config.n_layers > 16:
+            planned = planned_gib(job, moment)
+            lines.append([name, f"{planned:.1f} GiB", f"{measured:.1f} GiB",
+                          f"{planned / measured - 1:+.1%}"])
+    text = table(["on one H200", "planned", "measured", ""], lines) + source(read("nf4_h200"))
+    text += source(read("nf4_70b_h200"))
+    if len(rows) == 2:
+        return text
+    return text + source(read("scale_h200")) + (
+        "\n\n![Time and memory against rank, length and depth](bench/figures/scale.png)")
 
 
 def plan_output():
