@@ -84,7 +84,8 @@ def rotate(x, cos, sin):
 
 def unpack(x, real, B, T):
     """(1, H, P, K), of whose P positions `real` says where in B x T they are -> (B, H, T, K)."""
-    cells = x.new_zeros(B * T, x.shape[1], x.shape[3]).index_copy(0, real, x[0].transpose(0, 1))
+    cells = x.new_zeros(B * T, x.shape[1], x.shape[3])
+    cells[real] = x[0].transpose(0, 1)      # index_copy would keep what it copies for backward
     return cells.unflatten(0, (B, T)).transpose(1, 2)
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import data
 import model
 import pissa
+import plan
 from adapter import written
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, check_ranges, complete, describe, is_quantised, load_model, run
@@ -102,6 +103,7 @@ def parser():
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the frozen weights (default: bfloat16 on a GPU that has it, else float32)")
+    add("--plan", action="store_true", help="print the memory and the FLOPs it takes, and stop")
     for action in p._actions:
         stated = action.dest == "help" or "default" in action.help
         if type(action.default) in (int, float, str) and not stated:
@@ -380,6 +382,8 @@ def advise(net, examples, args):
 def main():
     """Load, look, inject, train, save, look again."""
     begin, args = time.perf_counter(), arguments()
+    if args.plan:                               # before anything is read
+        return plan.show(args)
     tok = data.Tokenizer(model.find(args.ckpt))
     examples, val, val_texts = read_data(args, tok)
     test = data.read(args.test_data, args.fields) if args.test_data else []

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 
-def report(result, out=None):
-    """Add what is needed to repeat the measurement, print one JSON line, write it to `out`."""
+def stamped(result, out=None):
+    """The result and what is needed to repeat the measurement, as a JSON line; also in `out`."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (
         f"{torch.get_num_threads()} threads of {platform.machine()}")
@@ -18,6 +18,11 @@ def report(result, out=None):
     command = f"python -m bench.{Path(sys.argv[0]).stem} {shlex.join(words)}"
     line = json.dumps({**result, "command": command, "commit": git.stdout.strip() or None,
                        "device": device, "torch": torch.__version__})
-    print(line)
     if out:
         Path(out).write_text(line + "\n")
+    return line
+
+
+def report(result, out=None):
+    """Print that line, and write it to `out`."""
+    print(stamped(result, out))

@@ -4,9 +4,16 @@ Rewrites what stands between <!-- NAME --> and <!-- end --> in README.md (and in
 README.md), and the pictures in bench/figures/. Nothing there is typed by hand.
 """
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
+import model
+from plan import Job, memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -141,12 +148,17 @@ def large_table():
                           f"**{exact / 3600:.1f} hours**.") + source(small) + source(large)
 
 
-def panels_of_two(**options):
-    """A figure and its two panels, side by side; options: of pyplot.subplots."""
+def panels(rows, columns, height, **options):
+    """A figure and its panels, of that height in inches; options: of pyplot.subplots."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    return plt.subplots(1, 2, figsize=(9.5, 3.4), **options)
+    return plt.subplots(rows, columns, figsize=(9.5, height * rows), **options)
+
+
+def panels_of_two(**options):
+    """A figure and its two panels, side by side."""
+    return panels(1, 2, 3.4, **options)
 
 
 def keep(figure, name):
@@ -198,6 +210,40 @@ def quantised_figure():
         axes.legend(frameon=False, fontsize=9)
     both[1].set(yscale="linear", ylim=(0.55, 0.9))
     keep(figure, "quantised")
+
+
+def scale_figure():
+    """Seconds to decompose, seconds and memory of a step, each against what it depends on."""
+    result = read("scale_h200")
+    figure, grid = panels(3, 3, 2.8)
+    for column, axis in enumerate(("rank", "width", "matrices")):
+        rows = [r for r in result["init"] if r["axis"] == axis]
+        grid[0, column].plot([r["value"] for r in rows], [r["seconds"] for r in rows], "o-",
+                             color="#444444", markersize=4)
+        grid[0, column].set(xlabel=axis, ylabel="seconds to decompose")
+    kinds = dict.fromkeys((r["method"], r["checkpointing"]) for r in result["step"])
+    for column, axis in enumerate(("rank", "length", "depth")):
+        for method, checkpointing in kinds:
+            rows = [r for r in result["step"] if axis == r["axis"]
+                    and (r["method"], r["checkpointing"]) == (method, checkpointing)]
+            x, style = [r["value"] for r in rows], {
+                "color": COLOURS["qpissa" if method == "lora" else "qlora"], "markersize": 4,
+                "markerfacecolor": "none" if checkpointing else None}
+            name = ("four bits" if method == "qlora" else "bfloat16") + (
+                ", checkpointing" if checkpointing else "")
+            grid[1, column].plot(x, [r["seconds"] for r in rows], "o-", **style, label=name)
+            grid[2, column].plot(x, [r["peak_gib"] for r in rows], "o", **style, label=name)
+            grid[2, column].plot(x, [r["planned_gib"] for r in rows], color=style["color"],
+                                 linewidth=1, linestyle=":" if checkpointing else "-")
+        grid[1, column].set(xlabel=axis, ylabel="seconds a step")
+        grid[2, column].set(xlabel=axis, ylabel="peak GiB (lines: planned)")
+    for axes in grid.flat:
+        values = axes.lines[0].get_xdata()
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(values, [str(v) for v in values], fontsize=7)
+        axes.set_xticks([], minor=True)
+    grid[1, 0].legend(frameon=False, fontsize=7)
+    keep(figure, "scale")
 
 
 def svd_table(result="svd_h200"):
@@ -282,6 +328,63 @@ def demo_output():
     return "```\n" + text[text.index("step 0:"):].rstrip() + "\n```"
 
 
+def plan_rows():
+    """[(what was measured, its Job, GiB measured, the moment if it is not the peak of a step)]."""
+    small, large, rows = read("nf4_h200"), read("nf4_70b_h200"), []
+    for name, config, part in ("Llama-2-7B", model.Config(), small["memory"]), (
+            "Llama-3-70B", model.Config(8192, 80, 64, 8, 128256, 28672), large["seventy"]):
+        rows.append((f"{name}, qpissa, rank 64, loading", Job(config, "qpissa", 64),
+                     part["model"]["peak_gib"], "loading"))
+    if not (RESULTS / "scale_h200.json").exists():
+        return rows
+    result = read("scale_h200")
+    for r in result["seven"] + result["step"]:
+        job = Job(model.Config(n_layers=r["layers"]), r["method"], r["rank"], accumulate=False)
+        what = f"Llama-2-7B, {r['layers']} layers, {r['method']}, rank {r['rank']}, "
+        if "loading_gib" in r:
+            rows.append((what + "loading", job, r["loading_gib"], "loading"))
+            continue
+        job.rows, job.length, job.checkpointing = r["rows"], r["length"], r["checkpointing"]
+        rows.append((f"{what}{r['rows']} x {r['length']}" + ", checkpointing" * r["checkpointing"],
+                     job, r["peak_gib"], None))
+    return rows
+
+
+def planned_gib(job, moment):
+    """GiB at a moment, or at most while a step is taken."""
+    moments = memory(job)[2]
+    loading = moments.pop("loading")
+    return (loading if moment else max(moments.values())) / 2**30
+
+
+def plan_table():
+    """The planned peak beside the measured one, of whole networks; then what it depends on."""
+    lines, rows = [], plan_rows()
+    for name, job, measured, moment in rows:
+        if job.config.n_layers > 16:
+            planned = planned_gib(job, moment)
+            lines.append([name, f"{planned:.1f} GiB", f"{measured:.1f} GiB",
+                          f"{planned / measured - 1:+.1%}"])
+    text = table(["on one H200", "planned", "measured", ""], lines) + source(read("nf4_h200"))
+    text += source(read("nf4_70b_h200"))
+    if len(rows) == 2:
+        return text
+    return text + source(read("scale_h200")) + (
+        "\n\n![Time and memory against rank, length and depth](bench/figures/scale.png)")
+
+
+def plan_output():
+    """What `--plan` prints where nothing but Llama-2-7B's params.json is there."""
+    with tempfile.TemporaryDirectory() as there:
+        (folder := Path(there) / "llama2-7b").mkdir()
+        (folder / "params.json").write_text(json.dumps(model.meta_params(model.Config())))
+        words = "train.py --ckpt llama2-7b --rank 64 --plan"
+        done = subprocess.run([sys.executable, ROOT / words.split()[0], *words.split()[1:]],
+                              cwd=there, capture_output=True, text=True, check=True,
+                              env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    return f"```\n$ python {words}\n{done.stdout}```"
+
+
 def tiny_text():
     """How checkpoints/tiny was pretrained."""
     p = read("pretrain_tiny")
@@ -298,7 +401,7 @@ def main():
              "train": train_table(), "tiny": tiny_text(), "demo-output": demo_output(),
              "gsm8k": gsm8k_table(), "generate": generate_table(), "nf4": nf4_table(),
              "large": large_table(), "quantised-training": quantised_training_table(),
-             "quant": quant_table()}
+             "quant": quant_table(), "plan": plan_table(), "plan-output": plan_output()}
     for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
         text = path.read_text()
         for name, part in parts.items():
@@ -309,6 +412,8 @@ def main():
     demo_figure("gsm8k_h200", "gsm8k_h200", log=False)
     quantised_figure()
     quant_figure()
+    if (RESULTS / "scale_h200.json").exists():
+        scale_figure()
 
 
 if __name__ == "__main__":

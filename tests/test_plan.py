@@ -1,0 +1,316 @@
+"""plan.py: its formulas against what autograd keeps, what is alive, what is computed, what was
+measured on a GPU; `train.py --plan`."""
+import json
+import re
+import weakref
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import data
+import model
+import nf4
+import pissa
+import plan
+import train
+from bench import plot
+from conftest import ROOT, SMALL, command, failure, small_net
+
+WIDE = replace(SMALL, dim=64, n_layers=3, n_heads=4, head_dim=16, n_kv_heads=4, ffn_dim=192)
+JOBS = {
+    "pissa": plan.Job(SMALL, "pissa", 8, dtype=torch.float32),
+    "lora": plan.Job(WIDE, "lora", 4, dtype=torch.float32),
+    "few targets": plan.Job(WIDE, "pissa", 4, ("q_proj", "v_proj", "gate_proj"), torch.float32),
+    "bfloat16": plan.Job(SMALL, "pissa", 8),
+    "qpissa": plan.Job(WIDE, "qpissa", 4),
+    "qlora": plan.Job(SMALL, "qlora", 8, dtype=torch.float32, double_quant=False),
+    "loftq": plan.Job(SMALL, "loftq", 4),
+    "full": plan.Job(WIDE, "full", dtype=torch.float32),
+    "full, tied": plan.Job(replace(SMALL, tied=True), "full", dtype=torch.float32),
+    "full, autocast": plan.Job(WIDE, "full"),
+    "checkpointing": plan.Job(WIDE, "pissa", 4, dtype=torch.float32, checkpointing=True),
+    "qpissa, checkpointing": plan.Job(WIDE, "qpissa", 4, checkpointing=True)}
+JOBS = {name: replace(job, rows=3, length=64, text=150, learnt=50) for name, job in JOBS.items()}
+JOBS["not packed"] = replace(JOBS["bfloat16"], packed=False)
+JOBS["no padding"] = replace(JOBS["bfloat16"], text=None, learnt=None)
+
+
+class Norm(torch.autograd.Function):
+    """An RMSNorm that keeps what the fused one of GPUs keeps; a CPU's keeps x in float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale.to(x.dtype)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        return grad * scale.to(x.dtype), (grad * x).flatten(0, -2).sum(0), None
+
+
+@pytest.fixture(autouse=True)
+def like_a_gpu(monkeypatch):
+    """What fused kernels do not need is not made: norms, and weights in four bits."""
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda m, x: Norm.apply(x, m.weight, m.eps))
+    monkeypatch.setattr(nf4.NF4, "dequantize", lambda Q, dtype=None: torch.zeros(
+        Q.shape, dtype=dtype or Q.dtype))
+
+
+def network(job):
+    """The network that the job describes, ready for training."""
+    net = small_net(**vars(job.config))
+    if job.full:
+        return net.requires_grad_(True)
+    pissa.inject(net.to(job.dtype), job.rank, job.method, job.targets, progress=False,
+                 quant_iters=1, double_quant=job.double_quant, keep_base=False)
+    return net
+
+
+def loss(net, job):
+    """The training loss as train.py computes it, of a micro-batch with that much text."""
+    examples, text, learnt = [], job.text or job.cells, job.labels
+    for below in reversed(range(job.rows)):                # rows below want a token at least
+        n = min(job.length, text - below)
+        examples.append((torch.randint(101, (n + 1,)).tolist(), n + 1 - min(n, learnt)))
+        text, learnt = text - n, max(0, learnt - n)
+    (tokens, labels, real), = data.micro_batches(examples, job.cells)
+    assert (len(real), (labels != -100).sum()) == (job.text or job.cells, job.labels)
+    mixed = job.full and job.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
+        return train.loss_sum(net, tokens, labels, real if job.packed else None)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that are alive: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.add(t)
+        return out
+
+
+def saved(net, job):
+    """Bytes of the floating-point tensors, parameters aside, that autograd keeps for backward."""
+    own, seen = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}, []
+
+    def pack(t):
+        seen.append(weakref.ref(t))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss(net, job)
+    alive = [t for t in (ref() for ref in seen) if t is not None and t.is_floating_point()]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive}
+    assert value.requires_grad
+    return sum(size for key, size in storages.items() if key not in own)
+
+
+class Flops(TorchDispatchMode):
+    """FLOPs of the products. FlopCounterMode has hooks that autograd.grad does not allow."""
+    total = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out, packet = f(*args, **(kwargs or {})), f.overloadpacket
+        packet = torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet
+        if packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_kept_is_what_autograd_saves(name):
+    job = JOBS[name]
+    net, c = network(job), job.config
+    net.checkpointing = job.checkpointing
+    counted = saved(net, job)
+    counted += 8 * job.tokens * c.head_dim * job.checkpointing             # RoPE, held elsewhere
+    counted -= 4 * c.vocab_size * c.dim * job.full                         # planned in "loss"
+    # What the last norm divides by is left out, and so are the first layer's four bytes too many.
+    counted -= 4 * job.tokens * (job.full or job.checkpointing)
+    assert counted == plan.memory(job)[1]["kept for backward"]
+
+
+@pytest.mark.parametrize("method", ["pissa", "qlora"])
+def test_kept_by_compiled_layers(method, monkeypatch):
+    monkeypatch.undo()                           # norms are written out in what is compiled
+    job = replace(JOBS["bfloat16"], config=WIDE, method=method, rank=4, compiled=True)
+    net = network(job)
+    for layer in net.model.layers:
+        layer.compile(backend="aot_eager_decomp_partition")          # the partition of inductor
+    counted = saved(net, job) - (4 - 2) * job.tokens * WIDE.dim      # the last norm's, on a CPU
+    counted += 3 * 2 * 4 * WIDE.dim          # A of the first q, k and v, whose x wants no gradient
+    assert counted == plan.memory(job)[1]["kept for backward"]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("name", JOBS)
+def test_the_peak_is_what_is_alive(name, accumulate):
+    job = replace(JOBS[name], accumulate=accumulate, rows=4, length=128, text=450, learnt=200)
+    net = network(job)
+    net.checkpointing = job.checkpointing
+    params, alive = [p for p in net.parameters() if p.requires_grad], Alive()
+    for t in net.parameters():                        # the tables of NF4 are not worth a row
+        alive.add(t)
+    with alive:
+        moments = [torch.zeros(p.shape) for p in params for _ in range(2)]
+        for _ in range(1 + accumulate):
+            loss(net, job).backward()
+    planned = max(v for k, v in plan.memory(job)[2].items() if k != "loading") - plan.CUBLAS
+    assert moments and planned == pytest.approx(alive.most, rel=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_takes_a_chunk_of_logits(dtype, monkeypatch):
+    for module in (plan, train):
+        monkeypatch.setattr(module, "CHUNK", 60 * 20000)
+    config = replace(SMALL, vocab_size=20000)
+    job = replace(JOBS["lora"], config=config, dtype=dtype, length=128, text=None, learnt=300,
+                  accumulate=False)
+    net, alive = network(job), Alive()
+    for t in net.parameters():
+        alive.add(t)
+    with alive:
+        loss(net, job).backward()
+    held, moments = plan.memory(job)[1:]
+    assert held["loss"] == 12 * 60 * 20000 + dtype.itemsize * 300 * 48
+    planned = moments["the end of forward"]
+    assert planned == max(v for k, v in moments.items() if k != "loading")
+    assert planned - held["AdamW's moments"] - plan.CUBLAS == pytest.approx(alive.most, rel=0.01)
+
+
+def test_the_chunk_is_that_of_training():
+    assert plan.CHUNK == train.CHUNK
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method", pissa.METHODS)
+def test_what_decomposing_takes_on_top(method, dtype, monkeypatch):
+    monkeypatch.setattr(nf4, "CHUNK", 1 << 14)        # small against the matrix, as for large ones
+    net = torch.nn.Sequential()
+    net.q_proj = torch.nn.Linear(1024, 2048, bias=False, dtype=dtype)
+    n, alive = 1024 * 2048, Alive()
+    alive.add(net.q_proj.weight)
+    with alive:
+        pissa.inject(net, 2, method, ("q_proj",), niter=1, keep_base=False, progress=False)
+    top = plan.DECOMPOSE[method][dtype == torch.float32] + dtype.itemsize
+    assert alive.most / n == pytest.approx(top, abs=1.8)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_parameters_and_bytes_of_an_injected_network(name):
+    job = JOBS[name]
+    net, (numbers, held, _) = network(job), plan.memory(job)
+    assert (numbers["trained, float32"], sum(numbers.values())) == pissa.count(net)
+    trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in net.parameters()) - trained
+    assert held["trained, float32"] == trained
+    assert held["frozen matrices"] + held["frozen embedding, norms, head"] == frozen
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 128), (3, 5), (128, 1000)])
+@pytest.mark.parametrize("double", [False, True])
+def test_bytes_in_four_bits(shape, double):
+    Q = nf4.quantize(torch.randn(shape), double)
+    assert plan.nf4_bytes(Q.shape.numel(), double) == Q.nbytes
+
+
+@pytest.mark.parametrize("name", [n for n in JOBS if "few" not in n])
+def test_flops_are_those_counted(name):
+    job = JOBS[name]
+    net, expected = network(job), plan.flops(job)
+    net.checkpointing = job.checkpointing
+    # Plain attention computes the whole square of scores, and in backward no scores again.
+    with Flops() as counter, sdpa_kernel(SDPBackend.MATH):
+        loss(net, job).backward()
+    attention, again = expected["attention"], expected["recomputation"]
+    total = (expected["forward"] + attention + expected["backward"] + (4 - 2.5) * attention
+             + again + job.checkpointing * attention)
+    assert counter.total == pytest.approx(job.tokens * total, rel=0.03 * (again > 0)
+                                                      or 1e-6)
+
+
+@pytest.mark.parametrize("name, job, gib, moment", plot.plan_rows())
+def test_what_was_measured_on_a_gpu(name, job, gib, moment):
+    assert plot.planned_gib(job, moment) == pytest.approx(gib, rel=0.1), name
+
+
+@pytest.fixture
+def llama2(tmp_path, monkeypatch):
+    """Nothing but Llama-2-7B's params.json, with its vocabulary left open as Meta does."""
+    (tmp_path / "llama2").mkdir()
+    params = model.meta_params(model.Config()) | {"vocab_size": -1}
+    (tmp_path / "llama2" / "params.json").write_text(json.dumps(params))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return tmp_path
+
+
+def test_command_without_weights_or_data(llama2):
+    text = command(train.main, "--ckpt", "llama2", "--rank", 64, "--data", "none.jsonl", "--plan")
+    assert re.search(r"frozen matrices +6,476,005,376 +12\.06\n", text)
+    assert re.search(r"trained, float32 +159,907,840 +0\.60\n", text)
+    assert "expected peak  35.6 GiB, at the end of forward" in text
+    assert "parameters     6,898,323,456, 159,907,840 of them trained (2.32%)" in text
+    assert "--checkpointing" in text and "forward again" not in text
+    assert [f.name for f in llama2.iterdir()] == ["llama2"]                # nothing is written
+    text = command(train.main, "--ckpt", "llama2", "--plan", "--checkpointing", "--micro-batch", 1,
+                   "--method", "qpissa", "--device", "cuda")
+    assert "forward again" in text and "--checkpointing" not in text
+
+
+def test_the_readme_shows_what_is_printed():
+    assert plot.plan_output() in (ROOT / "README.md").read_text()
+    assert plot.plan_table() in (ROOT / "README.md").read_text()
+
+
+def test_configs_and_adapters(tmp_path, stories, monkeypatch):
+    for layout in ("hf", "meta", "meta_mp2"):
+        assert plan.read_config(stories / layout) == model.open_checkpoint(stories / layout)[0]
+    (tmp_path / "config.json").write_text((stories / "hf" / "config.json").read_text())
+    assert plan.read_config(tmp_path) == plan.read_config(stories / "hf")
+    net = pissa.inject(model.load(stories / "hf", "cpu"), 4, "qpissa", ("q_proj", "o_proj"),
+                       progress=False, double_quant=False)
+    pissa.save(net, tmp_path / "adapter")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = command(train.main, "--ckpt", stories / "hf", "--adapter", tmp_path / "adapter",
+                   "--plan", "--out", tmp_path / "out", "--device", "cpu")
+    assert "qpissa, rank 4, products in float32" in text
+    assert f"{pissa.count(net)[0]:,}" in text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--rank", 4097], "rank 4097 is not between 1 and 4096"),
+    (["--targets", "q_proj,query"], "no module is called query"),
+    (["--rank", 0], "--rank must be at least 1")])
+def test_errors(llama2, flags, words):
+    last = failure("train.py", "--ckpt", "llama2", "--plan", *flags).splitlines()[-1]
+    assert words in last
+    assert "no checkpoint llama3" in failure("train.py", "--ckpt", "llama3", "--plan")
