@@ -58,10 +58,7 @@ class Config:
 # ---------------------------------------------------------------------------------------- network
 
 def rope_tables(config, positions):
-    """cos and sin of position x frequency, each (B or 1, 1, T, K) float32 (arXiv 2104.09864).
-
-    Twice K/2 angles, for the two of a pair; the sine of the first has a minus (see `rotate`).
-    """
+    """cos and sin of position x frequency, each (B or 1, 1, T, K/2) float32 (arXiv 2104.09864)."""
     k = torch.arange(0, config.head_dim, 2, device=positions.device)
     freqs = 1.0 / config.rope_theta ** (k.float() / config.head_dim)              # (K/2,)
     if scaling := config.rope_scaling:      # stretched, for contexts longer than the original one
@@ -72,14 +69,38 @@ def rope_tables(config, positions):
             keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * slow
     angles = positions[:, None, :, None].float() * freqs                          # (B, 1, T, K/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + K/2]) of every head, in float32. x: (B, H, T, K)."""
-    y = x.float()                        # (a, b) -> (a cos - b sin, b cos + a sin); rolled, (b, a)
-    return (y * cos + y.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    if torch.compiler.is_compiling():
+        a, b = x.float().chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
+
+
+def turn(x, cos, sin):
+    """What is compiled from the formula above in the fewest steps without a compiler."""
+    (a, b), y = x.chunk(2, -1), torch.empty_like(x)
+    c, d = y.chunk(2, -1)
+    torch.addcmul(a * cos, b, sin, value=-1, out=c)
+    torch.addcmul(b * cos, a, sin, out=d)
+    return y
+
+
+class Rotate(torch.autograd.Function):
+    """`turn`, whose gradient is turned back, and needs nothing but the tables."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin), None, None
 
 
 def unpack(x, real, B, T):
@@ -87,6 +108,20 @@ def unpack(x, real, B, T):
     cells = x.new_zeros(B * T, x.shape[1], x.shape[3])
     cells[real] = x[0].transpose(0, 1)      # index_copy would keep what it copies for backward
     return cells.unflatten(0, (B, T)).transpose(1, 2)
+
+
+class Pack(torch.autograd.Function):
+    """The way back: rows `real` of x (B T, D). Autograd would add up rows met twice: none is."""
+
+    @staticmethod
+    def forward(ctx, x, real):
+        ctx.save_for_backward(real)
+        ctx.n = len(x)
+        return x.index_select(0, real)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.new_zeros(ctx.n, grad.shape[1]).index_copy_(0, *ctx.saved_tensors, grad), None
 
 
 class Attention(nn.Module):
@@ -121,7 +156,7 @@ class Attention(nn.Module):
                                            enable_gqa=q.shape[1] != k.shape[1])
         y = y.reshape(B, heads, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)
         if packed is not None:
-            y = y.flatten(0, 1).index_select(0, real)[None]                       # (1, P, H K)
+            y = Pack.apply(y.flatten(0, 1), real)[None]                           # (1, P, H K)
         return self.o_proj(y)
 
 
@@ -135,7 +170,21 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Backward takes silu(gate) anew, which is quick, and so it is not kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class Layer(nn.Module):

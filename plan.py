@@ -8,14 +8,14 @@ c = b T. What lies on a GPU meanwhile, in bytes, with e bytes a number in produc
     frozen    e a weight; in four bits 0.516, or 0.5625 without double quantisation
     trained   16 a number of A and B: float32, its gradient, two moments of AdamW
     kept      of every layer for backward:
-                  n (e (4 D + H K + 4 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H)
+                  n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H)
               and of A and B a copy of e bytes a number, unless they are multiplied in float32
     loss      12 V for a token whose logits are computed, of at most 2^25 / V tokens at a time
 
 kept, in turn: x before both norms and after them, where A multiplies it; what o_proj reads, which
-packing has copied out of the output of attention; gate, silu(gate), up and their product; x A seven
-times; what norms divide by; in attention, q, k, v, its output and what softmax divides by. Compiled
-layers compute silu(gate) again. Checkpointing keeps e n D of a layer, the rest of one at a time.
+packing has copied out of the output of attention; gate, up and silu(gate) up; x A seven times; what
+norms divide by; in attention, q, k, v, its output and what softmax divides by. Checkpointing keeps
+e n D of a layer, the rest of one at a time.
 
 Gradients come while what was kept goes, so memory is fullest where forward ends, or where backward
 is in the last or in the first layer: see `memory`. Not counted: the mask of a sliding window,
@@ -56,7 +56,6 @@ class Job:
     learnt: int | None = None               # how many have a label, None: all with text
     packed: bool = True
     checkpointing: bool = False
-    compiled: bool = False
     double_quant: bool = True
     accumulate: bool = True                 # more micro-batches than one: they add to gradients
 
@@ -103,9 +102,9 @@ def kept(job):
         normed = 5
     width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     numbers = (normed * c.dim + job.packed * hit("o_proj") * width
-               + (3 - job.compiled + hit("down_proj")) * c.ffn_dim
+               + (2 + hit("down_proj")) * c.ffn_dim
                + hit(*pissa.TARGETS) * job.rank * (not job.full))
-    # n (e (4 D + H K + 4 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H)
+    # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H)
     return (n * (2 * job.wide * c.dim + e * numbers + 8)
             + job.cells * (2 * e * (width + kv_width) + 4 * c.n_heads))
 
@@ -123,7 +122,7 @@ def memory(job):
     copies = e * (e < 4) * (sum(a * b for a, b in every) if job.full else pairs)
     # x at every layer's begin, the loss's gradient of the last one, RoPE's two tables.
     chosen_x = job.labels * job.wide * c.dim
-    few = (c.n_layers + 1) * x + chosen_x + 8 * c.head_dim * (
+    few = (c.n_layers + 1) * x + chosen_x + 4 * c.head_dim * (
         job.tokens if job.packed else job.length)
     all_kept = few if job.checkpointing else (   # layer 0's input is kept only to train embeddings
         few + c.n_layers * (layer - x) + copies - x * (not job.full))
@@ -196,8 +195,7 @@ def from_arguments(args):
     return Job(read_config(args.ckpt), method, rank, targets,
                torch.float32 if wide else torch.bfloat16, min(args.micro_batch, args.batch),
                args.max_length - 1, packed=not args.no_packing, checkpointing=args.checkpointing,
-               compiled=args.compile, double_quant=double,
-               accumulate=args.batch > args.micro_batch)
+               double_quant=double, accumulate=args.batch > args.micro_batch)
 
 
 def peak(job):
