@@ -146,6 +146,7 @@ def alternate(weight, A, B, o):
         A, B = principal(rest, o)
         kept = (A, B) if o.last_svd else pair
         error = rest.addmm_(kept[1].T, kept[0].T, alpha=-1).norm().item()
+        del rest                                     # as large as W; the next turn makes a new one
         if best and error >= best[0]:
             break
         best = error, Q, *kept, pair

@@ -61,8 +61,8 @@ def run(method, lr, seed, args):
     log, accuracy = lines(out / "log.jsonl"), summary["after"]["accuracy"]
     if args.test:
         accuracy = statistics.mean(row["correct"] for row in lines(out / "test.jsonl"))
-    print(f"{method:6s} lr {lr:<7g} seed {seed}: accuracy {accuracy:.3f}, "
-          f"validation loss {summary['after']['loss']:.4f}", flush=True)
+    print(f"{method:6s} lr {lr:<7g} seed {seed}: validation loss {summary['after']['loss']:.4f}"
+          + (f", accuracy {accuracy:.3f}" if accuracy is not None else ""), flush=True)
     return {"method": method, "lr": lr, "seed": seed, "accuracy": accuracy,
             "val_loss_before": summary["before"]["loss"], "val_loss": summary["after"]["loss"],
             "seconds": summary["seconds"]["all"], "train_seconds": summary["seconds"]["train"],
@@ -100,10 +100,11 @@ def main():
         def mean(key, lr):
             return statistics.mean(r[key] for r in rows if (r["method"], r["lr"]) == (m, lr))
         lr = (min if args.train else max)(rates[m], key=lambda lr: mean(key, lr))
+        best[m] = {"lr": lr, "val_loss": mean("val_loss", lr)}
         scores = [r["accuracy"] for r in rows if (r["method"], r["lr"]) == (m, lr)]
-        best[m] = {"lr": lr, "accuracy": statistics.mean(scores),
-                   "spread": max(scores) - min(scores), "val_loss": mean("val_loss", lr)}
-        print(f"{m}: best at {lr:g}, {best[m]['accuracy']:.1%} (spread {best[m]['spread']:.1%})")
+        if None not in scores:                     # without --test, losses alone are compared
+            best[m] |= {"accuracy": mean("accuracy", lr), "spread": max(scores) - min(scores)}
+        print(f"{m}: best {best[m]}")
     report({"bench": "demo", "best_by": key, "best": best, "runs": rows}, args.out)
 
 

@@ -1,6 +1,4 @@
-"""A training step beside PEFT's, in one process, and what several benchmarks share for that.
-
-    python -m bench.steps --out bench/results/step_h200.json                # in 16 bits, rank 128
+"""A training step beside PEFT's, in one process: what bench_train and bench_4bit share.
 
 Llama-2-7B's shape, the same random weights, tokens and loss on both sides: N(0, 0.02^2) plus a
 decaying part of rank 64, LoRA with B = 0. PEFT runs with its defaults (A and B in float32, and so
@@ -225,13 +223,14 @@ def side(args, whose):
             net.checkpointing = checkpointing
             for layer in net.model.layers if compiled else ():
                 layer.compile()
-        elif compiled:
-            net.compile()
-        elif checkpointing:
-            net.get_base_model().gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
-            net.get_base_model().gradient_checkpointing_disable()
+            theirs = net.get_base_model()
+            if checkpointing:
+                theirs.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                theirs.gradient_checkpointing_disable()
+            if compiled:
+                net.compile()
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         loss = loss_sum if is_ours else peft_loss(autocast)
@@ -290,16 +289,3 @@ def run_parts(args, parts, module, header):
             record(args, part, "failed", {"exit_status": done.returncode})
     results = json.loads(args.file.read_text())
     report({**header, "layers": args.layers, **results}, args.out)
-
-
-def main():
-    """The step in 16 bits."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = sizes(p, {"step": step})
-    args.rank, args.bits = 8 if args.tiny else 128, 16
-    run_parts(args, {"step": step}, "bench.steps", {"bench": "step", "rank": args.rank})
-
-
-if __name__ == "__main__":
-    main()
