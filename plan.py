@@ -129,9 +129,10 @@ def memory(job):
     layer += copies // c.n_layers
     # Logits three times: themselves, softmax, its gradient; then what of x had a label, once more.
     loss = 12 * min(job.labels, max(1, CHUNK // c.vocab_size)) * c.vocab_size + chosen_x
-    # Backward through the last product: two gradients, or one and the weight unpacked.
+    # Backward of silu(gate) up has three of its size on top, but what down_proj kept is gone; in
+    # that of down_proj, a gradient and the weight unpacked may be more.
     work = e * job.tokens * c.ffn_dim
-    work += max(work, e * largest * job.four)
+    work += max(work * (2 - job.hit("down_proj")), e * largest * job.four)
     head = 4 * c.vocab_size * c.dim * job.full         # a gradient of the head, or the embedding
     held = {"frozen matrices": sum(nf4_bytes(n, job.double_quant) for n in sizes) if job.four
             else e * sum(sizes), "frozen embedding, norms, head": e * rest,
@@ -145,7 +146,8 @@ def memory(job):
     start = fixed + 4 * trained * job.accumulate + all_kept
     cached = (copies * job.checkpointing + head) * job.full     # by autocast, until forward ends
     moments = {"loading": max(weights, made), "the end of forward": start + cached + held["loss"],
-               "the last layer's backward": start + head + work + layer * job.checkpointing,
+               "the last layer's backward": (start - chosen_x + head + work
+                                             + (layer - x) * job.checkpointing),
                "the first layer's backward": fixed + 4 * trained + x + layer + work + head}
     if job.full:                                       # tied, a sum of two
         moments["the embedding's backward"] = fixed + 4 * trained + x + head * (1 + 2 * c.tied)
