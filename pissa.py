@@ -54,6 +54,7 @@ ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than whe
 EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W + Delta W, not the "
             "Q + A B that was trained: the two differ by what rounding to four bits lost")
 NOT_KEPT = "the base weights were not kept (keep_base=False): load the model again for that"
+GROUP = 32                      # matrices of one shape that a GPU decomposes together, at most
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -334,7 +335,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
     return net
 
 
-def alike(name, linears, most=32):
+def alike(name, linears, most=GROUP):
     """`name` and the next of `linears` whose weights have its shape, dtype and device."""
     def kind(n):
         W = linears[n].weight

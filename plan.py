@@ -12,6 +12,8 @@ c = b T. What lies on a GPU meanwhile, in bytes, with e bytes a number in produc
               and of A and B a copy of e bytes a number, unless they are multiplied in float32
     loss      12 V for a token whose logits are computed, of at most 2^25 / V tokens at a time
 
+and before that, while pissa decomposes up to 32 matrices together, what `grouped` says.
+
 kept, in turn: x before both norms and after them, where A multiplies it; what o_proj reads, which
 packing has copied out of the output of attention; gate, up and silu(gate) up; x A seven times; what
 norms divide by; in attention, q, k, v, its output and what softmax divides by. Checkpointing keeps
@@ -23,6 +25,7 @@ answers generated before and after, what CUDA itself takes, and what its allocat
 between micro-batches of different n: PYTORCH_ALLOC_CONF=expandable_segments:True is against that.
 """
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,8 +38,8 @@ from adapter import read_config as read_adapter_config
 CHUNK = 2**25                   # logits at a time: that of train.py
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
 # What decomposing takes on top of W, in bytes a weight of the largest W, in 16 and in 32 bits.
-DECOMPOSE = {"pissa": (10, 8), "lora": (8, 7), "qlora": (9, 9), "loftq": (13, 12),
-             "qpissa": (13, 12), "full": (0, 0)}
+DECOMPOSE = {"pissa": (10, 8), "lora": (8, 4), "qlora": (9, 9), "loftq": (13, 10),
+             "qpissa": (13, 10), "full": (0, 0)}
 LESS = ("--checkpointing", {"checkpointing": True}), ("--micro-batch 1", {"rows": 1}), (
     "both", {"checkpointing": True, "rows": 1}), (
     "both, --method qpissa", {"checkpointing": True, "rows": 1, "method": "qpissa"})
@@ -58,6 +61,7 @@ class Job:
     checkpointing: bool = False
     double_quant: bool = True
     accumulate: bool = True                 # more micro-batches than one: they add to gradients
+    group: int = pissa.GROUP                # matrices that pissa decomposes together, 1 on a CPU
 
     full = property(lambda self: self.method == "full")
     four = property(lambda self: self.method in pissa.QUANTISED)
@@ -109,6 +113,17 @@ def kept(job):
             + job.cells * (2 * e * (width + kv_width) + 4 * c.n_heads))
 
 
+def grouped(job, chosen):
+    """Bytes on top of all weights, A and B while a GPU decomposes a group of matrices together.
+
+    P (l, m) is made orthonormal beside the last one and in float64 twice, and P W, (l, n), becomes
+    V^T in float64 first: see `svd.grouped_svd`.
+    """
+    l, r = job.rank + 32, job.rank                             # oversampled, as by default
+    return max((min(count, job.group) * max(28 * l * m, 8 * l * m + 12 * (l + r) * n)
+                for (m, n), count in Counter(chosen).items()), default=0)
+
+
 def memory(job):
     """({kind: parameters}, {kind: bytes}, {moment: bytes}): the last one's largest is the peak."""
     c, (every, chosen, total), e = job.config, shapes(job), job.dtype.itemsize
@@ -129,9 +144,10 @@ def memory(job):
     layer += copies // c.n_layers
     # Logits three times: themselves, softmax, its gradient; then what of x had a label, once more.
     loss = 12 * min(job.labels, max(1, CHUNK // c.vocab_size)) * c.vocab_size + chosen_x
-    # Backward through the last product: two gradients, or one and the weight unpacked.
+    # Backward of silu(gate) up has three of its size on top, but what down_proj kept is gone; in
+    # that of down_proj, a gradient and the weight unpacked may be more.
     work = e * job.tokens * c.ffn_dim
-    work += max(work, e * largest * job.four)
+    work += max(work * (2 - job.hit("down_proj")), e * largest * job.four)
     head = 4 * c.vocab_size * c.dim * job.full         # a gradient of the head, or the embedding
     held = {"frozen matrices": sum(nf4_bytes(n, job.double_quant) for n in sizes) if job.four
             else e * sum(sizes), "frozen embedding, norms, head": e * rest,
@@ -141,11 +157,14 @@ def memory(job):
     weights = sum([*held.values()][:3]) + CUBLAS
     # In four bits, matrices are made one by one, from W, before anything else is read.
     made = weights + DECOMPOSE[job.method][e // 4] * largest + job.four * e * (largest - rest)
+    if job.method == "pissa":
+        made = max(made, weights + grouped(job, chosen))
     fixed = weights + 8 * trained
     start = fixed + 4 * trained * job.accumulate + all_kept
     cached = (copies * job.checkpointing + head) * job.full     # by autocast, until forward ends
     moments = {"loading": max(weights, made), "the end of forward": start + cached + held["loss"],
-               "the last layer's backward": start + head + work + layer * job.checkpointing,
+               "the last layer's backward": (start - chosen_x + head + work
+                                             + (layer - x) * job.checkpointing),
                "the first layer's backward": fixed + 4 * trained + x + layer + work + head}
     if job.full:                                       # tied, a sum of two
         moments["the embedding's backward"] = fixed + 4 * trained + x + head * (1 + 2 * c.tied)
@@ -191,11 +210,14 @@ def from_arguments(args):
         info = there.get("pissa") or {"method": "lora", "rank": there["r"]}
         method, rank, double = info["method"], info["rank"], info.get("double_quant", True)
         targets = tuple(there["target_modules"])
-    wide = args.dtype == "float32" or not args.dtype and str(args.device).startswith("cpu")
+    on_cpu = str(args.device).startswith("cpu")
+    wide = args.dtype == "float32" or not args.dtype and on_cpu
+    one_by_one = on_cpu or args.adapter or args.niter is None
     return Job(read_config(args.ckpt), method, rank, targets,
                torch.float32 if wide else torch.bfloat16, min(args.micro_batch, args.batch),
                args.max_length - 1, packed=not args.no_packing, checkpointing=args.checkpointing,
-               double_quant=double, accumulate=args.batch > args.micro_batch)
+               double_quant=double, accumulate=args.batch > args.micro_batch,
+               group=1 if one_by_one else pissa.GROUP)
 
 
 def peak(job):

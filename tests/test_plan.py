@@ -184,7 +184,7 @@ def test_the_peak_is_what_is_alive(name, accumulate):
         for _ in range(1 + accumulate):
             loss(net, job).backward()
     planned = max(v for k, v in plan.memory(job)[2].items() if k != "loading") - plan.CUBLAS
-    assert moments and planned == pytest.approx(alive.most, rel=0.04)
+    assert moments and planned == pytest.approx(alive.most, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -221,7 +221,22 @@ def test_what_decomposing_takes_on_top(method, dtype, monkeypatch):
     with alive:
         pissa.inject(net, 2, method, ("q_proj",), niter=1, keep_base=False, progress=False)
     top = plan.DECOMPOSE[method][dtype == torch.float32] + dtype.itemsize
-    assert alive.most / n == pytest.approx(top, abs=1.8)
+    assert alive.most / n == pytest.approx(top, abs=0.7)
+
+
+@pytest.mark.parametrize("shape, rank", [((512, 512), 16), ((512, 1400), 16), ((1400, 512), 16)])
+def test_what_decomposing_together_takes_on_top(shape, rank):
+    job = replace(JOBS["pissa"], rank=rank, group=4)
+    weights, alive = [torch.randn(shape[::-1]) for _ in range(4)], Alive()
+    for W in weights:
+        alive.add(W)
+    before = alive.now
+    with alive:
+        pissa.principal_alike(weights, pissa.Options(rank, 2, torch.Generator()))
+    # The random matrix, one for all, and those of l x l are not worth a term.
+    assert plan.grouped(job, [shape] * 4) == pytest.approx(alive.most - before, rel=0.1)
+    assert plan.grouped(job, [shape] * 9) == plan.grouped(job, [shape] * 4)
+    assert plan.grouped(replace(job, group=1), [shape] * 9) * 4 == plan.grouped(job, [shape] * 9)
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -277,13 +292,16 @@ def test_command_without_weights_or_data(llama2):
     text = command(train.main, "--ckpt", "llama2", "--rank", 64, "--data", "none.jsonl", "--plan")
     assert re.search(r"frozen matrices +6,476,005,376 +12\.06\n", text)
     assert re.search(r"trained, float32 +159,907,840 +0\.60\n", text)
-    assert "expected peak  35.6 GiB, at the end of forward" in text
+    assert "expected peak  32.9 GiB, at the end of forward (loading: 14.1)" in text
     assert "parameters     6,898,323,456, 159,907,840 of them trained (2.32%)" in text
     assert "--checkpointing" in text and "forward again" not in text
     assert [f.name for f in llama2.iterdir()] == ["llama2"]                # nothing is written
     text = command(train.main, "--ckpt", "llama2", "--plan", "--checkpointing", "--micro-batch", 1,
                    "--method", "qpissa", "--device", "cuda")
     assert "forward again" in text and "--checkpointing" not in text
+    for flags in (("--device", "cpu", "--dtype", "bfloat16"), ("--niter", "exact")):
+        text = command(train.main, "--ckpt", "llama2", "--rank", 64, "--plan", *flags)
+        assert "(loading: 13.6)" in text                                   # matrices one by one
 
 
 def test_the_readme_shows_what_is_printed():
