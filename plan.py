@@ -38,8 +38,8 @@ from adapter import read_config as read_adapter_config
 CHUNK = 2**25                   # logits at a time: that of train.py
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
 # What decomposing takes on top of W, in bytes a weight of the largest W, in 16 and in 32 bits.
-DECOMPOSE = {"pissa": (10, 8), "lora": (8, 4), "qlora": (9, 9), "loftq": (13, 10),
-             "qpissa": (13, 10), "full": (0, 0)}
+DECOMPOSE = {"pissa": (10, 8), "lora": (8, 4), "qlora": (9, 9), "loftq": (9, 9),
+             "qpissa": (9, 9), "full": (0, 0)}
 LESS = ("--checkpointing", {"checkpointing": True}), ("--micro-batch 1", {"rows": 1}), (
     "both", {"checkpointing": True, "rows": 1}), (
     "both, --method qpissa", {"checkpointing": True, "rows": 1, "method": "qpissa"})

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import model
-from bench import report
+from bench import stamped
 
 VARIANTS = {"eager": [], "checkpointing": ["--checkpointing"], "compile": ["--compile"]}
 
@@ -80,10 +80,12 @@ def main():
     if not (args.ckpt / "params.json").exists():
         write_checkpoint(args.ckpt, args.tokenizer, args.layers)
     write_texts(scratch / "texts.jsonl", "checkpoints/tiny/train.jsonl")
-    rows = {name: run(args, scratch, name, VARIANTS[name]) for name in args.variants}
-    shape = f"Llama-2-7B shape, {args.layers} layers, random weights, bf16"
-    report({"bench": "command", "model": shape,
-            "batch": "8 x 512 tokens, rank 64, seven linears", "runs": rows}, args.out)
+    shape, rows = f"Llama-2-7B shape, {args.layers} layers, random weights, bf16", {}
+    for name in args.variants:
+        rows[name] = run(args, scratch, name, VARIANTS[name])
+        line = stamped({"bench": "command", "model": shape,
+                        "batch": "8 x 512 tokens, rank 64, seven linears", "runs": rows}, args.out)
+    print(line)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def side(args, whose):
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         loss = loss_sum if is_ours else peft_loss(autocast)
-        return trained(args, args.seven, net, loss, rows, 10, 3, base)
+        return trained(args, args.seven, net, loss, rows, 8, 2, base)
 
     for name, options in whose.items():
         attempt(args, "step", name, variant, *options)
@@ -248,9 +248,9 @@ def step(args):
     our compiled steps are set beside its eager ones.
     """
     theirs = PEFT if args.bits == 4 else PEFT_16
-    attempt(args, "step", "their model", side, args, theirs)
-    torch._dynamo.reset()
     attempt(args, "step", "our model", side, args, OURS)
+    torch._dynamo.reset()
+    attempt(args, "step", "their model", side, args, theirs)
     rows = json.loads(args.file.read_text())["step"]
     speed = {name: rows.get(name, {}).get("tokens_per_second", 0.0) for name in (*OURS, *theirs)}
     best = {}
