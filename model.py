@@ -179,7 +179,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up               # in place, torch 2.11 compiles it without a gradient
 
     @staticmethod
     def backward(ctx, grad):
