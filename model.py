@@ -58,7 +58,10 @@ class Config:
 # ---------------------------------------------------------------------------------------- network
 
 def rope_tables(config, positions):
-    """cos and sin of position x frequency, each (B or 1, 1, T, K/2) float32 (arXiv 2104.09864)."""
+    """cos and sin of position x frequency, each (B or 1, 1, T, K) float32 (arXiv 2104.09864).
+
+    Twice K/2 angles, for the two of a pair; the sine of the first has a minus (see `rotate`).
+    """
     k = torch.arange(0, config.head_dim, 2, device=positions.device)
     freqs = 1.0 / config.rope_theta ** (k.float() / config.head_dim)              # (K/2,)
     if scaling := config.rope_scaling:      # stretched, for contexts longer than the original one
@@ -69,23 +72,23 @@ def rope_tables(config, positions):
             keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * slow
     angles = positions[:, None, :, None].float() * freqs                          # (B, 1, T, K/2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + K/2]) of every head, in float32. x: (B, H, T, K)."""
     if torch.compiler.is_compiling():
-        a, b = x.float().chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        y = x.float()                    # (a, b) -> (a cos - b sin, b cos + a sin); rolled, (b, a)
+        return (y * cos + y.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
     return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
 
 
 def turn(x, cos, sin):
-    """What is compiled from the formula above in the fewest steps without a compiler."""
+    """What `rotate` means, in as few steps as it takes without a compiler."""
     (a, b), y = x.chunk(2, -1), torch.empty_like(x)
-    c, d = y.chunk(2, -1)
-    torch.addcmul(a * cos, b, sin, value=-1, out=c)
-    torch.addcmul(b * cos, a, sin, out=d)
+    for u, v, out, c, s in zip((a, b), (b, a), y.chunk(2, -1), cos.chunk(2, -1), sin.chunk(2, -1)):
+        torch.addcmul(u * c, v, s, out=out)
     return y
 
 

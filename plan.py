@@ -137,7 +137,7 @@ def memory(job):
     copies = e * (e < 4) * (sum(a * b for a, b in every) if job.full else pairs)
     # x at every layer's begin, the loss's gradient of the last one, RoPE's two tables.
     chosen_x = job.labels * job.wide * c.dim
-    few = (c.n_layers + 1) * x + chosen_x + 4 * c.head_dim * (
+    few = (c.n_layers + 1) * x + chosen_x + 8 * c.head_dim * (
         job.tokens if job.packed else job.length)
     all_kept = few if job.checkpointing else (   # layer 0's input is kept only to train embeddings
         few + c.n_layers * (layer - x) + copies - x * (not job.full))
