@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import model
-from plan import Job, memory
+from plan import Job, flops, memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -110,24 +110,62 @@ def quantised_training_table():
     return table(head, rows) + "".join(map(source, parts.values()))
 
 
+def step_rows(step):
+    """Our steps beside the fastest of PEFT's that are alike; compiled ones, if there are any."""
+    def kind(name):
+        return "1 row" in name, "checkpointing" in name, "compiled" in name
+
+    for ours, ratio in step["times as fast"].items():
+        alike = [r for name, r in step.items() if name.startswith("PEFT")
+                 and kind(name) == kind(ours)] or [
+                     r for name, r in step.items() if name.startswith("PEFT")
+                     and kind(name) == (*kind(ours)[:2], False)]
+        mine, theirs = step[ours], max(alike, key=lambda r: r["tokens_per_second"])
+        what = ", ".join(ours.split(", ")[1:]).removeprefix("1 row, ") or "eager"
+        yield [f"{1 if kind(ours)[0] else 8} x 512 tokens, {what}", f"{mine['step_seconds']:.3f} s",
+               f"{theirs['step_seconds']:.3f} s", f"**{ratio:.2f}x**",
+               f"{mine['tokens_per_second']:,.0f} tokens/s",
+               f"{mine['peak_gib']:.1f} / {theirs['peak_gib']:.1f} GiB"]
+
+
+def step_table():
+    """A step in bfloat16 beside PEFT's, and what of the GPU's arithmetic it uses."""
+    result, rows = read("step_h200"), []
+    for (name, mine), cells in zip(
+            ((n, result["step"][n]) for n in result["step"]["times as fast"]),
+            step_rows(result["step"])):
+        work = flops(Job(model.Config(), "lora", result["rank"], rows=1 if "1 row" in name else 8,
+                         checkpointing="checkpointing" in name))
+        per_token = sum(work[k] for k in ("forward", "backward", "recomputation"))
+        rows.append([*cells, f"{per_token * mine['tokens_per_second'] / 1e12:.0f}"])
+    first = {name: result["step"][name]["first_step_seconds"]
+             for name in ("ours, compiled", "PEFT, autocast, compiled")}
+    return table([f"Llama-2-7B shapes, rank {result['rank']}", "ours", "PEFT", "ratio", "rate",
+                  "peak memory, ours / PEFT", "TFLOP/s"], rows) + (
+        "\n\nCompiled, the first step takes {:.0f} s here and {:.0f} s there.".format(
+            *first.values())) + source(result)
+
+
+def packing_table():
+    """Steps on GSM8K packed, padded, and by PEFT."""
+    lines, parts = [], [read(name) for name in ("packing_7b_h200", "packing_cpu")]
+    for part in parts:
+        for name, r in part["sides"].items():
+            lines.append([
+                f"{part['model']}, batch {part['batch']}", name, f"{r['seconds']:.1f} s",
+                f"{r['tokens_per_second']:,.0f}", f"**{r['times_as_fast_as_peft']:.2f}x**",
+                f"{r['peak_gib']:.1f} GiB" if r["peak_gib"] else "", f"{r['loss_difference']:.0e}"])
+    return table(["", "", "3 steps", "tokens/s, padding not counted", "times PEFT's speed",
+                  "peak memory", "losses differ by"], lines) + "".join(map(source, parts))
+
+
 def nf4_table():
     """The kernel and a step of QLoRA beside bitsandbytes and PEFT."""
     result = read("nf4_h200")
     rows = [[f"unpack {name} quantisation", f"{r['ours_us']:.0f} µs", f"{r['theirs_us']:.0f} µs",
              f"**{r['theirs_over_ours']:.2f}x**", f"{r['ours_gb_per_second']:,.0f} GB/s", ""]
             for name, r in result["kernel"].items()]
-    step = result["step"]
-    for ours, ratio in step["times as fast"].items():
-        rows_of = 1 if "1 row" in ours else 8
-        theirs = max((r for name, r in step.items() if name.startswith("PEFT")
-                      and ("checkpointing" in name) == ("checkpointing" in ours)
-                      and ("1 row" in name) == ("1 row" in ours)),
-                     key=lambda r: r["tokens_per_second"])
-        what = ours.replace("ours, ", "").replace("1 row, ", "").replace("ours", "eager")
-        rows.append([f"step of {rows_of} x 512 tokens, {what}",
-                     f"{step[ours]['step_seconds']:.3f} s", f"{theirs['step_seconds']:.3f} s",
-                     f"**{ratio:.2f}x**", f"{step[ours]['tokens_per_second']:,.0f} tokens/s",
-                     f"{step[ours]['peak_gib']:.1f} / {theirs['peak_gib']:.1f} GiB"])
+    rows += [["step of " + what, *cells] for what, *cells in step_rows(result["step"])]
     return table(["Llama-2-7B shapes, rank 64", "ours", "theirs", "ratio", "rate", "peak memory"],
                  rows) + source(result)
 
@@ -216,11 +254,12 @@ def scale_figure():
     """Seconds to decompose, seconds and memory of a step, each against what it depends on."""
     result = read("scale_h200")
     figure, grid = panels(3, 3, 2.8)
+    from matplotlib.ticker import LogLocator, NullLocator
     for column, axis in enumerate(("rank", "width", "matrices")):
         rows = [r for r in result["init"] if r["axis"] == axis]
-        grid[0, column].plot([r["value"] for r in rows], [r["seconds"] for r in rows], "o-",
+        grid[0, column].plot([r["value"] for r in rows], [r["seconds"] * 1e3 for r in rows], "o-",
                              color="#444444", markersize=4)
-        grid[0, column].set(xlabel=axis, ylabel="seconds to decompose")
+        grid[0, column].set(xlabel=axis, ylabel="ms to decompose")
     kinds = dict.fromkeys((r["method"], r["checkpointing"]) for r in result["step"])
     for column, axis in enumerate(("rank", "length", "depth")):
         for method, checkpointing in kinds:
@@ -231,18 +270,22 @@ def scale_figure():
                 "markerfacecolor": "none" if checkpointing else None}
             name = ("four bits" if method == "qlora" else "bfloat16") + (
                 ", checkpointing" if checkpointing else "")
-            grid[1, column].plot(x, [r["seconds"] for r in rows], "o-", **style, label=name)
+            grid[1, column].plot(x, [r["seconds"] * 1e3 for r in rows], "o-", **style, label=name)
             grid[2, column].plot(x, [r["peak_gib"] for r in rows], "o", **style, label=name)
             grid[2, column].plot(x, [r["planned_gib"] for r in rows], color=style["color"],
                                  linewidth=1, linestyle=":" if checkpointing else "-")
-        grid[1, column].set(xlabel=axis, ylabel="seconds a step")
+        grid[1, column].set(xlabel=axis, ylabel="ms a step")
         grid[2, column].set(xlabel=axis, ylabel="peak GiB (lines: planned)")
     for axes in grid.flat:
         values = axes.lines[0].get_xdata()
         axes.set(xscale="log", yscale="log")
         axes.set_xticks(values, [str(v) for v in values], fontsize=7)
         axes.set_xticks([], minor=True)
-    grid[1, 0].legend(frameon=False, fontsize=7)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.tick_params(axis="y", labelsize=7)
+    grid[1, 2].legend(frameon=False, fontsize=7)
     keep(figure, "scale")
 
 
@@ -401,7 +444,8 @@ def main():
              "train": train_table(), "tiny": tiny_text(), "demo-output": demo_output(),
              "gsm8k": gsm8k_table(), "generate": generate_table(), "nf4": nf4_table(),
              "large": large_table(), "quantised-training": quantised_training_table(),
-             "quant": quant_table(), "plan": plan_table(), "plan-output": plan_output()}
+             "quant": quant_table(), "plan": plan_table(), "plan-output": plan_output(),
+             "step": step_table(), "packing": packing_table()}
     for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
         text = path.read_text()
         for name, part in parts.items():
