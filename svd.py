@@ -73,8 +73,9 @@ def grouped_svd(Ws, rank, *, oversample=32, niter=5, generator=None):
     """`randomized_svd` of several matrices of one shape and dtype, a list of (m, n), together.
 
     One by one, a GPU mostly waits for small factorisations. So the products go one by one into one
-    buffer, without a copy of the W, and everything else runs on the batch. One random matrix
-    serves all. Returns U (b, m, r), S (b, r), Vh (b, r, n).
+    buffer, without a copy of the W (but of 16 bits, unless those are bfloat16 on a GPU), and
+    everything else runs on the batch. One random matrix serves all. What a matrix gives depends on
+    the others within rounding. Returns U (b, m, r), S (b, r), Vh (b, r, n).
     """
     if len({(W.shape, W.dtype) for W in Ws}) != 1:
         raise ValueError("a group is at least one matrix, and all have one shape and dtype")
