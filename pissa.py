@@ -313,8 +313,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
         samples[name] = sample(W)
         if W.device not in generators:
             generators[W.device] = torch.Generator(W.device).manual_seed(seed)
-        # float16 is decomposed in float32: a group of copies may be too much
-        if grouped and W.is_cuda and W.dtype != torch.float16 and name not in pairs:
+        if grouped and quicker_together(W) and name not in pairs:
             group = {name: linear} | linears
             names = alike(name, group)
             o = Options(rank, niter, generators[W.device])
@@ -335,6 +334,11 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
     if progress:
         print(summary(net, errors, time.perf_counter() - start))
     return net
+
+
+def quicker_together(W):
+    """Whether W is decomposed in a group: on a GPU, but float16 would be copied in float32."""
+    return W.is_cuda and W.dtype != torch.float16
 
 
 def alike(name, linears, most=GROUP):
