@@ -272,8 +272,9 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
 
     rank: of A and B, 1 ... min(in, out) of the smallest target. method: a key of METHODS.
     targets: leaf names of modules. niter: power iterations of the SVD, None for an exact one; with
-    3 it takes three quarters of the time, and the residual is within 0.3 % of the optimum instead
-    of 0.05 %. On a GPU, matrices of one shape are decomposed together, unless `weight` is given.
+    3 it takes three quarters of the time, and the residual is within 0.4 % of the optimum instead
+    of 0.07 % (SmolLM2, ranks 16 to 128). On a GPU, matrices of one shape, but in float16, are
+    decomposed together, unless `weight` is given.
     quant_iters, last_svd: of qpissa and loftq, see `alternate`; double_quant: see nf4.py.
     weight: where `net` is on the meta device, a function from the name of a module to its matrix
     (out, in): each is asked for once and let go, so that all of them are never in memory together.
@@ -312,7 +313,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
         samples[name] = sample(W)
         if W.device not in generators:
             generators[W.device] = torch.Generator(W.device).manual_seed(seed)
-        if grouped and W.is_cuda and name not in pairs:
+        if grouped and quicker_together(W) and name not in pairs:
             group = {name: linear} | linears
             names = alike(name, group)
             o = Options(rank, niter, generators[W.device])
@@ -333,6 +334,11 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
     if progress:
         print(summary(net, errors, time.perf_counter() - start))
     return net
+
+
+def quicker_together(W):
+    """Whether W is decomposed in a group: on a GPU, but float16 would be copied in float32."""
+    return W.is_cuda and W.dtype != torch.float16
 
 
 def alike(name, linears, most=GROUP):

@@ -207,9 +207,14 @@ def from_arguments(args):
     method, rank, targets, double = args.method, args.rank, args.targets, not args.no_double_quant
     if args.adapter:
         there = read_adapter_config(args.adapter)
-        info = there.get("pissa") or {"method": "lora", "rank": there["r"]}
+        pissa.check_method(args.adapter, there.get("pissa"))
+        info = there.get("pissa") or {"method": "lora", "rank": there.get("r")}
         method, rank, double = info["method"], info["rank"], info.get("double_quant", True)
-        targets = tuple(there["target_modules"])
+        found = there.get("target_modules")
+        if type(rank) is not int or type(found) is not list:        # PEFT also takes a pattern
+            raise ValueError(f"{args.adapter}: a plan takes a number as r and a list as "
+                             f"target_modules, not {rank!r} and {found!r}")
+        targets = tuple({name.rpartition(".")[2] for name in found})
     on_cpu = str(args.device).startswith("cpu")
     wide = args.dtype == "float32" or not args.dtype and on_cpu
     one_by_one = on_cpu or args.adapter or args.niter is None

@@ -37,13 +37,15 @@ import torch
 
 @contextmanager
 def full_float32():
-    """Float32 products in float32, even where a program allows TF32, which keeps 11 of 24 bits."""
+    """Float32 products in float32, even where a program allows TF32, which keeps 11 of 24 bits, or
+    autocast."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [b.fp32_precision for b in backends]
     try:
         for b in backends:
             b.fp32_precision = "ieee"
-        yield
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
     finally:
         for b, precision in zip(backends, before):
             b.fp32_precision = precision
@@ -60,11 +62,9 @@ def randomized_svd(W, rank, *, oversample=32, niter=5, generator=None):
     column of U the entry of largest magnitude is positive.
     Raises ValueError for a rank outside 1 ... min(m, n), NaN or Inf in W, or a W of integers.
     """
-    if W.ndim < 2:
-        check(W, rank, oversample, niter)
-    group = [W] if W.ndim == 2 else list(W)
+    group = list(W) if W.ndim == 3 else [W]
     U, S, Vh = grouped_svd(group, rank, oversample=oversample, niter=niter, generator=generator)
-    return (U, S, Vh) if W.ndim > 2 else (U[0], S[0], Vh[0])
+    return (U, S, Vh) if W.ndim == 3 else (U[0], S[0], Vh[0])
 
 
 @torch.no_grad()
@@ -73,9 +73,12 @@ def grouped_svd(Ws, rank, *, oversample=32, niter=5, generator=None):
     """`randomized_svd` of several matrices of one shape and dtype, a list of (m, n), together.
 
     One by one, a GPU mostly waits for small factorisations. So the products go one by one into one
-    buffer, without a copy of the W, and everything else runs on the batch. One random matrix
-    serves all. Returns U (b, m, r), S (b, r), Vh (b, r, n).
+    buffer, without a copy of the W (but of 16 bits, unless those are bfloat16 on a GPU), and
+    everything else runs on the batch. One random matrix serves all. What a matrix gives depends on
+    the others within rounding. Returns U (b, m, r), S (b, r), Vh (b, r, n).
     """
+    if len({(W.shape, W.dtype) for W in Ws}) != 1:
+        raise ValueError("a group is at least one matrix, and all have one shape and dtype")
     for W in Ws:
         check(W, rank, oversample, niter)
     (m, n), dtype = Ws[0].shape, wide(Ws[0][:0]).dtype
@@ -90,10 +93,12 @@ def grouped_svd(Ws, rank, *, oversample=32, niter=5, generator=None):
     near = [W if tensor_cores(W) else W.to(dtype) for W in Ws]
     near_t = [W.mT for W in near]
     # Alg. 4.4, with P = Q^T: P = orth(Omega W^T), then niter times P <- orth(P W W^T - a P)
-    P, _ = orthonormalise(products([omega] * len(Ws), near_t, rough=True))        # (b, l, m)
+    Y = products([omega] * len(Ws), near_t, rough=True)                           # (b, l, m)
+    size = Y.abs().amax((1, 2), keepdim=True).clamp(min=1e-38)       # or W W^T overflows for 1e20
+    P, _ = orthonormalise(Y)
     shift = P.new_zeros(len(Ws), 1, 1)
     for _ in range(niter):
-        Y = products(products(P, near, rough=True), near_t, rough=True)
+        Y = products(products(P, near, rough=True).div_(size), near_t, rough=True)
         P, least = orthonormalise(Y.sub_(shift * P))
         # `least` is about s_l^2 - a, which makes a rise towards s_l^2 / 2
         shift = torch.maximum(shift, (shift + least[:, None, None]) / 2)
@@ -135,13 +140,13 @@ def wide(W):
 
 def check(W, rank, oversample, niter):
     """Raise ValueError for what cannot be decomposed."""
-    if W.ndim < 2 or oversample < 0 or (niter or 0) < 0:
+    if W.ndim != 2 or oversample < 0 or (niter or 0) < 0:
         raise ValueError(f"SVD of shape {tuple(W.shape)}, oversample {oversample}, niter {niter}: "
                          "it takes (m, n) or (b, m, n), and no negative numbers")
     if not W.is_floating_point():
         raise ValueError(f"SVD needs a floating-point matrix, not {W.dtype}")
-    if not 1 <= rank <= min(W.shape[-2:]):
-        m, n = W.shape[-2:]
+    m, n = W.shape
+    if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank {rank} is not between 1 and {min(m, n)}, for a {m} x {n} matrix")
     if not finite(W):
         raise ValueError("the matrix holds NaN or Inf")

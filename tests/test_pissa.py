@@ -917,3 +917,22 @@ def test_weights_of_one_shape_are_decomposed_together():
             assert a.is_contiguous()
         layer = pissa.PissaLinear.from_linear(linears[first], 4, pair=(A, B))
         assert layer.A.data_ptr() != layer.A0.data_ptr() and torch.equal(layer.A0, A)
+
+
+def test_inject_in_groups(monkeypatch):
+    """As on a GPU: every matrix gets its own factors, the more so when there are several groups."""
+    def injected():
+        net = small_net(n_layers=12)
+        net.model.layers[1].mlp.up_proj.weight = net.model.layers[0].mlp.up_proj.weight
+        return dict(pissa.inject(net, 4, progress=False).named_parameters())
+
+    calls, together = [], pissa.grouped_svd
+    monkeypatch.setattr(pissa, "grouped_svd", lambda Ws, *args, **options: (
+        calls.append(len(Ws)), together(Ws, *args, **options))[1])
+    single, calls[:] = injected(), []
+    monkeypatch.setattr(pissa, "quicker_together", lambda W: True)
+    first, sizes, second = injected(), [*calls], injected()
+    assert sum(sizes) == 7 * 12 and max(sizes) > 10 and len(sizes) < 10
+    for name, p in first.items():
+        assert torch.equal(p, second[name]), name
+        torch.testing.assert_close(p, single[name], rtol=1e-4, atol=1e-4)

@@ -332,3 +332,23 @@ def test_errors(llama2, flags, words):
     last = failure("train.py", "--ckpt", "llama2", "--plan", *flags).splitlines()[-1]
     assert words in last
     assert "no checkpoint llama3" in failure("train.py", "--ckpt", "llama3", "--plan")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"target_modules": "all-linear"}, "not 8 and 'all-linear'"),
+    ({"target_modules": None}, "not 8 and None"),
+    ({"r": "8"}, "not '8' and"),
+    ({"pissa": {"method": "new", "rank": 8, "base": ""}}, "method new is none of")])
+def test_errors_of_adapters(llama2, changes, words):
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]} | changes
+    (llama2 / "adapter_config.json").write_text(json.dumps(config))
+    text = failure("train.py", "--ckpt", "llama2", "--plan", "--adapter", ".")
+    assert words in text and "Traceback" not in text
+
+
+def test_adapters_that_name_whole_paths(llama2):
+    names = [f"model.layers.{i}.self_attn.{k}_proj" for i in range(32) for k in "qv"]
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": names}
+    (llama2 / "adapter_config.json").write_text(json.dumps(config))
+    text = command(train.main, "--ckpt", "llama2", "--plan", "--adapter", ".")
+    assert f"{32 * 2 * 8 * 2 * 4096:,} of them trained" in text

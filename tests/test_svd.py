@@ -292,3 +292,36 @@ def test_products_of_bfloat16_on_a_gpu():
         assert (products(P, Ws, rough) - want).norm() < tolerance * want.norm()
     for W, *usv in zip(Ws, *grouped_svd(Ws, 16)):
         assert excess(W.cpu(), *(M.cpu() for M in usv)) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale_does_not_matter(scale):
+    """W W^T is beyond the range of float32, for one of a group and for one by itself."""
+    W = matrix(90, 100).float()
+    U, S, Vh = randomized_svd(W, 6)
+    for u, s, vh in (randomized_svd(W * scale, 6),
+                     (M[1] for M in grouped_svd([torch.zeros(90, 100), W * scale, W], 6))):
+        for a, b in ((u, U), (s / scale, S), (vh, Vh)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_does_not_reach_the_svd():
+    W = matrix(90, 100).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = randomized_svd(W, 6)
+        assert (W @ W.T).dtype == torch.bfloat16                      # and afterwards it is there
+    assert all(torch.equal(a, b) for a, b in zip(found, randomized_svd(W, 6)))
+
+
+@pytest.mark.parametrize("shapes", [[], [(50, 60), (60, 50)], [(50, 60), (50, 64)]])
+def test_a_group_of_different_shapes_is_refused(shapes):
+    with pytest.raises(ValueError, match="all have one shape"):
+        grouped_svd([torch.randn(s) for s in shapes], 4)
+
+
+def test_shapes_that_are_refused():
+    for shape in ((5,), (2, 2, 50, 60)):
+        with pytest.raises(ValueError, match=r"it takes \(m, n\) or \(b, m, n\)"):
+            randomized_svd(torch.randn(shape), 4)
+    with pytest.raises(ValueError, match="at least one matrix"):
+        randomized_svd(torch.randn(0, 50, 60), 4)
