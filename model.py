@@ -254,7 +254,8 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.model.layers):
             args = x, rope, mask, causal, cache and (cache[i], index, seen), packed
             recompute = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+            x = layer(*args) if not recompute else checkpoint(         # nothing in it is random
+                layer, *args, use_reentrant=False, preserve_rng_state=False)
         return self.model.norm(x)
 
     def forward(self, tokens, **kwargs):
