@@ -283,14 +283,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
     target that matches nothing or is no nn.Linear, a rank too large, an injected model, and a
     weight with NaN or Inf; from `weight`, the latter is found when its turn comes.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if quant_iters < 1:
-        raise ValueError(f"quant_iters should be at least 1, not {quant_iters}")
-    if method == "loftq" and quant_iters == 1 and not last_svd:
-        raise ValueError("loftq begins with A B = 0, and one turn without the last SVD ends "
-                         "there, too: nothing would ever be trained; quant_iters should be 2 or "
-                         "more")
+    check_method_options(method, quant_iters, last_svd)
     if any(layers(net)):
         raise ValueError("the model is injected already: merge(net) or remove(net) first")
     linears = find_linears(net, targets)
@@ -314,11 +307,8 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
         if W.device not in generators:
             generators[W.device] = torch.Generator(W.device).manual_seed(seed)
         if grouped and quicker_together(W) and name not in pairs:
-            group = {name: linear} | linears
-            names = alike(name, group)
             o = Options(rank, niter, generators[W.device])
-            pairs |= zip(names, principal_alike([group[n].weight.detach() for n in names], o))
-            del group
+            pairs |= principal_of_group(name, {name: linear} | linears, o)
         layer = PissaLinear.from_linear(
             linear, rank, method=method, niter=niter, generator=generators[W.device],
             quant_iters=quant_iters, double_quant=double_quant, last_svd=last_svd,
@@ -336,6 +326,18 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
     return net
 
 
+def check_method_options(method, quant_iters, last_svd):
+    """Raise ValueError for what `inject` does not know, or what would train nothing."""
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if quant_iters < 1:
+        raise ValueError(f"quant_iters should be at least 1, not {quant_iters}")
+    if method == "loftq" and quant_iters == 1 and not last_svd:
+        raise ValueError("loftq begins with A B = 0, and one turn without the last SVD ends "
+                         "there, too: nothing would ever be trained; quant_iters should be 2 or "
+                         "more")
+
+
 def quicker_together(W):
     """Whether W is decomposed in a group: on a GPU, but float16 would be copied in float32."""
     return W.is_cuda and W.dtype != torch.float16
@@ -348,6 +350,12 @@ def alike(name, linears, most=GROUP):
         return W.shape, W.dtype, W.device
 
     return [n for n in linears if kind(n) == kind(name)][:most]
+
+
+def principal_of_group(name, linears, o):
+    """{name: (A, B)} of `name` and of the next of `linears` that are like it."""
+    names = alike(name, linears)
+    return dict(zip(names, principal_alike([linears[n].weight.detach() for n in names], o)))
 
 
 def summary(net, errors, seconds):
