@@ -5,18 +5,34 @@ under the name base_model.model.<module>.lora_A.weight. A saved PiSSA adapter is
 with the factors [A | A_0] and [B ; -B_0]; the key "pissa" of its config says how it was made. One
 with a quantised residual has a third file, SEEN, which PEFT ignores: what was subtracted from W
 before the rest was rounded to four bits (A_q and B_q in pissa.py), where that is not A_0 B_0.
+
+    pissa.inject(net, rank=64); ...train...; adapter.save(net, "there"); adapter.load(base, "there")
 """
 import json
 import os
+import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
+import nf4
+import pissa
+from svd import wide
+
+ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than where it was trained, "
+                     "in another dtype or on another kind of device perhaps: outputs differ a "
+                     "little")
+EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W + Delta W, not the "
+            "Q + A B that was trained: the two differ by what rounding to four bits lost")
 UNSUPPORTED = ("use_dora", "alpha_pattern", "lora_bias", "layer_replication", "modules_to_save",
                "fan_in_fan_out", "trainable_token_indices", "target_parameters")
 WEIGHTS, SEEN = "adapter_model", "pissa_quantised_from"      # .safetensors or .bin
 
+
+# -------------------------------------------------------------------------------------------- files
 
 @contextmanager
 def written(path):
@@ -87,6 +103,12 @@ def read_config(directory):
     if other := [k for k in UNSUPPORTED if config.get(k)]:
         raise ValueError(f"{path}: {', '.join(other)} is not supported")
     return config
+
+
+def is_quantised(directory):
+    """Whether an adapter belongs to weights in four bits, for which a model is loaded layer by
+    layer: `model.load(..., prepare=...)`."""
+    return (read_config(directory).get("pissa") or {}).get("method") in pissa.QUANTISED
 
 
 def read_adapter(directory):
@@ -174,3 +196,132 @@ def compress(directory, out, rank=None):
     info = info and {**info, "rank": r}
     write_adapter(out, small, info, config.get("task_type"))
     return errors
+
+
+# -------------------------------------------------------------------------------------- a network's
+
+def save(net, directory):
+    """Write the adapter of an injected `net` as a PEFT LoRA, of rank 2r, or r for lora and qlora.
+
+    The LoRA is Delta W, to be added to W. A quantised model computes Q + A B instead: on the
+    full-precision W the outputs differ by what rounding W - A_0 B_0 to Q lost.
+    """
+    if not hasattr(net, "pissa"):
+        raise ValueError("nothing to save: the model has no adapter")
+    tensors, seen = {}, {}
+    for name, m in pissa.layers(net):
+        A, B = m.A.detach().cpu(), m.B.detach().cpu()
+        if m.A0 is not None:         # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
+            A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
+        tensors[name] = A, B
+        if m.Aq is not m.A0:
+            seen[name] = m.Aq, m.Bq
+    task = "CAUSAL_LM" if hasattr(net, "lm_head") else None
+    write_adapter(directory, tensors, net.pissa, task, seen)
+
+
+def split(A, B, seen, info):
+    """A, B, A0, B0, Aq, Bq out of what `save` wrote: A, B of rank 2r, and (Aq, Bq) or None."""
+    if not info or info["method"] in ("lora", "qlora"):
+        return A, B, None, None, None, None
+    r = A.shape[1] // 2
+    A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
+    return A, B, A0, B0, *(seen or (A0, B0))
+
+
+def freeze(W, Aq, Bq, info):
+    """The frozen weight that belongs to W (out, in), Aq and Bq, without any SVD."""
+    if not info or info["method"] == "lora":
+        return W
+    if Aq is None:
+        return nf4.quantize(W, info["double_quant"])
+    Aq, Bq = (M.to(W.device, wide(W).dtype) for M in (Aq, Bq))
+    if info["method"] == "pissa":
+        return pissa.residual(W, Aq, Bq)
+    return pissa.rounded(W, Aq, Bq, info["double_quant"])
+
+
+def load(net, directory, *, weight=None, keep_base=True):
+    """Put an adapter on `net`, in place: one of ours, to use or train on, or a LoRA made by PEFT.
+
+    An adapter already on `net` is removed first. Refuses (ValueError), before anything is changed,
+    an adapter of ours that was made on another base, and one whose modules `net` does not have.
+    weight: as for `inject`; the base is then checked last.
+    """
+    def own(name):
+        try:
+            m = net.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"{directory}: the model has no {name}") from None
+        return pissa.base_weight(m, name)
+
+    config, pairs = read_adapter(directory)
+    info, seen, samples = config.get("pissa"), read_seen(directory, config, pairs), {}
+    if weight:
+        check_method(directory, info)
+        for name, pair in pairs.items():
+            check_shape(directory, name, own(name), *pair)
+    else:
+        found = check_base(directory, config, pairs, own)
+        pissa.remove(net)
+    net.requires_grad_(False)
+    bar = tqdm(pairs.items(), desc="adapter", unit="matrix", delay=1, leave=False)
+    for name, (A, B) in bar:
+        linear = net.get_submodule(name)
+        if weight:
+            linear.weight = nn.Parameter(weight(name), requires_grad=False)
+            samples[name] = pissa.sample(linear.weight)
+        W = linear.weight.detach()
+        A, B, A0, B0, Aq, Bq = split(A, B, seen.get(name), info)
+        A, B = (M.to(W.device, wide(W).dtype) for M in (A, B))
+        frozen = freeze(W, Aq, Bq, info)
+        base = W.cpu() if keep_base and frozen is not W else None
+        pissa.put(net, name, pissa.PissaLinear(linear, frozen, A, B, A0, B0, Aq, Bq, base))
+        del W, linear                    # freed before the next one is asked for
+    if weight:
+        found = pissa.digest(samples)
+        check_fingerprint(directory, info, found)
+    net.pissa = dict(info) if info else {"method": "lora", "rank": config["r"], "niter": None,
+                                         "seed": None, "base": found}
+    net.pissa.pop("seen", None)
+    if "codes" in net.pissa:
+        net.pissa["codes"] = pissa.checksum(pissa.nf4_sums(net))
+        if net.pissa["codes"] != info["codes"]:
+            warnings.warn(ROUNDED_ELSEWHERE.format(directory))
+    return net
+
+
+def check_base(directory, config, pairs, weight):
+    """The fingerprint of a base that an adapter fits; ValueError if it does not fit.
+
+    directory, config, pairs: the adapter and what `read_adapter` made of it. weight(name): the
+    base's matrix (out, in) of a module, or a ValueError where it has none.
+    """
+    check_method(directory, config.get("pissa"))
+    base = pissa.fingerprint(pairs, lambda n: check_shape(directory, n, weight(n), *pairs[n]))
+    check_fingerprint(directory, config.get("pissa"), base)
+    return base
+
+
+def check_shape(directory, name, W, A, B):
+    """The base's matrix W (out, in) of a module, or ValueError if A B is of another shape."""
+    if W.shape != (B.shape[1], A.shape[0]):
+        raise ValueError(f"{directory}: {name} is {A.shape[0]} x {B.shape[1]}, the model's is "
+                         f"{W.shape[1]} x {W.shape[0]}")
+    return W
+
+
+def check_fingerprint(directory, info, base):
+    """ValueError if an adapter of ours is of another base."""
+    if info and info["base"] != base:
+        raise ValueError(f"{directory} was made on another base model (fingerprint "
+                         f"{info['base'][:12]}, this one has {base[:12]})")
+
+
+def check_method(directory, info):
+    """ValueError if an adapter of ours is of a method that is not known, or does not say enough."""
+    if info and info["method"] not in pissa.METHODS:
+        raise ValueError(f"{directory}: method {info['method']} is none of "
+                         + ", ".join(pissa.METHODS))
+    if info and info["method"] in pissa.QUANTISED and not {"double_quant", "codes"} <= set(info):
+        raise ValueError(f"{directory}: its config does not say how weights were rounded")

@@ -29,7 +29,7 @@ import hf
 import model
 import pissa
 import tokenizer
-from eval import is_quantised, run
+from eval import run
 from svd import wide
 
 # What goes with a model besides weights and numbers: how text becomes tokens, and when to stop.
@@ -197,7 +197,7 @@ def merge(args):
         return tensors[f"{name}.weight"]()
 
     if pairs:
-        pissa.check_base(where, settings, pairs, weight)
+        adapter.check_base(where, settings, pairs, weight)
     layout = args.layout or layout_of(source)
     dtype = None if args.dtype == "source" else getattr(torch, args.dtype)
 
@@ -208,8 +208,8 @@ def merge(args):
             if module in pairs:
                 W, A, B = wide(W), *pairs[module]
                 if info.get("method") in pissa.QUANTISED:       # what was trained is Q + A B
-                    A, B, *_, Aq, Bq = pissa.split(A, B, seen.get(module), info)
-                    Q = pissa.freeze(W, Aq, Bq, info)
+                    A, B, *_, Aq, Bq = adapter.split(A, B, seen.get(module), info)
+                    Q = adapter.freeze(W, Aq, Bq, info)
                     W, sums[module] = Q.dequantize(W.dtype), Q.checksum()
                 W = pissa.residual(W, -A, B)                                      # W + (A B)^T
             yield name, rounded(name, W, target)
@@ -217,7 +217,7 @@ def merge(args):
     stated = dtype or tensors["model.embed_tokens.weight"]().dtype
     write_checkpoint(args.out, source, config, merged(), stated, layout)
     if sums and pissa.checksum(sums) != info["codes"]:
-        print("note:", pissa.ROUNDED_ELSEWHERE.format(where))
+        print("note:", adapter.ROUNDED_ELSEWHERE.format(where))
     report(args.out, f"{len(pairs)} of {len(tensors)} tensors changed, layout {layout}, "
                      f"{dtype_name(stated)}")
 
@@ -229,8 +229,8 @@ def compress(args):
     rank = adapter.read_adapter(args.out)[0]["r"]
     lost, whole = (math.hypot(*(e[i] for e in errors.values())) for i in (0, 1))
     worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], 1e-30))
-    if is_quantised(args.adapter):
-        print(f"note: {pissa.EXPORTED}")
+    if adapter.is_quantised(args.adapter):
+        print(f"note: {adapter.EXPORTED}")
     print(f"{len(errors)} matrices at rank {rank} in {args.out}; relative error of Delta W "
           f"(Frobenius) {lost / max(whole, 1e-30):.2%}, worst {worst} "
           f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}; use it:\n"

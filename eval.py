@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import adapter
 import data
 import model
 import pissa
-from adapter import read_config, written
+from adapter import written
 
 # Of each protocol: what follows the template, --max-new-tokens, and the rule of the answer.
 PROTOCOLS = {
@@ -120,12 +121,6 @@ def load_model(ckpt, tok, device=None, dtype=None, prepare=None):
         raise ValueError(f"{model.find(ckpt)}: the tokenizer has {tok.vocab_size} tokens, but "
                          f"the model embeds {net.config.vocab_size}: they do not belong together")
     return net
-
-
-def is_quantised(adapter):
-    """Whether an adapter belongs to weights in four bits, for which a model is loaded layer by
-    layer: `model.load(..., prepare=...)`."""
-    return (read_config(adapter).get("pissa") or {}).get("method") in pissa.QUANTISED
 
 
 def write_lines(path, rows):
@@ -242,10 +237,10 @@ def main():
     except UnicodeDecodeError:
         raise ValueError(f"{args.ppl}: not UTF-8; convert the file (see iconv)") from None
     tok = data.Tokenizer(model.find(args.ckpt))
-    quantised = args.adapter and is_quantised(args.adapter)
+    quantised = args.adapter and adapter.is_quantised(args.adapter)
 
     def adapt(net, weight=None):
-        pissa.load(net, args.adapter, weight=weight, keep_base=bool(args.prompt) and not quantised)
+        adapter.load(net, args.adapter, weight=weight, keep_base=bool(args.prompt) and not quantised)
 
     net = load_model(args.ckpt, tok, args.device, prepare=adapt if quantised else None)
     if args.adapter and not quantised:

@@ -29,13 +29,12 @@ leaves over can be looked for again, in turns (LoftQ, arXiv 2310.08659, its Algo
     A_q, B_q      Aq, Bq       what was subtracted when Q was rounded the last time: W, A_q and B_q
                                give Q again, so Q need not be saved; in W_res they are A_0 and B_0
 
-Everything here works on any nn.Module with nn.Linear inside.
+Everything here works on any nn.Module with nn.Linear inside; adapter.py saves and loads.
 
-    pissa.inject(net, rank=64); ...train...; pissa.save(net, "adapter"); pissa.load(base, "adapter")
+    pissa.inject(net, rank=64); ...train...; adapter.save(net, "there"); adapter.load(base, "there")
 """
 import hashlib
 import time
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -45,14 +44,8 @@ from torch import nn
 from tqdm import tqdm
 
 import nf4
-from adapter import compress, read_adapter, read_seen, write_adapter  # noqa: F401
 from svd import finite, full_float32, grouped_svd, wide
 
-ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than where it was trained, "
-                     "in another dtype or on another kind of device perhaps: outputs differ a "
-                     "little")
-EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W + Delta W, not the "
-            "Q + A B that was trained: the two differ by what rounding to four bits lost")
 NOT_KEPT = "the base weights were not kept (keep_base=False): load the model again for that"
 GROUP = 32                      # matrices of one shape that a GPU decomposes together, at most
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -465,41 +458,6 @@ def checksum(sums):
     return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16]
 
 
-def check_base(directory, config, pairs, weight):
-    """The fingerprint of a base that an adapter fits; ValueError if it does not fit.
-
-    directory, config, pairs: the adapter and what `read_adapter` made of it. weight(name): the
-    base's matrix (out, in) of a module, or a ValueError where it has none.
-    """
-    check_method(directory, config.get("pissa"))
-    base = fingerprint(pairs, lambda n: check_shape(directory, n, weight(n), *pairs[n]))
-    check_fingerprint(directory, config.get("pissa"), base)
-    return base
-
-
-def check_shape(directory, name, W, A, B):
-    """The base's matrix W (out, in) of a module, or ValueError if A B is of another shape."""
-    if W.shape != (B.shape[1], A.shape[0]):
-        raise ValueError(f"{directory}: {name} is {A.shape[0]} x {B.shape[1]}, the model's is "
-                         f"{W.shape[1]} x {W.shape[0]}")
-    return W
-
-
-def check_fingerprint(directory, info, base):
-    """ValueError if an adapter of ours is of another base."""
-    if info and info["base"] != base:
-        raise ValueError(f"{directory} was made on another base model (fingerprint "
-                         f"{info['base'][:12]}, this one has {base[:12]})")
-
-
-def check_method(directory, info):
-    """ValueError if an adapter of ours is of a method that is not known, or does not say enough."""
-    if info and info["method"] not in METHODS:
-        raise ValueError(f"{directory}: method {info['method']} is none of {', '.join(METHODS)}")
-    if info and info["method"] in QUANTISED and not {"double_quant", "codes"} <= set(info):
-        raise ValueError(f"{directory}: its config does not say how weights were rounded")
-
-
 def base_weight(m, name):
     """The original weight (out, in) of an nn.Linear or of the PissaLinear in its place."""
     if isinstance(m, PissaLinear) and m.changed and m.enabled:
@@ -549,96 +507,3 @@ def remove(net):
     for _, m in layers(net):
         m.switch(False)
     return to_linears(net, lambda m: m.weight.data)
-
-
-# --------------------------------------------------------------------------------- save and load
-
-def save(net, directory):
-    """Write the adapter of an injected `net` as a PEFT LoRA, of rank 2r, or r for lora and qlora.
-
-    The LoRA is Delta W, to be added to W. A quantised model computes Q + A B instead: on the
-    full-precision W the outputs differ by what rounding W - A_0 B_0 to Q lost.
-    """
-    if not hasattr(net, "pissa"):
-        raise ValueError("nothing to save: the model has no adapter")
-    tensors, seen = {}, {}
-    for name, m in layers(net):
-        A, B = m.A.detach().cpu(), m.B.detach().cpu()
-        if m.A0 is not None:         # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
-            A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
-        tensors[name] = A, B
-        if m.Aq is not m.A0:
-            seen[name] = m.Aq, m.Bq
-    task = "CAUSAL_LM" if hasattr(net, "lm_head") else None
-    write_adapter(directory, tensors, net.pissa, task, seen)
-
-
-def split(A, B, seen, info):
-    """A, B, A0, B0, Aq, Bq out of what `save` wrote: A, B of rank 2r, and (Aq, Bq) or None."""
-    if not info or info["method"] in ("lora", "qlora"):
-        return A, B, None, None, None, None
-    r = A.shape[1] // 2
-    A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
-    return A, B, A0, B0, *(seen or (A0, B0))
-
-
-def freeze(W, Aq, Bq, info):
-    """The frozen weight that belongs to W (out, in), Aq and Bq, without any SVD."""
-    if not info or info["method"] == "lora":
-        return W
-    if Aq is None:
-        return nf4.quantize(W, info["double_quant"])
-    Aq, Bq = (M.to(W.device, wide(W).dtype) for M in (Aq, Bq))
-    if info["method"] == "pissa":
-        return residual(W, Aq, Bq)
-    return rounded(W, Aq, Bq, info["double_quant"])
-
-
-def load(net, directory, *, weight=None, keep_base=True):
-    """Put an adapter on `net`, in place: one of ours, to use or train on, or a LoRA made by PEFT.
-
-    An adapter already on `net` is removed first. Refuses (ValueError), before anything is changed,
-    an adapter of ours that was made on another base, and one whose modules `net` does not have.
-    weight: as for `inject`; the base is then checked last.
-    """
-    def own(name):
-        try:
-            m = net.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"{directory}: the model has no {name}") from None
-        return base_weight(m, name)
-
-    config, pairs = read_adapter(directory)
-    info, seen, samples = config.get("pissa"), read_seen(directory, config, pairs), {}
-    if weight:
-        check_method(directory, info)
-        for name, pair in pairs.items():
-            check_shape(directory, name, own(name), *pair)
-    else:
-        found = check_base(directory, config, pairs, own)
-        remove(net)
-    net.requires_grad_(False)
-    bar = tqdm(pairs.items(), desc="adapter", unit="matrix", delay=1, leave=False)
-    for name, (A, B) in bar:
-        linear = net.get_submodule(name)
-        if weight:
-            linear.weight = nn.Parameter(weight(name), requires_grad=False)
-            samples[name] = sample(linear.weight)
-        W = linear.weight.detach()
-        A, B, A0, B0, Aq, Bq = split(A, B, seen.get(name), info)
-        A, B = (M.to(W.device, wide(W).dtype) for M in (A, B))
-        frozen = freeze(W, Aq, Bq, info)
-        base = W.cpu() if keep_base and frozen is not W else None
-        put(net, name, PissaLinear(linear, frozen, A, B, A0, B0, Aq, Bq, base))
-        del W, linear                    # freed before the next one is asked for
-    if weight:
-        found = digest(samples)
-        check_fingerprint(directory, info, found)
-    net.pissa = dict(info) if info else {"method": "lora", "rank": config["r"], "niter": None,
-                                         "seed": None, "base": found}
-    net.pissa.pop("seen", None)
-    if "codes" in net.pissa:
-        net.pissa["codes"] = checksum(nf4_sums(net))
-        if net.pissa["codes"] != info["codes"]:
-            warnings.warn(ROUNDED_ELSEWHERE.format(directory))
-    return net

@@ -30,10 +30,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import adapter
 import model
 import nf4
 import pissa
-from adapter import read_config as read_adapter_config
 
 CHUNK = 2**25                   # logits at a time: that of train.py
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
@@ -206,8 +206,8 @@ def from_arguments(args):
     """The Job of train.py's command line."""
     method, rank, targets, double = args.method, args.rank, args.targets, not args.no_double_quant
     if args.adapter:
-        there = read_adapter_config(args.adapter)
-        pissa.check_method(args.adapter, there.get("pissa"))
+        there = adapter.read_config(args.adapter)
+        adapter.check_method(args.adapter, there.get("pissa"))
         info = there.get("pissa") or {"method": "lora", "rank": there.get("r")}
         method, rank, double = info["method"], info["rank"], info.get("double_quant", True)
         found = there.get("target_modules")

@@ -26,13 +26,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import adapter
 import data
 import model
 import pissa
 import plan
 from adapter import written
 from convert import check_layout, layout_of, write_checkpoint
-from eval import accuracy, check_ranges, complete, describe, is_quantised, load_model, run
+from eval import accuracy, check_ranges, complete, describe, load_model, run
 
 TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
 CHUNK = 2**25           # logits computed at a time: 128 MiB in float32
@@ -301,7 +302,7 @@ def write_weights(net, args):
         write_checkpoint(there, model.find(args.ckpt), net.config,
                          net.to(dtype).named_parameters(), dtype)
         return there
-    pissa.save(net, args.out / "adapter")
+    adapter.save(net, args.out / "adapter")
     return args.out / "adapter"
 
 
@@ -355,7 +356,7 @@ def prepare(net, args, seconds, weight=None):
     if args.method == "full":
         net.requires_grad_(True)
     elif args.adapter:
-        pissa.load(net, args.adapter, weight=weight, keep_base=False)
+        adapter.load(net, args.adapter, weight=weight, keep_base=False)
         vars(args).update({key: net.pissa[key] for key in ("method", "rank", "niter", "quant_iters")
                            if key in net.pissa})
         args.no_double_quant = not net.pissa.get("double_quant", True)
@@ -391,7 +392,7 @@ def main():
     start, full = time.perf_counter(), args.method == "full"
     seconds = {"init": 0.0}
     # In four bits, the base as a whole may not fit: its layers are quantised while they are read.
-    quantised = is_quantised(args.adapter) if args.adapter else args.method in pissa.QUANTISED
+    quantised = adapter.is_quantised(args.adapter) if args.adapter else args.method in pissa.QUANTISED
     net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype,
                      partial(prepare, args=args, seconds=seconds) if quantised else None)
     if full:                                   # to say now, not after training, what is missing
@@ -433,7 +434,7 @@ def main():
     seconds["all"] = time.perf_counter() - begin
     summarise(rows, before, after, args, seconds, device)
     if quantised:
-        print(f"note: {pissa.EXPORTED}; convert.py merge writes the latter")
+        print(f"note: {adapter.EXPORTED}; convert.py merge writes the latter")
     use = f"--ckpt {where}" if full else f"--ckpt {args.ckpt} --adapter {where}"
     print(f"weights in {where}; use them:\n  python eval.py {use} --prompt "
           + shlex.quote(next(iter(before["answers"]), "your question")))

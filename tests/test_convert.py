@@ -21,6 +21,7 @@ from conftest import ROOT, SHARED, TINY, assert_logits_equal, hugging_face, smal
 from conftest import command as run_command
 from conftest import failure as run_failure
 
+import adapter
 import convert
 import eval as evaluation
 import gguf_file
@@ -90,7 +91,7 @@ def base(tmp_path):
 def trained(tmp_path):
     """The adapted network; its adapter is in tmp_path / "adapter"."""
     net = adapted(small_net())
-    pissa.save(net, tmp_path / "adapter")
+    adapter.save(net, tmp_path / "adapter")
     return net
 
 
@@ -104,7 +105,7 @@ def test_merged_is_the_adapted_network(tmp_path, tokens, layout, to, tied, metho
     """Its logits, through our reader and through transformers; nothing of LoRA is left."""
     write_base(tmp_path / "base", layout, small_net(tied=tied))
     net, out = adapted(small_net(tied=tied), method), tmp_path / "out"
-    pissa.save(net, tmp_path / "adapter")
+    adapter.save(net, tmp_path / "adapter")
     assert not torch.allclose(net(tokens), small_net(tied=tied)(tokens), rtol=0.1)
     text = command("merge", tmp_path / "adapter", out, "--ckpt", tmp_path / "base",
                    *(["--layout", to] if to else []))
@@ -152,11 +153,11 @@ def test_one_rounding(tmp_path, dtype, source, key):
     if key:
         file = tmp_path / "base" / "config.json"
         file.write_text(file.read_text().replace("torch_dtype", key))
-    pissa.save(adapted(small_net().to(source), targets=("k_proj",)), tmp_path / "adapter")
+    adapter.save(adapted(small_net().to(source), targets=("k_proj",)), tmp_path / "adapter")
     text = command("merge", tmp_path / "adapter", tmp_path / "out", "--ckpt", tmp_path / "base",
                    "--dtype", dtype, "--layout", "hf")
     target = source if dtype == "source" else getattr(torch, dtype)
-    old, pairs = read(tmp_path / "base"), pissa.read_adapter(tmp_path / "adapter")[1]
+    old, pairs = read(tmp_path / "base"), adapter.read_adapter(tmp_path / "adapter")[1]
     for name, W in read(tmp_path / "out").items():
         expected = old[name].float()
         if pair := pairs.get(name.removesuffix(".weight")):
@@ -184,7 +185,7 @@ def test_adapter_on_a_tied_output(tmp_path, tokens, layout):
     """The output projection becomes a matrix of its own; the embedding stays what it was."""
     write_base(tmp_path / "base", layout, small_net(tied=True))
     net, out = adapted(small_net(tied=True), targets=("lm_head", "q_proj")), tmp_path / "out"
-    pissa.save(net, tmp_path / "adapter")
+    adapter.save(net, tmp_path / "adapter")
     text = command("merge", tmp_path / "adapter", out, "--ckpt", tmp_path / "base")
     merged = model.load(out, "cpu", torch.float32)
     assert "a matrix of its own" in text and not merged.config.tied
@@ -206,7 +207,7 @@ def test_biases(tmp_path, tokens):
 
     base, out = write_base(tmp_path / "base", "hf", biased()), tmp_path / "out"
     net = adapted(biased())
-    pissa.save(net, tmp_path / "adapter")
+    adapter.save(net, tmp_path / "adapter")
     text = failure("merge", tmp_path / "adapter", out, "--ckpt", base, "--layout", "meta")
     assert text.endswith("Meta's layout has no place for biases: write Hugging Face's (hf)")
     assert not out.exists()
@@ -255,7 +256,7 @@ def test_run_of_whole_weights(tmp_path, tokens):
 def test_the_command_it_prints(tmp_path):
     """From the demo's model, with a real tokenizer, to an answer of eval.py."""
     net = adapted(model.load("tiny", "cpu", torch.float32), targets=("q_proj",))
-    pissa.save(net, tmp_path / "adapter")
+    adapter.save(net, tmp_path / "adapter")
     text = command("merge", tmp_path / "adapter", tmp_path / "out", "--ckpt", "tiny", "--layout",
                    "hf")
     argv = shlex.split(text.splitlines()[-1])
@@ -396,7 +397,7 @@ def test_without_safetensors(tmp_path, monkeypatch):
     write_base(tmp_path / "base", "meta", small_net())
     for name in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, name, None)
-    pissa.save(adapted(small_net()), tmp_path / "adapter")             # adapter_model.bin
+    adapter.save(adapted(small_net()), tmp_path / "adapter")             # adapter_model.bin
     argv = "merge", tmp_path / "adapter", tmp_path / "out", "--ckpt", tmp_path / "base"
     assert "pip install safetensors" in failure(*argv, "--layout", "hf")
     assert not (tmp_path / "out").exists()
@@ -421,7 +422,7 @@ def test_help(argv):
 def test_compress(tmp_path, trained):
     """The error of all matrices together and of the worst one, from the matrices themselves."""
     text = command("compress", tmp_path / "adapter", tmp_path / "small", "--rank", 3)
-    big, small = (pissa.read_adapter(tmp_path / d)[1] for d in ("adapter", "small"))
+    big, small = (adapter.read_adapter(tmp_path / d)[1] for d in ("adapter", "small"))
     lost = {n: (big[n][0] @ big[n][1] - small[n][0] @ small[n][1]).norm().item() for n in big}
     whole = {n: (A @ B).norm().item() for n, (A, B) in big.items()}
     overall = math.hypot(*lost.values()) / math.hypot(*whole.values())
@@ -439,11 +440,11 @@ def test_compressed_logits(tmp_path, tokens):
     """With an adapter on the output alone, the logits differ by no more than the printed error
     allows: |X E| <= |X| |E|."""
     net = adapted(small_net(), targets=("lm_head",))
-    pissa.save(net, tmp_path / "adapter")
+    adapter.save(net, tmp_path / "adapter")
     text = command("compress", tmp_path / "adapter", tmp_path / "small", "--rank", 5)
     error = float(re.search(r"\(Frobenius\) ([\d.]+)%", text)[1]) / 100
-    A, B = pissa.read_adapter(tmp_path / "adapter")[1]["lm_head"]
-    small = pissa.load(small_net(), tmp_path / "small")
+    A, B = adapter.read_adapter(tmp_path / "adapter")[1]["lm_head"]
+    small = adapter.load(small_net(), tmp_path / "small")
     difference = (small(tokens) - net(tokens)).norm().item()
     hidden = net.hidden(tokens).flatten(0, 1)
     assert 0 < difference <= 1.01 * torch.linalg.matrix_norm(hidden, 2) * error * (A @ B).norm()
@@ -463,7 +464,7 @@ def test_compress_refuses(tmp_path, base, trained):
 
 def test_an_adapter_of_nothing(tmp_path, base):
     """A LoRA before its first step, B = 0: no division by zero. And a file without matrices."""
-    pissa.save(pissa.inject(small_net(), 4, "lora", progress=False), tmp_path / "adapter")
+    adapter.save(pissa.inject(small_net(), 4, "lora", progress=False), tmp_path / "adapter")
     assert "Frobenius) 0.00%" in command("compress", tmp_path / "adapter", tmp_path / "out")
     from safetensors.torch import save_file
     save_file({}, tmp_path / "adapter" / "adapter_model.safetensors")

@@ -6,6 +6,7 @@ import torch
 from conftest import assert_logits_equal
 from test_hf import draw, twin
 
+import adapter
 import model
 import pissa
 
@@ -42,7 +43,7 @@ def test_peft_loads_ours(pair, tmp_path, method):
     pissa.inject(ours, 4, method, progress=False)
     assert_logits_equal(ours(tokens), before)
     train(ours, lambda: ours(tokens).square().mean())
-    pissa.save(ours, tmp_path / "adapter")
+    adapter.save(ours, tmp_path / "adapter")
     adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
     assert_logits_equal(adapted(tokens).logits, ours(tokens))
     with adapted.disable_adapter(), pissa.disabled(ours):
@@ -57,7 +58,7 @@ def test_ours_loads_peft(pair, tmp_path):
                              task_type="CAUSAL_LM", init_lora_weights=False)
     adapted = peft.get_peft_model(theirs, config).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    pissa.load(ours, tmp_path / "adapter")
+    adapter.load(ours, tmp_path / "adapter")
     assert_logits_equal(ours(tokens), adapted(tokens).logits)
 
 
@@ -74,7 +75,7 @@ def test_more_than_a_lora_is_refused(tmp_path, options, message):
     config = peft.LoraConfig(r=4, **{"target_modules": ["q_proj"], **options})
     peft.get_peft_model(theirs, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
-        pissa.load(ours, tmp_path / "adapter")
+        adapter.load(ours, tmp_path / "adapter")
 
 
 # --- networks of others: (network, its call -> tensor, targets)
@@ -114,8 +115,8 @@ def test_other_peoples_modules(tmp_path, build, method):
     train(net, lambda: call(net)[..., :7].square().mean())
     after = call(net).detach()
     assert (after - before).abs().max() > 1e-3 * before.abs().max()
-    pissa.save(net, tmp_path)
-    again = pissa.load(copy.deepcopy(base), tmp_path)
+    adapter.save(net, tmp_path)
+    again = adapter.load(copy.deepcopy(base), tmp_path)
     assert_logits_equal(call(again).detach(), after, rel=1e-5)
     assert_logits_equal(call(pissa.merge(copy.deepcopy(net))).detach(), after)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))

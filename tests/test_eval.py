@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 
+import adapter
 import data
 import eval as evaluation
 import model
@@ -35,13 +36,13 @@ def net():
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
+def saved(tmp_path_factory):
     """An adapter that changes what the model says."""
     net = pissa.inject(model.load("tiny", "cpu"), 4, niter=1, progress=False)
     for _, m in pissa.layers(net):
         m.A.data *= 0.7
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    pissa.save(net, folder)
+    adapter.save(net, folder)
     return folder
 
 
@@ -325,14 +326,14 @@ def test_prompt(net, tok):
     assert command("--prompt", prompt, "--max-new-tokens", 12) == expected + "\n"
 
 
-def test_prompt_shows_the_base_beside_the_adapted(net, tok, adapter):
+def test_prompt_shows_the_base_beside_the_adapted(net, tok, saved):
     prompt = EXAMPLES[0][0]
     base, = evaluation.complete(net, tok, [prompt], max_new_tokens=12)
-    other = pissa.load(model.load("tiny", "cpu"), adapter)
+    other = adapter.load(model.load("tiny", "cpu"), saved)
     adapted, = evaluation.complete(other, tok, [prompt], max_new_tokens=12)
     assert base != adapted
-    printed = command("--adapter", adapter, "--prompt", prompt, "--max-new-tokens", 12)
-    assert printed == f"--- base\n{base}\n--- with {adapter}\n{adapted}\n"
+    printed = command("--adapter", saved, "--prompt", prompt, "--max-new-tokens", 12)
+    assert printed == f"--- base\n{base}\n--- with {saved}\n{adapted}\n"
 
 
 def test_prompt_samples(net, tok):
@@ -384,23 +385,23 @@ def test_accuracy_options(tmp_path, monkeypatch, argv, tokens, stop):
     assert f"at most {tokens} new tokens{f', stop at {stop}' if stop else ''};" in printed
 
 
-def test_accuracy_of_the_real_model(net, tok, adapter):
+def test_accuracy_of_the_real_model(net, tok, saved):
     """Predictions go beside the adapter, and are those of the adapted model."""
-    other = pissa.load(model.load("tiny", "cpu"), adapter)
+    other = adapter.load(model.load("tiny", "cpu"), saved)
     for protocol in ("strict", "paper"):
-        command("--adapter", adapter, "--accuracy", TINY / "test.jsonl", "--limit", 5,
+        command("--adapter", saved, "--accuracy", TINY / "test.jsonl", "--limit", 5,
                 "--max-new-tokens", 8, "--batch", 2, "--protocol", protocol)
         expected = evaluation.accuracy(other, tok, EXAMPLES[:5], max_new_tokens=8,
                                        protocol=protocol)[1]
-        name = f"predictions-{adapter.name}-test-{protocol}-first5.jsonl"
-        assert read_lines(adapter.parent / name) == expected
+        name = f"predictions-{saved.name}-test-{protocol}-first5.jsonl"
+        assert read_lines(saved.parent / name) == expected
 
 
-def test_ppl_command(net, tok, tmp_path, adapter):
+def test_ppl_command(net, tok, tmp_path, saved):
     text = "Nora had 14 shells. She found 8 more — at café “Sol”.\n" * 5
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    other = pissa.load(model.load("tiny", "cpu"), adapter)
-    more = ["--adapter", adapter, "--stride", 30]
+    other = adapter.load(model.load("tiny", "cpu"), saved)
+    more = ["--adapter", saved, "--stride", 30]
     for which, stride, more in ((net, 50, []), (other, 30, more)):
         printed = command("--ppl", tmp_path / "text.txt", "--length", 50, *more)
         value, count, windows = evaluation.perplexity(which, tok, text, 50, stride)
@@ -480,15 +481,15 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-def other_adapter(base, adapter):
+def other_adapter(base, saved):
     """One number of B changes, by its last bit."""
-    path, = adapter.glob("adapter_model.*")
+    path, = saved.glob("adapter_model.*")
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
     path.write_bytes(content)
 
 
-def other_base(base, adapter):
+def other_base(base, saved):
     net = model.load(base, "cpu")
     net.model.norm.weight.data *= 1.1
     model.save(net, base)
@@ -504,9 +505,9 @@ def other_base(base, adapter):
     (None, ["--fields", "answer,question,answer"], True),
     (other_adapter, [], True),
     (other_base, [], True)])
-def test_going_on_or_starting_anew(tmp_path, monkeypatch, base, adapter, change, more, anew):
+def test_going_on_or_starting_anew(tmp_path, monkeypatch, base, saved, change, more, anew):
     """Only what could change a prediction starts anew, and it says so in a line."""
-    shutil.copytree(adapter, tmp_path / "adapter")
+    shutil.copytree(saved, tmp_path / "adapter")
     flags = accuracy_flags(tmp_path / "p.jsonl", "--ckpt", base, "--adapter", tmp_path / "adapter")
     die(monkeypatch, 3, lambda net, prompts, *args, **options: [[5]] * len(prompts))
     with pytest.raises(Killed):

@@ -403,7 +403,7 @@ def test_smollm2_from_an_adapter_to_everywhere(real, tmp_path):
         ours(tokens).logsumexp(-1).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    pissa.save(ours, tmp_path / "adapter")
+    adapter.save(ours, tmp_path / "adapter")
     with torch.no_grad():
         after = ours(tokens)
         assert (after - expected).abs().max() > 0.05 * expected.abs().max()
@@ -419,7 +419,7 @@ def test_smollm2_from_an_adapter_to_everywhere(real, tmp_path):
         assert_logits_equal(again(tokens).logits, after)
         errors = adapter.compress(tmp_path / "adapter", tmp_path / "small")
         assert all(lost <= whole for lost, whole in errors.values())
-        small = pissa.load(model.load(path, "cpu", torch.float32), tmp_path / "small")
+        small = adapter.load(model.load(path, "cpu", torch.float32), tmp_path / "small")
         share = max(lost / whole for lost, whole in errors.values())
         distance = (small(tokens) - after).norm() / (after - expected).norm()
         assert distance < 3 * share, (distance, share)

@@ -197,9 +197,9 @@ def one_by_one(net):
 def test_one_weight_at_a_time(tmp_path, tokens, method, dtype):
     """From the meta device: the same bit for bit, every matrix asked for once, and let go."""
     whole = quiet(small_net().to(dtype), 4, method)
-    pissa.save(whole, tmp_path)
+    adapter.save(whole, tmp_path)
     for put_on in (lambda net, **how: quiet(net, 4, method, **how),
-                   lambda net, **how: pissa.load(net, tmp_path, **how)):
+                   lambda net, **how: adapter.load(net, tmp_path, **how)):
         weight, asked, alive = one_by_one(small_net().to(dtype))
         net = put_on(on_meta(dtype), weight=weight, keep_base=False)
         assert sorted(asked) == sorted(n for n, _ in pissa.layers(whole))
@@ -211,9 +211,9 @@ def test_one_weight_at_a_time(tmp_path, tokens, method, dtype):
 
 
 def test_one_weight_at_a_time_is_checked(tmp_path):
-    pissa.save(quiet(small_net(), 4, "qpissa", niter=0), tmp_path)
+    adapter.save(quiet(small_net(), 4, "qpissa", niter=0), tmp_path)
     with pytest.raises(ValueError, match="made on another base model"):
-        pissa.load(on_meta(torch.float32), tmp_path, weight=one_by_one(small_net(seed=1))[0])
+        adapter.load(on_meta(torch.float32), tmp_path, weight=one_by_one(small_net(seed=1))[0])
     bad = small_net()
     bad.model.layers[1].mlp.up_proj.weight[3, 4] = math.nan
     with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj: the weight holds NaN or Inf"):
@@ -305,8 +305,8 @@ def test_merge_keeps_bias():
 def test_load_is_the_trained_model(tmp_path, tokens, method, options, niter, dtype):
     net = quiet(small_net().to(dtype), 4, method, niter=niter, **options)
     optimise(net, tokens, 3)
-    pissa.save(net, tmp_path / "a")
-    fresh = pissa.load(small_net().to(dtype), tmp_path / "a")
+    adapter.save(net, tmp_path / "a")
+    fresh = adapter.load(small_net().to(dtype), tmp_path / "a")
     assert torch.equal(fresh(tokens), net(tokens))
     trained = {n for n, p in fresh.named_parameters() if p.requires_grad}
     assert trained == {n for n, p in net.named_parameters() if p.requires_grad}
@@ -319,8 +319,8 @@ def test_load_is_the_trained_model(tmp_path, tokens, method, options, niter, dty
 def test_reload_and_continue_is_uninterrupted(tmp_path, tokens, method):
     net = quiet(small_net(), 4, method)
     losses, optimizer = optimise(net, tokens, 3)
-    pissa.save(net, tmp_path / "a")
-    fresh = pissa.load(small_net(), tmp_path / "a")
+    adapter.save(net, tmp_path / "a")
+    fresh = adapter.load(small_net(), tmp_path / "a")
     params = [p for p in fresh.parameters() if p.requires_grad]
     resumed = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -335,17 +335,17 @@ def test_adapters_one_after_another(tmp_path, tokens):
                                ("d", "qlora", 4), ("e", "loftq", 2)]:
         net = quiet(small_net(), rank, method)
         optimise(net, tokens, 2)
-        pissa.save(net, tmp_path / name)
+        adapter.save(net, tmp_path / name)
         want[name] = net(tokens)
     for name in "abcdecba":
-        assert torch.equal(pissa.load(base, tmp_path / name)(tokens), want[name])
+        assert torch.equal(adapter.load(base, tmp_path / name)(tokens), want[name])
     assert torch.equal(pissa.remove(base)(tokens), small_net()(tokens))
 
 
 def test_saved_file_is_a_lora_of_rank_2r(tmp_path, net, tokens):
     base = {n: p.clone() for n, p in net.named_parameters()}
     optimise(quiet(net, 4), tokens, 2)
-    pissa.save(net, tmp_path)
+    adapter.save(net, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (8, 8, "LORA")
     assert config["pissa"]["method"] == "pissa" and config["pissa"]["rank"] == 4
@@ -361,15 +361,15 @@ def test_saved_file_is_a_lora_of_rank_2r(tmp_path, net, tokens):
 
 
 def test_another_base_is_refused(tmp_path, net):
-    pissa.save(quiet(net), tmp_path)
+    adapter.save(quiet(net), tmp_path)
     other = small_net(seed=1)
     with pytest.raises(ValueError, match="made on another base model"):
-        pissa.load(other, tmp_path)
+        adapter.load(other, tmp_path)
     assert not any(pissa.layers(other))
     with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj is 128 x 48, the model's is"):
-        pissa.load(small_net(ffn_dim=96), tmp_path)
+        adapter.load(small_net(ffn_dim=96), tmp_path)
     with pytest.raises(ValueError, match="the model has no model.layers.1"):
-        pissa.load(small_net(n_layers=1), tmp_path)
+        adapter.load(small_net(n_layers=1), tmp_path)
 
 
 def test_fingerprint():
@@ -386,11 +386,11 @@ def test_fingerprint():
 
 
 def test_failed_load_keeps_the_adapter_that_is_there(tmp_path, net, tokens):
-    pissa.save(quiet(small_net(n_layers=3)), tmp_path)
+    adapter.save(quiet(small_net(n_layers=3)), tmp_path)
     quiet(net)
     want = net(tokens)
     with pytest.raises(ValueError, match="the model has no model.layers.2"):
-        pissa.load(net, tmp_path)
+        adapter.load(net, tmp_path)
     assert torch.equal(net(tokens), want) and net.pissa["rank"] == 4
 
 
@@ -398,15 +398,15 @@ def test_failed_load_keeps_the_adapter_that_is_there(tmp_path, net, tokens):
 def test_without_safetensors(tmp_path, net, tokens, monkeypatch, method):
     import sys
     optimise(quiet(net, 4, method), tokens, 1)
-    pissa.save(net, tmp_path)
+    adapter.save(net, tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "safetensors.torch", None)
         patch.setitem(sys.modules, "safetensors", None)
         with pytest.raises(ValueError, match="pip install safetensors"):
-            pissa.load(small_net(), tmp_path)
-        pissa.save(net, tmp_path)          # replaces the .safetensors of before
+            adapter.load(small_net(), tmp_path)
+        adapter.save(net, tmp_path)          # replaces the .safetensors of before
         assert not list(tmp_path.glob("*.safetensors"))
-        assert torch.equal(pissa.load(small_net(), tmp_path)(tokens), net(tokens))
+        assert torch.equal(adapter.load(small_net(), tmp_path)(tokens), net(tokens))
 
 
 def damage(tmp_path, change):
@@ -429,51 +429,51 @@ def damage(tmp_path, change):
     (dict(modules_to_save=["lm_head"]), "modules_to_save is not supported"),
     (dict(init_lora_weights="pissa_niter_4"), "needs the changed base it was made with")])
 def test_what_cannot_be_loaded_is_refused(tmp_path, net, change, message):
-    pissa.save(quiet(net), tmp_path)
+    adapter.save(quiet(net), tmp_path)
     damage(tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        pissa.load(small_net(), tmp_path)
+        adapter.load(small_net(), tmp_path)
 
 
 def test_a_method_of_the_future_is_refused(tmp_path, net):
-    pissa.save(quiet(net), tmp_path)
+    adapter.save(quiet(net), tmp_path)
     damage(tmp_path, dict(pissa={**net.pissa, "method": "dora"}))
     with pytest.raises(ValueError, match="method dora is none of pissa, lora"):
-        pissa.load(small_net(), tmp_path)
+        adapter.load(small_net(), tmp_path)
 
 
 def test_a_config_that_does_not_say_how_weights_were_rounded(tmp_path, net):
     """It is refused before a weight is read."""
-    pissa.save(quiet(net, 4, "qpissa", niter=0), tmp_path)
+    adapter.save(quiet(net, 4, "qpissa", niter=0), tmp_path)
     info = json.loads((tmp_path / "adapter_config.json").read_text())["pissa"]
     for key in ("double_quant", "codes"):
         damage(tmp_path, dict(pissa={k: v for k, v in info.items() if k != key}))
         for weight in (None, lambda name: pytest.fail("it was read")):
             with pytest.raises(ValueError, match="does not say how weights were rounded"):
-                pissa.load(small_net(), tmp_path, weight=weight)
+                adapter.load(small_net(), tmp_path, weight=weight)
 
 
 def test_damaged_adapters(tmp_path, net):
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
-        pissa.load(net, tmp_path)
+        adapter.load(net, tmp_path)
     with pytest.raises(ValueError, match="nothing to save"):
-        pissa.save(net, tmp_path)
-    pissa.save(quiet(small_net()), tmp_path)
+        adapter.save(net, tmp_path)
+    adapter.save(quiet(small_net()), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="adapter_model.safetensors: not readable, perhaps trunc"):
-        pissa.load(net, tmp_path)
+        adapter.load(net, tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
-        pissa.load(net, tmp_path)
+        adapter.load(net, tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"r": 4')
     with pytest.raises(ValueError, match="adapter_config.json: not the config of a LoRA adapter"):
-        pissa.load(net, tmp_path)
+        adapter.load(net, tmp_path)
     assert not any(pissa.layers(net))
 
 
 def test_failed_save_leaves_the_old_adapter(tmp_path, net, tokens, monkeypatch):
-    pissa.save(quiet(net), tmp_path)
+    adapter.save(quiet(net), tmp_path)
     want = net(tokens)
     optimise(net, tokens, 1)
 
@@ -482,8 +482,8 @@ def test_failed_save_leaves_the_old_adapter(tmp_path, net, tokens, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(json, "dumps", disk_full)
-        pissa.save(net, tmp_path)
-    assert torch.equal(pissa.load(small_net(), tmp_path)(tokens), want)
+        adapter.save(net, tmp_path)
+    assert torch.equal(adapter.load(small_net(), tmp_path)(tokens), want)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -491,18 +491,18 @@ def test_failed_save_leaves_the_old_adapter(tmp_path, net, tokens, monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, -1, 9])
 def test_compress_to_an_impossible_rank(tmp_path, net, rank):
-    pissa.save(quiet(net, 4), tmp_path / "a")
+    adapter.save(quiet(net, 4), tmp_path / "a")
     with pytest.raises(ValueError, match=f"cannot compress rank 8 to {rank}"):
-        pissa.compress(tmp_path / "a", tmp_path / "b", rank)
+        adapter.compress(tmp_path / "a", tmp_path / "b", rank)
     assert not (tmp_path / "b").exists()
 
 
 def test_compress(tmp_path, net, tokens):
     optimise(quiet(net, 4), tokens, 5)
-    pissa.save(net, tmp_path / "a")
-    errors = pissa.compress(tmp_path / "a", tmp_path / "b")
-    _, full = pissa.read_adapter(tmp_path / "a")
-    _, small = pissa.read_adapter(tmp_path / "b")
+    adapter.save(net, tmp_path / "a")
+    errors = adapter.compress(tmp_path / "a", tmp_path / "b")
+    _, full = adapter.read_adapter(tmp_path / "a")
+    _, small = adapter.read_adapter(tmp_path / "b")
     for name, (M, N) in full.items():
         delta, (A, B) = (M @ N).double(), small[name]
         assert A.shape[1] == 4
@@ -510,11 +510,11 @@ def test_compress(tmp_path, net, tokens):
         assert errors[name] == pytest.approx((S[4:].norm().item(), S.norm().item()), rel=1e-3)
         assert (delta - (A @ B).double()).norm().item() == pytest.approx(errors[name][0], rel=1e-3)
     assert all(0 < error < norm for error, norm in errors.values())
-    loaded = pissa.load(small_net(), tmp_path / "b")
+    loaded = adapter.load(small_net(), tmp_path / "b")
     assert loaded.pissa["method"] == "lora"
-    errors = pissa.compress(tmp_path / "a", tmp_path / "c", rank=8)
+    errors = adapter.compress(tmp_path / "a", tmp_path / "c", rank=8)
     assert all(error < 1e-12 * norm for error, norm in errors.values())
-    assert_logits_equal(pissa.load(small_net(), tmp_path / "c")(tokens), net(tokens), 1e-5)
+    assert_logits_equal(adapter.load(small_net(), tmp_path / "c")(tokens), net(tokens), 1e-5)
 
 
 # --- four bits
@@ -706,10 +706,10 @@ def test_merge_four_bits(method, dtype, tokens):
     ("loftq", dict(quant_iters=1), True), ("loftq", dict(last_svd=False), False)])
 def test_what_q_was_rounded_from_is_kept(tmp_path, net, method, options, needed):
     """A third file where Q cannot be had from A_0 and B_0; the next adapter there removes it."""
-    pissa.save(quiet(small_net(), 4, "qpissa", niter=0), tmp_path)
+    adapter.save(quiet(small_net(), 4, "qpissa", niter=0), tmp_path)
     before = {p.name for p in tmp_path.iterdir()}
-    pissa.save(quiet(net, 4, method, niter=0, **options), tmp_path)
-    pissa.save(pissa.load(small_net(), tmp_path), tmp_path / "again")
+    adapter.save(quiet(net, 4, method, niter=0, **options), tmp_path)
+    adapter.save(adapter.load(small_net(), tmp_path), tmp_path / "again")
     side = "pissa_quantised_from.safetensors"
     for directory in (tmp_path, tmp_path / "again"):
         files = {p.name for p in directory.iterdir() if p.is_file()}
@@ -727,7 +727,7 @@ def test_what_q_was_rounded_from_is_kept(tmp_path, net, method, options, needed)
     (lambda path, save: save(3), ValueError, "A_q and B_q of .*_proj are miss.*another shape")])
 def test_damaged_file_of_what_q_was_rounded_from(tmp_path, net, damage_it, error, message):
     from safetensors.torch import save_file
-    pissa.save(quiet(small_net(), 4, "qpissa", niter=0), tmp_path)
+    adapter.save(quiet(small_net(), 4, "qpissa", niter=0), tmp_path)
     path = tmp_path / "pissa_quantised_from.safetensors"
 
     def save(rows):
@@ -736,20 +736,20 @@ def test_damaged_file_of_what_q_was_rounded_from(tmp_path, net, damage_it, error
 
     damage_it(path, save)
     with pytest.raises(error, match=message):
-        pissa.load(net, tmp_path)
+        adapter.load(net, tmp_path)
     assert not any(pissa.layers(net)) and net.lm_head.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["qpissa", "qlora"])
 def test_other_codes_than_where_it_was_trained(tmp_path, net, method):
-    pissa.save(quiet(net, 4, method, niter=0), tmp_path)
+    adapter.save(quiet(net, 4, method, niter=0), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pissa.load(small_net(), tmp_path)
+        adapter.load(small_net(), tmp_path)
     info = json.loads((tmp_path / "adapter_config.json").read_text())["pissa"]
     damage(tmp_path, dict(pissa={**info, "codes": "0" * 16}))
     with pytest.warns(UserWarning, match="round to another 4-bit code here"):
-        assert pissa.load(small_net(), tmp_path).pissa == net.pissa
+        assert adapter.load(small_net(), tmp_path).pissa == net.pissa
 
 
 def test_compress_four_bits(tmp_path, net, tokens):
@@ -757,9 +757,9 @@ def test_compress_four_bits(tmp_path, net, tokens):
     for method, rank, want in [("qpissa", 8, "lora"), ("qlora", 4, "qlora")]:
         trained = quiet(small_net(), 4, method)
         optimise(trained, tokens, 3)
-        pissa.save(trained, tmp_path / "a")
-        pissa.compress(tmp_path / "a", tmp_path / "b", rank)
-        net = pissa.load(small_net(), tmp_path / "b")
+        adapter.save(trained, tmp_path / "a")
+        adapter.compress(tmp_path / "a", tmp_path / "b", rank)
+        net = adapter.load(small_net(), tmp_path / "b")
         assert (net.pissa["method"], net.pissa["rank"]) == (want, rank)
         if method == "qlora":
             assert_logits_equal(net(tokens), trained(tokens), 1e-5)
@@ -774,8 +774,8 @@ def test_hugging_face_model(tmp_path, net, tokens):
     """The same adapter on transformers' LLaMA and on ours: names and files are the same."""
     theirs = hugging_face(net)
     optimise(quiet(theirs, 4), tokens, 2)
-    pissa.save(theirs, tmp_path)
-    ours = pissa.load(net, tmp_path)
+    adapter.save(theirs, tmp_path)
+    ours = adapter.load(net, tmp_path)
     assert_logits_equal(ours(tokens), theirs(tokens).logits)
 
 
@@ -785,8 +785,8 @@ def test_plain_mlp(tmp_path, method):
     quiet(net, 8, method, targets=MLP_TARGETS)
     F.mse_loss(net(x), torch.zeros(5, 30)).backward()
     assert net.fc1.B.grad.abs().max() > 0 and net.fc1.bias.grad is None
-    pissa.save(net, tmp_path)
-    assert torch.equal(pissa.load(mlp(), tmp_path)(x), net(x))
+    adapter.save(net, tmp_path)
+    assert torch.equal(adapter.load(mlp(), tmp_path)(x), net(x))
 
 
 # --- PEFT
@@ -824,7 +824,7 @@ def test_peft_loads_ours(tmp_path, net, tokens, niter, method):
     peft = pytest.importorskip("peft")
     base = hugging_face(net)
     optimise(quiet(net, 4, method, niter=niter), tokens, 5)
-    pissa.save(net, tmp_path)
+    adapter.save(net, tmp_path)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path))
     assert_logits_equal(theirs(tokens).logits, net(tokens))
 
@@ -836,7 +836,7 @@ def test_peft_loads_ours_in_four_bits(tmp_path, net, tokens, method):
     W + A B - A_0 B_0, on Q + A_0 B_0 it computes what we do."""
     peft = pytest.importorskip("peft")
     optimise(quiet(net, 4, method), tokens, 5)
-    pissa.save(net, tmp_path)
+    adapter.save(net, tmp_path)
 
     def theirs(base):
         return peft.PeftModel.from_pretrained(hugging_face(base), str(tmp_path))(tokens).logits
@@ -870,7 +870,7 @@ def test_ours_loads_peft(tmp_path, net, tokens, alpha, rslora):
     theirs = peft.get_peft_model(hugging_face(net), config).eval()
     theirs.save_pretrained(str(tmp_path))
     base = net(tokens)
-    ours = pissa.load(net, tmp_path)
+    ours = adapter.load(net, tmp_path)
     assert_logits_equal(ours(tokens), theirs(tokens).logits)
     assert (ours(tokens) - base).abs().max() > 1e-2
     with pissa.disabled(ours):

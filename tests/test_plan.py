@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import adapter
 import data
 import model
 import nf4
@@ -316,7 +317,7 @@ def test_configs_and_adapters(tmp_path, stories, monkeypatch):
     assert plan.read_config(tmp_path) == plan.read_config(stories / "hf")
     net = pissa.inject(model.load(stories / "hf", "cpu"), 4, "qpissa", ("q_proj", "o_proj"),
                        progress=False, double_quant=False)
-    pissa.save(net, tmp_path / "adapter")
+    adapter.save(net, tmp_path / "adapter")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = command(train.main, "--ckpt", stories / "hf", "--adapter", tmp_path / "adapter",
                    "--plan", "--out", tmp_path / "out", "--device", "cpu")

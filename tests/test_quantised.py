@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+import adapter
 import convert
 import data
 import eval as evaluation
@@ -54,8 +55,8 @@ def test_adapter_on_a_stream(folder, method, tmp_path, tokens):
     net = streamed(folder, method)
     for _, m in pissa.layers(net):
         m.A.data *= 1.1
-    pissa.save(net, tmp_path / "adapter")
-    load = partial(pissa.load, directory=tmp_path / "adapter")
+    adapter.save(net, tmp_path / "adapter")
+    load = partial(adapter.load, directory=tmp_path / "adapter")
     got = model.load(folder, "cpu", torch.float32, load)
     assert got.pissa == net.pissa and torch.equal(got(tokens), net(tokens))
     names = {n for n, p in net.named_parameters() if p.requires_grad}
@@ -130,7 +131,7 @@ def run(request, tmp_path_factory):
 
 
 def loaded(out):
-    return pissa.load(model.load("tiny", "cpu"), out / "adapter")
+    return adapter.load(model.load("tiny", "cpu"), out / "adapter")
 
 
 def test_train(run):
@@ -197,7 +198,7 @@ def test_compress_says_what_it_leaves_out(run, tmp_path):
     _, out, _ = run
     text = command(convert.main, "compress", out / "adapter", tmp_path / "small")
     assert text.startswith("note: on the full-precision base")
-    assert pissa.load(model.load("tiny", "cpu"), tmp_path / "small").pissa["rank"] in (4, 8)
+    assert adapter.load(model.load("tiny", "cpu"), tmp_path / "small").pissa["rank"] in (4, 8)
 
 
 def test_generation_in_four_bits(tokens):

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import adapter
 import data
 import eval as evaluation
 import hf
@@ -372,7 +373,7 @@ def test_run_summary_is_what_the_adapter_does(run, tok, files):
     for when in ("before", "after"):
         claimed = summary[when]
         if when == "after":
-            pissa.load(net, out / "adapter")
+            adapter.load(net, out / "adapter")
         with torch.no_grad():
             assert claimed["loss"] == pytest.approx(full_logits_loss(net, val).item(), rel=1e-5)
         questions = list(claimed["answers"])
@@ -413,13 +414,13 @@ def test_adapter_goes_on(run, flags, tok, files, tmp_path):
     text = command(train.main, *flags, "--steps", 2, "--adapter", first / "adapter",
                    "--out", second)
     training, val = split_of_run(tok, files)
-    net = pissa.load(model.load("tiny", "cpu"), first / "adapter").requires_grad_(False)
+    net = adapter.load(model.load("tiny", "cpu"), first / "adapter").requires_grad_(False)
     rows = read_lines(second / "log.jsonl")
     start = full_logits_loss(net, data.batches(training, 8, 0, 0)[0]).item()
     assert rows[0]["loss"] == pytest.approx(start, rel=1e-5)
     assert rows[0]["loss"] < 0.8 * read_lines(first / "log.jsonl")[0]["loss"]
     # It is an adapter of the same base: its A_0 and B_0 are the first one's, its A and B moved on.
-    again = pissa.load(model.load("tiny", "cpu"), second / "adapter")
+    again = adapter.load(model.load("tiny", "cpu"), second / "adapter")
     for (_, a), (_, b) in zip(pissa.layers(net), pissa.layers(again)):
         assert torch.equal(a.A0, b.A0) and torch.equal(a.B0, b.B0) and not torch.equal(a.A, b.A)
     after = json.loads((second / "summary.json").read_text())["after"]["loss"]
@@ -491,7 +492,7 @@ def test_lora_is_a_plain_lora(flags, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 8 and config["pissa"]["method"] == "lora"
     assert config["pissa"]["seed"] == 5
-    net = pissa.load(model.load("tiny", "cpu"), tmp_path / "adapter")
+    net = adapter.load(model.load("tiny", "cpu"), tmp_path / "adapter")
     assert all(m.A.shape[1] == 8 and m.A0 is None for _, m in pissa.layers(net))
 
 
@@ -605,7 +606,7 @@ def test_ctrl_c_saves_what_was_learnt(flags, tok, files, tmp_path):
     assert "Traceback" not in err and str(tmp_path / "adapter") in out + err
     done = len(read_lines(log))
     assert done >= 4 and f"interrupted after {done} of 5000 steps" in err
-    net = pissa.load(model.load("tiny", "cpu"), tmp_path / "adapter").requires_grad_(False)
+    net = adapter.load(model.load("tiny", "cpu"), tmp_path / "adapter").requires_grad_(False)
     assert full_logits_loss(net, split_of_run(tok, files)[1]) < 0.8 * read_lines(log)[0]["loss"]
 
 
