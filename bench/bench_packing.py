@@ -9,7 +9,7 @@ start; sides take turns, --repeat times, and the fastest of a step's times count
 of train.py, with and without packing. PEFT's is transformers' Trainer by hand: --peft-micro-batch
 examples in the order of the batch, padded to the longest, with an attention mask, and the network's
 own loss divided by the learnt tokens of the batch. On a GPU ours is compiled, too, and PEFT also
-runs under autocast, as by Trainer(bf16=True). A step of 32 examples warms each side up.
+runs under autocast, as by Trainer(bf16=True). A step like the others warms each side up.
 """
 import argparse
 import tempfile
@@ -115,7 +115,7 @@ def compare(net, theirs, examples, args):
     batches = data.batches(examples, args.batch, args.seed, 0)[:steps]
     for name, run in found.items():                # of two lengths at least: sizes become variable
         start = time.perf_counter()
-        run(batches[0][:32], 1)
+        run(batches[0], 1)
         print(f"{name}: warm-up {time.perf_counter() - start:.1f} s", flush=True)
     for _ in range(args.repeat):
         for name, run in found.items():
