@@ -109,7 +109,7 @@ class Rotate(torch.autograd.Function):
 def unpack(x, real, B, T):
     """(1, H, P, K), of whose P positions `real` says where in B x T they are -> (B, H, T, K)."""
     cells = x.new_zeros(B * T, x.shape[1], x.shape[3])
-    cells[real] = x[0].transpose(0, 1)      # index_copy would keep what it copies for backward
+    cells[real] = x.squeeze(0).transpose(0, 1)       # index_copy would keep what it copies
     return cells.unflatten(0, (B, T)).transpose(1, 2)
 
 
@@ -125,6 +125,22 @@ class Pack(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad.new_zeros(ctx.n, grad.shape[1]).index_copy_(0, *ctx.saved_tensors, grad), None
+
+
+def attend(q, k, v, mask, causal):
+    """Attention of H query heads to G key/value heads, (B, H or G, T or S, K) -> (B, T, H K)."""
+    B, H, T, K = q.shape
+    if not causal:           # SDPA's fast kernels take a mask or grouped heads, never both: so the
+        q = q.reshape(B, k.shape[1], -1, K)               # H / G heads of a group become rows
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
+                                       enable_gqa=q.shape[1] != k.shape[1])
+    return y.reshape(B, H, T, K).transpose(1, 2).reshape(B, T, -1)
+
+
+def attend_packed(q, k, v, mask, causal, real, B, T):
+    """The same for B texts in one row, each by itself, (1, H or G, P, K) -> (1, P, H K)."""
+    y = attend(*(unpack(t, real, B, T) for t in (q, k, v)), mask, causal)         # (B, T, H K)
+    return Pack.apply(y.flatten(0, 1), real)[None]
 
 
 class Attention(nn.Module):
@@ -145,22 +161,13 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, G, T, K)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)          # (B, G, T, K)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        heads = q.shape[1]
         if cache is not None:                    # write to the cache, attend to what it holds now
             kv, index, seen = cache
             k = kv[0].index_copy_(2, index, k)[:, :, :seen]                       # (B, G, S, K)
             v = kv[1].index_copy_(2, index, v)[:, :, :seen]
-        if packed is not None:                   # every row of text by itself: only here is padding
-            real, B, T = packed
-            q, k, v = (unpack(t, real, B, T) for t in (q, k, v))
-        if not causal:       # SDPA's fast kernels take a mask or grouped heads, never both: so the
-            q = q.reshape(B, k.shape[1], -1, self.head_dim)   # H / G heads of a group become rows
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
-                                           enable_gqa=q.shape[1] != k.shape[1])
-        y = y.reshape(B, heads, T, self.head_dim).transpose(1, 2).reshape(B, T, -1)
-        if packed is not None:
-            y = Pack.apply(y.flatten(0, 1), real)[None]                           # (1, P, H K)
-        return self.o_proj(y)
+        y = (attend(q, k, v, mask, causal) if packed is None
+             else attend_packed(q, k, v, mask, causal, *packed))
+        return self.o_proj(y)                                                     # (B, T, D)
 
 
 class MLP(nn.Module):
