@@ -26,7 +26,6 @@ import adapter
 import data
 import model
 import pissa
-from adapter import written
 
 # Of each protocol: what follows the template, --max-new-tokens, and the rule of the answer.
 PROTOCOLS = {
@@ -126,7 +125,7 @@ def load_model(ckpt, tok, device=None, dtype=None, prepare=None):
 def write_lines(path, rows):
     """Write a jsonl file; it appears when all rows are written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
+    with adapter.written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), file=file)
 
@@ -240,7 +239,8 @@ def main():
     quantised = args.adapter and adapter.is_quantised(args.adapter)
 
     def adapt(net, weight=None):
-        adapter.load(net, args.adapter, weight=weight, keep_base=bool(args.prompt) and not quantised)
+        keep_base = bool(args.prompt) and not quantised
+        adapter.load(net, args.adapter, weight=weight, keep_base=keep_base)
 
     net = load_model(args.ckpt, tok, args.device, prepare=adapt if quantised else None)
     if args.adapter and not quantised:

@@ -281,9 +281,7 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, weigh
         raise ValueError("the model is injected already: merge(net) or remove(net) first")
     linears = find_linears(net, targets)
     for name, m in linears.items():
-        if not 1 <= rank <= min(m.weight.shape):
-            raise ValueError(f"{name}: rank {rank} is not between 1 and {min(m.weight.shape)}, the "
-                             f"smaller side of its {m.in_features} x {m.out_features} matrix")
+        check_rank(name, m, rank)
         if not weight:
             check_finite(name, m.weight)
     start, samples, errors, generators, pairs = time.perf_counter(), {}, {}, {}, {}
@@ -329,6 +327,13 @@ def check_method_options(method, quant_iters, last_svd):
         raise ValueError("loftq begins with A B = 0, and one turn without the last SVD ends "
                          "there, too: nothing would ever be trained; quant_iters should be 2 or "
                          "more")
+
+
+def check_rank(name, m, rank):
+    """Raise ValueError for a rank that the nn.Linear m does not have."""
+    if not 1 <= rank <= min(m.weight.shape):
+        raise ValueError(f"{name}: rank {rank} is not between 1 and {min(m.weight.shape)}, the "
+                         f"smaller side of its {m.in_features} x {m.out_features} matrix")
 
 
 def quicker_together(W):

@@ -35,7 +35,7 @@ import model
 import nf4
 import pissa
 
-CHUNK = 2**25                   # logits at a time: that of train.py
+CHUNK = 2**25                   # logits that train.py computes at a time: 128 MiB in float32
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
 # What decomposing takes on top of W, in bytes a weight of the largest W, in 16 and in 32 bits.
 DECOMPOSE = {"pissa": (10, 8), "lora": (8, 4), "qlora": (9, 9), "loftq": (9, 9),
@@ -83,11 +83,10 @@ def shapes(job):
     with torch.device("meta"):
         net = model.Llama(job.config)
     targets = {} if job.full else pissa.find_linears(net, job.targets)
+    for name, m in targets.items():
+        pissa.check_rank(name, m, job.rank)
     every, chosen = ([tuple(m.weight.shape[::-1]) for m in found.values()]
                      for found in (pissa.find_linears(net, pissa.TARGETS), targets))
-    if chosen and not 1 <= job.rank <= min(map(min, chosen)):
-        raise ValueError(f"rank {job.rank} is not between 1 and {min(map(min, chosen))}, the "
-                         "smaller side of a target's matrix")
     return every, chosen, sum(p.numel() for p in net.parameters())
 
 
@@ -149,12 +148,13 @@ def memory(job):
     work = e * job.tokens * c.ffn_dim
     work += max(work * (2 - job.hit("down_proj")), e * largest * job.four)
     head = 4 * c.vocab_size * c.dim * job.full         # a gradient of the head, or the embedding
-    held = {"frozen matrices": sum(nf4_bytes(n, job.double_quant) for n in sizes) if job.four
-            else e * sum(sizes), "frozen embedding, norms, head": e * rest,
-            "trained, float32": 4 * trained, "AdamW's moments": 8 * trained,
-            "gradients": 4 * trained, "kept for backward": all_kept,
-            "loss": loss + 2 * head, "work on a layer": work, "cuBLAS": CUBLAS}
-    weights = sum([*held.values()][:3]) + CUBLAS
+    weights = {"frozen matrices": sum(nf4_bytes(n, job.double_quant) for n in sizes) if job.four
+               else e * sum(sizes), "frozen embedding, norms, head": e * rest,
+               "trained, float32": 4 * trained}
+    held = {**weights, "AdamW's moments": 8 * trained, "gradients": 4 * trained,
+            "kept for backward": all_kept, "loss": loss + 2 * head, "work on a layer": work,
+            "cuBLAS": CUBLAS}
+    weights = sum(weights.values()) + CUBLAS
     # In four bits, matrices are made one by one, from W, before anything else is read.
     made = weights + DECOMPOSE[job.method][e // 4] * largest + job.four * e * (largest - rest)
     if job.method == "pissa":

@@ -31,12 +31,11 @@ import data
 import model
 import pissa
 import plan
-from adapter import written
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, check_ranges, complete, describe, load_model, run
+from plan import CHUNK
 
 TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
-CHUNK = 2**25           # logits computed at a time: 128 MiB in float32
 DEMO = ["--ckpt", TINY, "--data", f"{TINY}/train.jsonl", "--test-data", f"{TINY}/test.jsonl",
         *"--rank 16 --lr 1e-3 --batch 16 --steps 120 --max-new-tokens 64 --out runs/demo".split()]
 
@@ -295,7 +294,7 @@ def look(net, tok, val, val_texts, test, args, autocast, when):
 
 def write_weights(net, args):
     """The adapter, or for --method full a checkpoint like the one read; returns the directory."""
-    with written(args.out / "args.json") as tmp:
+    with adapter.written(args.out / "args.json") as tmp:
         tmp.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
     if args.method == "full":
         there, dtype = args.out / "checkpoint", torch.bfloat16
@@ -320,7 +319,7 @@ def plot(rows, args):
     plt.ylabel("training loss")
     plt.title(f"{args.ckpt}, {args.method}, learning rate {args.lr:g}", fontsize=10)
     plt.tight_layout()
-    with written(args.out / "loss.png") as tmp:
+    with adapter.written(args.out / "loss.png") as tmp:
         plt.savefig(tmp, dpi=120, format="png")
     plt.close()
 
@@ -332,7 +331,7 @@ def summarise(rows, before, after, args, seconds, device):
                "tokens_per_second": sum(r["tokens"] for r in rows) / trained,
                "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu else 0,
                "before": before, "after": after}
-    with written(args.out / "summary.json") as tmp:
+    with adapter.written(args.out / "summary.json") as tmp:
         tmp.write_text(json.dumps(summary, indent=2) + "\n")
     for prompt, answer in before["answers"].items():
         print(f"\n--- {prompt}\nbefore: {answer[:200]}\nafter:  {after['answers'][prompt]}")
@@ -392,7 +391,8 @@ def main():
     start, full = time.perf_counter(), args.method == "full"
     seconds = {"init": 0.0}
     # In four bits, the base as a whole may not fit: its layers are quantised while they are read.
-    quantised = adapter.is_quantised(args.adapter) if args.adapter else args.method in pissa.QUANTISED
+    quantised = (adapter.is_quantised(args.adapter) if args.adapter
+                 else args.method in pissa.QUANTISED)
     net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype,
                      partial(prepare, args=args, seconds=seconds) if quantised else None)
     if full:                                   # to say now, not after training, what is missing

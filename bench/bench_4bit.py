@@ -12,7 +12,6 @@ exact    beside that, the authors' route: exact SVDs, timed once a shape, times 
 `--tiny` runs everything at toy size, without a GPU too. For the rest see bench/steps.py.
 """
 import argparse
-import json
 import math
 import statistics
 import time
@@ -23,8 +22,8 @@ import torch
 import model
 import nf4
 import pissa
-from bench.steps import (CUDA, DEVICE, SEVEN, SEVENTY, TURNS, attempt, clock, fill, gib, graphs,
-                         injected, random_matrix, record, run_parts, sizes, step, trained)
+from bench.steps import (CUDA, SEVENTY, TURNS, attempt, clock, fill, gib, graphs, injected,
+                         random_matrix, record, run_parts, sizes, step, trained)
 from train import loss_sum
 
 SHAPES = [(4096, 4096), (4096, 11008), (8192, 28672)]

@@ -25,15 +25,14 @@ import pissa
 import train
 from bench import report
 from bench.bench_generate import twin
+from bench.steps import with_lora
 
 
 def peft_twin(net, theirs, rank):
     """PEFT's model of `theirs`, whose frozen weights are those of the injected `net`."""
-    import peft
     rotary = theirs.model.rotary_emb                            # its table should stay in float32
     theirs.model.rotary_emb = type(rotary)(theirs.config).to(net.lm_head.weight.device)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
-        r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(pissa.TARGETS)))
+    theirs = with_lora(theirs, rank)
     for name, m in pissa.layers(net):
         theirs.base_model.model.get_submodule(name).base_layer.weight = m.weight
     return theirs.train()

@@ -335,9 +335,9 @@ def quant_table():
 
 def quant_figure(rank=16, turns=5):
     """Error reduction of every kind of matrix."""
-    figure, panels = panels_of_two(sharey=True)
+    figure, both = panels_of_two(sharey=True)
     colours = {"QPiSSA": "#c0392b", "QPiSSA, authors'": "#e6a69f", "LoftQ": "#2471a3"}
-    for axes, (name, what) in zip(panels, QUANT.items()):
+    for axes, (name, what) in zip(both, QUANT.items()):
         for i, (method, at) in enumerate(quant_rows(read(name), rank).items()):
             kinds = {KINDS.get(k, k): mean for k, (mean, _) in at[8, turns]["kinds"].items()}
             order = sorted(kinds, key="q k v o gate up down".split().index)
@@ -349,8 +349,8 @@ def quant_figure(rank=16, turns=5):
         axes.set(title=f"{what}, rank {rank}, T = {turns}")
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         axes.tick_params(axis="x", length=0)
-    panels[0].set(ylabel="error reduction, nuclear norm")
-    panels[1].legend(frameon=False, fontsize=9)
+    both[0].set(ylabel="error reduction, nuclear norm")
+    both[1].legend(frameon=False, fontsize=9)
     keep(figure, "quant")
 
 

@@ -151,6 +151,13 @@ def in_four_bits(net):
     net.is_loaded_in_4bit = True                                           # PEFT asks for it
 
 
+def with_lora(theirs, rank):
+    """PEFT's model of one of transformers, with LoRA as ours: on all targets, scaled by 1."""
+    import peft
+    return peft.get_peft_model(theirs, peft.LoraConfig(
+        r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(pissa.TARGETS)))
+
+
 def peft_twin(config, rank, bits):
     """transformers' network with PEFT's LoRA, on bitsandbytes' Linear4bit for bits 4."""
     import peft
@@ -162,8 +169,7 @@ def peft_twin(config, rank, bits):
     if bits == 4:
         in_four_bits(net)
     net.requires_grad_(False)
-    net = peft.get_peft_model(fill(net), peft.LoraConfig(
-        r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(pissa.TARGETS)))
+    net = with_lora(fill(net), rank)
     found = {type(m) for n, m in net.named_modules() if n.endswith(pissa.TARGETS)}
     lora = peft.tuners.lora
     assert found == {lora.bnb.Linear4bit if bits == 4 else lora.Linear}, found

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from conftest import TINY, SMALL, assert_logits_equal, hugging_face, small_net
+from conftest import TINY, assert_logits_equal, hugging_face, small_net
 
 
 def greedy_hf(twin, prompt, n):
