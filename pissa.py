@@ -163,15 +163,15 @@ class Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, W, A, B, bias):
+    def forward(ctx, x, W, A, B, bias, kept):
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         ctx.W, shape, x = W, x.shape, x.reshape(-1, x.shape[-1]).to(dtype)        # x: (T, in)
         A, B = A.to(dtype), B.to(dtype)
-        xA = x @ A                                                                # (T, r)
-        ctx.save_for_backward(x, xA, A, B)
-        return F.linear(x, plain(W, dtype), bias).addmm_(xA, B).view(*shape[:-1], -1)
+        kept += x, x @ A, A, B                                                    # x A: (T, r)
+        ctx.save_for_backward(*kept)
+        return x.new_empty(*shape[:-1], W.shape[0])
 
     @staticmethod
     def backward(ctx, g):
@@ -180,7 +180,25 @@ class Product(torch.autograd.Function):
         gB = g @ B.T                                                              # (T, r)
         dx = (g @ plain(ctx.W, g.dtype)).addmm_(gB, A.T) if need[0] else None
         return (dx if dx is None else dx.view(*shape[:-1], -1), None, x.T @ gB, xA.T @ g,
-                g.sum(0) if need[4] else None)
+                g.sum(0) if need[4] else None, None)
+
+
+def product(x, W, A, B, bias):
+    """y = x W + (x A) B + bias.
+
+    Its numbers are filled in when what backward needs is kept. There checkpointing stops, when it
+    computes a layer again: a layer's last product, which nobody would look at, is not made twice.
+    """
+    y = Product.apply(x, W, A, B, bias, kept := [])
+    with torch.no_grad():
+        x, xA, _, B = kept
+        out, W = y.detach().view(len(x), -1), plain(W, x.dtype).T
+        if bias is None:
+            torch.mm(x, W, out=out)
+        else:
+            torch.addmm(bias.to(x.dtype), x, W, out=out)
+        out.addmm_(xA, B)
+    return y
 
 
 def plain(W, dtype):
@@ -220,7 +238,7 @@ class PissaLinear(nn.Module):
 
     def forward(self, x):
         if self.enabled and not torch.compiler.is_compiling():
-            return Product.apply(x, self.weight, self.A, self.B, self.bias)
+            return product(x, self.weight, self.A, self.B, self.bias)
         if isinstance(self.weight, nf4.NF4):
             y = self.weight(x)
             y = y if self.bias is None else y + self.bias.to(y.dtype)

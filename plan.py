@@ -175,7 +175,8 @@ def flops(job):
     """{pass: FLOPs a token}; "attention" is a part of forward: the causal half of its square.
 
     Two for every weight in forward, two for the gradient of x in backward, and for trained ones two
-    more; flash attention's backward multiplies five times where forward does twice.
+    more; flash attention's backward multiplies five times where forward does twice. Recomputation
+    ends before a layer's last product.
     """
     c, (every, chosen, _) = job.config, shapes(job)
     W, pairs = 2 * sum(a * b for a, b in every), 2 * job.rank * sum(map(sum, chosen))
@@ -184,9 +185,10 @@ def flops(job):
     first = every[:3]           # layer 0's q, k and v: nothing before them wants a gradient of x
     spared = -W - head if job.full else sum(2 * a * b for a, b in first) + 2 * job.rank * sum(
         a for (a, _), name in zip(first, pissa.TARGETS) if name in job.targets)
+    last = 2 * c.n_layers * c.dim * (c.ffn_dim + job.rank * job.hit("down_proj") * (not job.full))
     return {"forward": W + pairs + head + attention, "attention": attention,
             "backward": W + 2 * pairs + head + 2.5 * attention - spared,
-            "recomputation": job.checkpointing * (W + pairs + attention)}
+            "recomputation": job.checkpointing * (W + pairs + attention - last)}
 
 
 def read_config(ckpt):
