@@ -32,6 +32,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+GROUPED = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}     # 2.11 need not be told
+
 
 @dataclass
 class Config:
@@ -137,10 +139,26 @@ def attend(q, k, v, mask, causal):
     return y.reshape(B, H, T, K).transpose(1, 2).reshape(B, T, -1)
 
 
-def attend_packed(q, k, v, mask, causal, real, B, T):
-    """The same for B texts in one row, each by itself, (1, H or G, P, K) -> (1, P, H K)."""
-    y = attend(*(unpack(t, real, B, T) for t in (q, k, v)), mask, causal)         # (B, T, H K)
-    return Pack.apply(y.flatten(0, 1), real)[None]
+def attend_packed(q, k, v, mask, causal, real, B, T, cu, window):
+    """The same for B texts of at most T tokens in one row, (1, H or G, P, K) -> (1, P, H K).
+
+    Each has its attention to itself. cu: (B + 1,) int32, where in the row they begin, if flash
+    attention can take them as they are; None: `attend` gets each in a row of its own, padded.
+    """
+    if cu is None:
+        y = attend(*(unpack(t, real, B, T) for t in (q, k, v)), mask, causal)     # (B, T, H K)
+        return Pack.apply(y.flatten(0, 1), real)[None]
+    from torch.nn.attention.varlen import varlen_attn       # takes a second, and only GPUs need it
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))                   # (P, H or G, K)
+    y = varlen_attn(q, k, v, cu, cu, T, T, window_size=(window - 1, 0), **GROUPED)
+    return y.flatten(1)[None]
+
+
+def has_flash(net):
+    """Whether flash attention is made for this network: on a GPU, in 16 bits, for such heads."""
+    weight, K = net.lm_head.weight, net.config.head_dim
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+    return has_bfloat16(weight.device) and dtype.itemsize == 2 and K % 8 == 0 and K <= 256
 
 
 class Attention(nn.Module):
@@ -231,16 +249,17 @@ class Llama(nn.Module):
         cache: from `new_cache`; `tokens` then are positions start ... start + T - 1 of it. start
         may be an int64 tensor (1,) on the device: nothing then depends on its value but numbers.
         pad: (B,) int64, how many positions at the left of each row are padding, not text.
-        real: (P,) int64, without a cache: which of the B T positions, counted row by row, are text;
-        the rest, at the right of each row, is padding. The P are packed into one row, (1, P, D) is
-        returned, and nothing is computed for padding, but within attention, where each row of
-        `tokens` stays by itself. Numbers are those of the same positions without it.
+        real: (P,) int64, without a cache: which of the B T positions, counted row by row, are text,
+        ascending; the rest, at the right of each row, is padding. The P are packed into one row,
+        (1, P, D) is returned, and nothing is computed for padding, but within attention where flash
+        attention is not. Numbers are those of the same positions without it.
         """
         T, window, fixed = tokens.shape[1], self.config.sliding_window, type(start) is not int
         index = start + torch.arange(T, device=tokens.device)                     # (T,)
         seen = cache[0].shape[3] if fixed else start + T                          # S
         mask, positions = None, index[None]                                       # (1, T)
-        if pad is not None or fixed or start and T > 1 or 0 < window < seen:
+        flash = real is not None and has_flash(self)
+        if pad is not None or fixed or start and T > 1 or 0 < window < seen and not flash:
             key, query = torch.arange(seen, device=tokens.device), index[:, None]
             mask = (key <= query)[None]                                           # (1, T, S)
             if window:
@@ -254,7 +273,9 @@ class Llama(nn.Module):
         rope, causal = rope_tables(self.config, positions), mask is None and start == 0
         packed = None
         if real is not None:
-            packed = real, *tokens.shape
+            begins = torch.arange(0, tokens.numel() + 1, T, device=tokens.device)     # (B + 1,)
+            cu = torch.searchsorted(real, begins, out_int32=True) if flash else None
+            packed = real, *tokens.shape, cu, window
             rope = [table[:, :, real % T] for table in rope]                      # (1, 1, P, K)
             tokens = tokens.flatten()[real][None]                                 # (1, P)
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)

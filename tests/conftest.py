@@ -4,6 +4,8 @@ import os
 import runpy
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 # One thread: the matrices are tiny, and on a busy machine threads mostly wait for each other.
@@ -85,6 +87,66 @@ def failure(script, *argv):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert e.value.code not in (0, None), "it should have failed"
     return e.value.code if isinstance(e.value.code, str) else err.getvalue().strip()
+
+
+def scores(q, k, cu, window):
+    """What softmax sees of every text: (where it is, (H, n, n) float32), one after another."""
+    k, (left, right) = k.repeat_interleave(q.shape[1] // k.shape[1], 1), window
+    for begin, end in pairwise(cu.tolist()):
+        part, t = slice(begin, end), torch.arange(end - begin)
+        back = t[:, None] - t                                    # how far back the key is
+        seen = (back >= -right) & ((back <= left) if left >= 0 else True)
+        s = torch.einsum("qhk,shk->hqs", q[part].float(), k[part].float()) * q.shape[2]**-0.5
+        yield part, s.masked_fill(~seen, -torch.inf)
+
+
+def flash_forward(q, k, v, cu, cu_k, T, S, causal=False, scale=None, window=None, *rest):
+    """What a GPU computes for varlen_attn: (P, H, K) and, for backward, (H, P) log-sum-exp."""
+    P, H, _ = q.shape
+    begins = cu.tolist()
+    assert cu.dtype == torch.int32 and torch.equal(cu, cu_k)
+    assert begins[0] == 0 and begins[-1] == P == len(k) == len(v)
+    assert max(b - a for a, b in pairwise(begins)) <= T == S and scale is None
+    assert window[1] == 0 and causal == (window[0] < 0) and {q.dtype} == {k.dtype, v.dtype}
+    assert H % k.shape[1] == 0 and k.shape == v.shape
+    assert all(t.stride(-1) == 1 for t in (q, k, v))
+    out, lse, v = torch.empty_like(q), q.new_empty(H, P, dtype=torch.float32), v.float()
+    v = v.repeat_interleave(H // v.shape[1], 1)
+    for part, s in scores(q, k, cu, window):
+        lse[:, part] = s.logsumexp(-1)
+        out[part] = torch.einsum("hqs,shk->qhk", s.softmax(-1), v[part]).to(q.dtype)
+    return out, lse, torch.zeros(2, dtype=torch.uint64)
+
+
+def flash_backward(grad, q, k, v, out, lse, cu, cu_k, T, S, causal, state, scale=None, window=None):
+    """Its gradients, from what forward kept: softmax is taken anew from the log-sum-exp."""
+    groups, G = q.shape[1] // k.shape[1], k.shape[1]
+    grad, (K, V) = grad.float(), (t.float().repeat_interleave(groups, 1) for t in (k, v))
+    dq, dk, dv = torch.empty_like(grad), torch.empty_like(K), torch.empty_like(V)
+    for part, s in scores(q, k, cu, window):
+        p, g = (s - lse[:, part, None]).exp(), grad[part]
+        dv[part] = torch.einsum("hqs,qhk->shk", p, g)
+        mean = (g * out[part]).sum(-1).T[..., None]                                  # (H, n, 1)
+        p = p * (torch.einsum("qhk,shk->hqs", g, V[part]) - mean) * q.shape[2]**-0.5
+        dq[part] = torch.einsum("hqs,shk->qhk", p, K[part])
+        dk[part] = torch.einsum("hqs,qhk->shk", p, q[part].float())
+    dk, dv = (t.unflatten(1, (G, groups)).sum(2) for t in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@cache
+def register_flash():
+    """The two for the operators of torch.nn.attention.varlen, which only GPUs have; once."""
+    import torch.nn.attention.varlen  # noqa: F401
+    for name, kernel in ("", flash_forward), ("_backward", flash_backward):
+        torch.library.register_kernel(f"torch_attn::_varlen_attn{name}", "cpu", kernel)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Packed rows go the way they go on a GPU in 16 bits, whatever the numbers are."""
+    register_flash()
+    monkeypatch.setattr(model, "has_flash", lambda net: True)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """model.py against transformers; Meta's files in every shape they come in, and damaged ones."""
+import copy
 import json
 import os
 
@@ -105,6 +106,15 @@ LENGTHS = [17, 11, 11, 4, 1]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
+@pytest.fixture(params=["rows", "flash"])
+def way(request):
+    """Texts to attend to: each in a row of its own, or all as they are, as on a GPU."""
+    return request.param if request.param == "rows" else request.getfixturevalue("flash")
+
+
+ways = pytest.mark.usefixtures("way")
+
+
 def packing(lengths=LENGTHS, seed=0):
     """Texts of these lengths in rows, and which of the positions are text."""
     shape = len(lengths), max(lengths)
@@ -122,6 +132,7 @@ def biased(**changes):
     return net
 
 
+@ways
 @kinds
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_equals_every_text_by_itself(kind, checkpointing):
@@ -137,6 +148,7 @@ def test_packed_equals_every_text_by_itself(kind, checkpointing):
         assert (g - e).norm() <= 1e-5 * e.norm()
 
 
+@ways
 @kinds
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
 def test_no_text_sees_another(kind, changed):
@@ -152,6 +164,7 @@ def test_no_text_sees_another(kind, changed):
     assert torch.equal(net(padded, real=real)[0], before)
 
 
+@ways
 @kinds
 def test_positions_restart(kind):
     """A text has the same logits wherever it stands."""
@@ -163,6 +176,7 @@ def test_positions_restart(kind):
                         torch.cat([texts[i] for i in order]), 1e-5)
 
 
+@ways
 def test_packing_is_compiled_once():
     """Other lengths and another number of texts are no reason to compile again and again."""
     net, graphs, counts = small_net().requires_grad_(), [], []
@@ -182,6 +196,62 @@ def test_packing_is_compiled_once():
         counts.append(len(graphs))
     torch._dynamo.reset()
     assert counts[2:] == counts[2:3] * 6, counts
+
+
+def errors(net, tokens, real, logits):
+    """Relative errors of logits in 16 bits, and of all gradients, against those in 32."""
+    weight = torch.randn(1, len(real), 101, generator=torch.Generator().manual_seed(2))
+    weight, exact, found = weight.to(tokens.device), copy.deepcopy(net).float(), []
+    for one, y in (net, logits), (exact, exact(tokens, real=real)):
+        grads = torch.autograd.grad((y * weight).sum(), list(one.parameters()))
+        found.append((y.flatten(), torch.cat([g.flatten().float() for g in grads])))
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(*found)]
+
+
+def in_16_bits(kind, lengths, device="cpu"):
+    """(network in bfloat16, tokens, real) there."""
+    net = biased(**KINDS[kind]).to(device, torch.bfloat16).requires_grad_()
+    return net, *(t.to(device) for t in packing(lengths))
+
+
+@ways
+@kinds
+@pytest.mark.parametrize("lengths", [LENGTHS, [9], [1]], ids=str)
+def test_packed_in_16_bits(kind, lengths):
+    net, tokens, real = in_16_bits(kind, lengths)
+    assert max(errors(net, tokens, real, net(tokens, real=real))) < 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@kinds
+@pytest.mark.parametrize("how", ["eager", "checkpointing", "compiled"])
+def test_packed_on_a_gpu(kind, how, monkeypatch):
+    """With flash attention's own kernels and without them."""
+    for lengths in LENGTHS, [300, 129, 128, 17, 1], [9], [1], [700, 650]:
+        net, tokens, real = in_16_bits(kind, lengths, "cuda")
+        net.checkpointing = how == "checkpointing"
+        assert model.has_flash(net) == (kind != "head_dim")
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "has_flash", lambda net: False)
+            rows = errors(net, tokens, real, net(tokens, real=real))
+        for layer in net.model.layers if how == "compiled" else ():
+            layer.compile()
+        flash = errors(net, tokens, real, net(tokens, real=real))
+        assert max(rows + flash) < 0.05, (lengths, rows, flash)
+    torch._dynamo.reset()
+
+
+def test_where_flash_attention_is(monkeypatch):
+    def where(dtype=torch.bfloat16, **changes):
+        return model.has_flash(model.Llama(model.Config(**{**vars(SMALL), **changes})).to(dtype))
+
+    assert not where()                                                                  # a CPU
+    monkeypatch.setattr(model, "has_bfloat16", lambda device: True)
+    assert where() and where(torch.float16) and not where(torch.float32)
+    assert not where(head_dim=12) and where(head_dim=256) and not where(head_dim=264)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    assert where(torch.float32)
 
 
 # --- generation
