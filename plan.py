@@ -2,22 +2,25 @@
 
     python train.py --ckpt llama2-7b --rank 64 --plan
 
-A micro-batch is b rows of T positions. Packing computes the n of them that are text, attention all
-c = b T. What lies on a GPU meanwhile, in bytes, with e bytes a number in products, 2 in bfloat16:
+A micro-batch is b rows of T positions. Packing computes the n of them that are text; in float32, or
+on a CPU, attention computes all c = b T. What lies on a GPU meanwhile, in bytes, with e bytes a
+number in products, 2 in bfloat16:
 
     frozen    e a weight; in four bits 0.516, or 0.5625 without double quantisation
     trained   16 a number of A and B: float32, its gradient, two moments of AdamW
     kept      of every layer for backward:
+                  n (e (4 D + 2 (H + G) K + 3 F + 7 r) + 4 H + 8)
+              or, where attention computes all c:
                   n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H)
               and of A and B a copy of e bytes a number, unless they are multiplied in float32
     loss      12 V for a token whose logits are computed, of at most 2^25 / V tokens at a time
 
 and before that, while pissa decomposes up to 32 matrices together, what `grouped` says.
 
-kept, in turn: x before both norms and after them, where A multiplies it; what o_proj reads, which
-packing has copied out of the output of attention; gate, up and silu(gate) up; x A seven times; what
-norms divide by; in attention, q, k, v, its output and what softmax divides by. Checkpointing keeps
-e n D of a layer, the rest of one at a time.
+kept, in turn: x before both norms and after them, where A multiplies it; in attention, q, k, v and
+its output, which o_proj reads, or else the n of them that packing has copied out of c; gate, up and
+silu(gate) up; x A seven times; what softmax and norms divide by. Checkpointing keeps e n D of a
+layer, the rest of one at a time.
 
 Gradients come while what was kept goes, so memory is fullest where forward ends, or where backward
 is in the last or in the first layer: see `memory`. Not counted: the mask of a sliding window,
@@ -58,6 +61,7 @@ class Job:
     text: int | None = None                 # how many positions are no padding, None: all
     learnt: int | None = None               # how many have a label, None: all with text
     packed: bool = True
+    gpu: bool = True
     checkpointing: bool = False
     double_quant: bool = True
     accumulate: bool = True                 # more micro-batches than one: they add to gradients
@@ -67,7 +71,9 @@ class Job:
     four = property(lambda self: self.method in pissa.QUANTISED)
     wide = property(lambda self: 4 if self.full else self.dtype.itemsize)     # bytes a number of x
     cells = property(lambda self: self.rows * self.length)
+    flash = property(lambda self: self.packed and self.gpu and self.dtype.itemsize == 2)
     tokens = property(lambda self: self.text if self.packed and self.text else self.cells)
+    attended = property(lambda self: self.tokens if self.flash else self.cells)     # by attention
     labels = property(lambda self: self.learnt or self.text or self.cells)
 
     def hit(self, *leaves):
@@ -104,12 +110,13 @@ def kept(job):
     if job.full and e < 4:                # autocast makes a copy of a float32 x for every product
         normed = 5
     width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    numbers = (normed * c.dim + job.packed * hit("o_proj") * width
+    copied = job.packed and not job.flash                              # out of attention's output
+    numbers = (normed * c.dim + copied * hit("o_proj") * width
                + (2 + hit("down_proj")) * c.ffn_dim
                + hit(*pissa.TARGETS) * job.rank * (not job.full))
-    # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H)
+    # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H), or n and no H K
     return (n * (2 * job.wide * c.dim + e * numbers + 8)
-            + job.cells * (2 * e * (width + kv_width) + 4 * c.n_heads))
+            + job.attended * (2 * e * (width + kv_width) + 4 * c.n_heads))
 
 
 def grouped(job, chosen):
@@ -172,7 +179,7 @@ def memory(job):
 
 
 def flops(job):
-    """{pass: FLOPs a token}; "attention" is a part of forward: the causal half of its square.
+    """{pass: FLOPs a token}; "attention" is a part of forward: the causal half of T x T a row.
 
     Two for every weight in forward, two for the gradient of x in backward, and for trained ones two
     more; flash attention's backward multiplies five times where forward does twice. Recomputation
@@ -181,7 +188,7 @@ def flops(job):
     c, (every, chosen, _) = job.config, shapes(job)
     W, pairs = 2 * sum(a * b for a, b in every), 2 * job.rank * sum(map(sum, chosen))
     head = 2 * c.vocab_size * c.dim * job.labels / job.tokens
-    attention = 2 * c.n_layers * job.length * c.n_heads * c.head_dim * job.cells / job.tokens
+    attention = 2 * c.n_layers * job.length * c.n_heads * c.head_dim * job.attended / job.tokens
     first = every[:3]           # layer 0's q, k and v: nothing before them wants a gradient of x
     spared = -W - head if job.full else sum(2 * a * b for a, b in first) + 2 * job.rank * sum(
         a for (a, _), name in zip(first, pissa.TARGETS) if name in job.targets)
@@ -222,8 +229,9 @@ def from_arguments(args):
     one_by_one = on_cpu or args.adapter or args.niter is None
     return Job(read_config(args.ckpt), method, rank, targets,
                torch.float32 if wide else torch.bfloat16, min(args.micro_batch, args.batch),
-               args.max_length - 1, packed=not args.no_packing, checkpointing=args.checkpointing,
-               double_quant=double, accumulate=args.batch > args.micro_batch,
+               args.max_length - 1, packed=not args.no_packing, gpu=not on_cpu,
+               checkpointing=args.checkpointing, double_quant=double,
+               accumulate=args.batch > args.micro_batch,
                group=1 if one_by_one else pissa.GROUP)
 
 
