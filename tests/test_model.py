@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from conftest import TINY, assert_logits_equal, hugging_face, small_net
+from conftest import SMALL, TINY, assert_logits_equal, hugging_face, small_net
 
 
 def greedy_hf(twin, prompt, n):
