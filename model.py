@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 GROUPED = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}     # 2.11 need not be told
@@ -229,6 +228,37 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Recompute(torch.autograd.Function):
+    """layer(x, *rest), which keeps nothing but x: backward computes the layer again.
+
+    trained: its parameters that want a gradient. torch.utils.checkpoint does the same for anything,
+    by way of hooks on every tensor kept, which takes Python longer than a GPU needs for a layer.
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer, rest, *trained):
+        ctx.layer, ctx.rest, kind = layer, rest, x.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
+        ctx.save_for_backward(x, *trained)
+        with torch.autocast(*ctx.autocast):         # keeps no copies of weights, each is used once
+            return layer(x, *rest)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *trained = ctx.saved_tensors
+        x, last = x.detach().requires_grad_(ctx.needs_input_grad[0]), ctx.layer.mlp.down_proj
+        try:
+            last.unread = True           # y's numbers are in nobody's gradient: PissaLinear knows
+            with torch.enable_grad(), torch.autocast(*ctx.autocast):
+                y = ctx.layer(x, *ctx.rest)
+        finally:
+            last.unread = False
+        wanted = [t for t in (x, *trained) if t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grad))
+        dx, *grads = (next(found) if t.requires_grad else None for t in (x, *trained))
+        return dx, None, None, *grads
+
+
 class Llama(nn.Module):
     """The whole network. `checkpointing = True` recomputes every layer in backward: less memory."""
 
@@ -280,10 +310,12 @@ class Llama(nn.Module):
             tokens = tokens.flatten()[real][None]                                 # (1, P)
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)
         for i, layer in enumerate(self.model.layers):
-            args = x, rope, mask, causal, cache and (cache[i], index, seen), packed
-            recompute = self.checkpointing and torch.is_grad_enabled()
-            x = layer(*args) if not recompute else checkpoint(         # nothing in it is random
-                layer, *args, use_reentrant=False, preserve_rng_state=False)
+            rest = rope, mask, causal, cache and (cache[i], index, seen), packed
+            if self.checkpointing and torch.is_grad_enabled():
+                trained = [p for p in layer.parameters() if p.requires_grad]
+                x = Recompute.apply(x, layer, rest, *trained)
+            else:
+                x = layer(x, *rest)
         return self.model.norm(x)
 
     def forward(self, tokens, **kwargs):

@@ -160,18 +160,21 @@ class Product(torch.autograd.Function):
     What autograd would make of `PissaLinear.forward`, but every sum of two products is accumulated
     by the second one, in place, and an NF4 is unpacked when it is needed, and kept in four bits.
     With g = dL/dy:   dL/dx = g W^T + (g B^T) A^T,   dL/dA = x^T (g B^T),   dL/dB = (x A)^T g
+    unread: nobody looks at y, it is for the gradients' sake; so its numbers are not computed.
     """
 
     @staticmethod
-    def forward(ctx, x, W, A, B, bias, kept):
+    def forward(ctx, x, W, A, B, bias, unread):
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         ctx.W, shape, x = W, x.shape, x.reshape(-1, x.shape[-1]).to(dtype)        # x: (T, in)
         A, B = A.to(dtype), B.to(dtype)
-        kept += x, x @ A, A, B                                                    # x A: (T, r)
-        ctx.save_for_backward(*kept)
-        return x.new_empty(*shape[:-1], W.shape[0])
+        xA = x @ A                                                                # (T, r)
+        ctx.save_for_backward(x, xA, A, B)
+        if unread:
+            return x.new_empty(*shape[:-1], W.shape[0])
+        return F.linear(x, plain(W, dtype), bias).addmm_(xA, B).view(*shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, g):
@@ -181,24 +184,6 @@ class Product(torch.autograd.Function):
         dx = (g @ plain(ctx.W, g.dtype)).addmm_(gB, A.T) if need[0] else None
         return (dx if dx is None else dx.view(*shape[:-1], -1), None, x.T @ gB, xA.T @ g,
                 g.sum(0) if need[4] else None, None)
-
-
-def product(x, W, A, B, bias):
-    """y = x W + (x A) B + bias.
-
-    Its numbers are filled in when what backward needs is kept. There checkpointing stops, when it
-    computes a layer again: a layer's last product, which nobody would look at, is not made twice.
-    """
-    y = Product.apply(x, W, A, B, bias, kept := [])
-    with torch.no_grad():
-        x, xA, _, B = kept
-        out, W = y.detach().view(len(x), -1), plain(W, x.dtype).T
-        if bias is None:
-            torch.mm(x, W, out=out)
-        else:
-            torch.addmm(bias.to(x.dtype), x, W, out=out)
-        out.addmm_(xA, B)
-    return y
 
 
 def plain(W, dtype):
@@ -212,7 +197,9 @@ class PissaLinear(nn.Module):
     weight: (out, in), a parameter or an nf4.NF4. A0, B0: the initial factors, Aq, Bq: see the top;
     in host memory (a plain attribute does not move with the module), None for lora and qlora.
     base: the original weight, in host memory, unless it is `weight` itself or was not kept.
+    unread: see `Product`; set for a moment by a model that recomputes what it did not keep.
     """
+    unread = False
 
     def __init__(self, linear, weight, A, B, A0=None, B0=None, Aq=None, Bq=None, base=None):
         super().__init__()
@@ -238,7 +225,7 @@ class PissaLinear(nn.Module):
 
     def forward(self, x):
         if self.enabled and not torch.compiler.is_compiling():
-            return product(x, self.weight, self.A, self.B, self.bias)
+            return Product.apply(x, self.weight, self.A, self.B, self.bias, self.unread)
         if isinstance(self.weight, nf4.NF4):
             y = self.weight(x)
             y = y if self.bias is None else y + self.bias.to(y.dtype)

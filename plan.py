@@ -168,10 +168,10 @@ def memory(job):
         made = max(made, weights + grouped(job, chosen))
     fixed = weights + 8 * trained
     start = fixed + 4 * trained * job.accumulate + all_kept
-    cached = (copies * job.checkpointing + head) * job.full     # by autocast, until forward ends
+    cached = head * job.full                                     # by autocast, until forward ends
     moments = {"loading": max(weights, made), "the end of forward": start + cached + held["loss"],
                "the last layer's backward": (start - chosen_x + head + work
-                                             + (layer - x) * job.checkpointing),
+                                             + layer * job.checkpointing),
                "the first layer's backward": fixed + 4 * trained + x + layer + work + head}
     if job.full:                                       # tied, a sum of two
         moments["the embedding's backward"] = fixed + 4 * trained + x + head * (1 + 2 * c.tied)
@@ -192,10 +192,10 @@ def flops(job):
     first = every[:3]           # layer 0's q, k and v: nothing before them wants a gradient of x
     spared = -W - head if job.full else sum(2 * a * b for a, b in first) + 2 * job.rank * sum(
         a for (a, _), name in zip(first, pissa.TARGETS) if name in job.targets)
-    last = 2 * c.n_layers * c.dim * (c.ffn_dim + job.rank * job.hit("down_proj") * (not job.full))
+    last = 2 * c.n_layers * c.dim * (c.ffn_dim + job.rank) * ("down_proj" in job.targets)
     return {"forward": W + pairs + head + attention, "attention": attention,
             "backward": W + 2 * pairs + head + 2.5 * attention - spared,
-            "recomputation": job.checkpointing * (W + pairs + attention - last)}
+            "recomputation": job.checkpointing * (W + pairs + attention - last * (not job.full))}
 
 
 def read_config(ckpt):
