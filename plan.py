@@ -63,6 +63,7 @@ class Job:
     packed: bool = True
     gpu: bool = True
     checkpointing: bool = False
+    compiled: bool = False
     double_quant: bool = True
     accumulate: bool = True                 # more micro-batches than one: they add to gradients
     group: int = pissa.GROUP                # matrices that pissa decomposes together, 1 on a CPU
@@ -111,8 +112,9 @@ def kept(job):
         normed = 5
     width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     copied = job.packed and not job.flash                              # out of attention's output
-    numbers = (normed * c.dim + copied * hit("o_proj") * width
-               + (2 + hit("down_proj")) * c.ffn_dim
+    again = job.compiled                       # then what norms and SwiGLU put out is not kept
+    numbers = (normed * c.dim * (not again) + copied * hit("o_proj") * width
+               + (2 + hit("down_proj") * (not again)) * c.ffn_dim
                + hit(*pissa.TARGETS) * job.rank * (not job.full))
     # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H), or n and no H K
     return (n * (2 * job.wide * c.dim + e * numbers + 8)
@@ -141,6 +143,7 @@ def memory(job):
     trained, layer, x = numbers["trained, float32"], kept(job), job.tokens * job.wide * c.dim
     # Copies in 16 bits, of A and B, or by autocast of whole matrices.
     copies = e * (e < 4) * (sum(a * b for a, b in every) if job.full else pairs)
+    copies *= not job.compiled
     # x at every layer's begin, the loss's gradient of the last one, RoPE's two tables.
     chosen_x = job.labels * job.wide * c.dim
     few = (c.n_layers + 1) * x + chosen_x + 8 * c.head_dim * (
@@ -230,7 +233,7 @@ def from_arguments(args):
     return Job(read_config(args.ckpt), method, rank, targets,
                torch.float32 if wide else torch.bfloat16, min(args.micro_batch, args.batch),
                args.max_length - 1, packed=not args.no_packing, gpu=not on_cpu,
-               checkpointing=args.checkpointing, double_quant=double,
+               checkpointing=args.checkpointing, compiled=args.compile, double_quant=double,
                accumulate=args.batch > args.micro_batch,
                group=1 if one_by_one else pissa.GROUP)
 

@@ -8,8 +8,8 @@ Every side trains the same A and B, on the same tensors W_res, over the same bat
 start; sides take turns, --repeat times, and the fastest of a step's times counts. Ours is the loop
 of train.py, with and without packing. PEFT's is transformers' Trainer by hand: --peft-micro-batch
 examples in the order of the batch, padded to the longest, with an attention mask, and the network's
-own loss divided by the learnt tokens of the batch. On a GPU ours is compiled, too, and PEFT also
-runs under autocast, as by Trainer(bf16=True). A step like the others warms each side up.
+own loss divided by the learnt tokens of the batch. On a GPU PEFT also runs under autocast, as by
+Trainer(bf16=True), and in the end ours is compiled, too. A step like the others warms each side up.
 """
 import argparse
 import tempfile
@@ -85,11 +85,10 @@ def peft_train(theirs, examples, args, autocast):
 
 def sides(net, theirs, examples, args):
     """{name: function of (examples, steps) that trains and returns rows of loss and seconds}."""
-    def ours(padded, compiled):
+    def ours(padded):
         def run(examples, steps):
             args.no_packing, args.steps = padded, steps
-            with torch.compiler.set_stance("default" if compiled else "force_eager"):
-                return train.train(net, examples, args, nullcontext())[0]
+            return train.train(net, examples, args, nullcontext())[0]
         return run
 
     def peft(autocast):
@@ -98,32 +97,36 @@ def sides(net, theirs, examples, args):
             return peft_train(theirs, examples, args, autocast)
         return run
 
-    found = {"packed": ours(False, False), "padded": ours(True, False), "PEFT": peft(nullcontext())}
+    found = {"packed": ours(False), "padded": ours(True), "PEFT": peft(nullcontext())}
     if net.lm_head.weight.is_cuda:
-        for layer in net.model.layers:
-            layer.compile()
-        found["packed, compiled"] = ours(False, True)
         found["PEFT, autocast"] = peft(torch.autocast("cuda", torch.bfloat16))
     return found
 
 
 def compare(net, theirs, examples, args):
     """What every side takes and what its losses are."""
-    found, steps = sides(net, theirs, examples, args), args.steps
-    rows, gpu, peak = {name: [] for name in found}, net.lm_head.weight.is_cuda, {}
+    rows, gpu, peak, steps = {}, net.lm_head.weight.is_cuda, {}, args.steps
     batches = data.batches(examples, args.batch, args.seed, 0)[:steps]
-    for name, run in found.items():                # of two lengths at least: sizes become variable
-        start = time.perf_counter()
-        run(batches[0], 1)
-        print(f"{name}: warm-up {time.perf_counter() - start:.1f} s", flush=True)
-    for _ in range(args.repeat):
-        for name, run in found.items():
-            start_again(net, theirs)
-            if gpu:
-                torch.cuda.reset_peak_memory_stats()
-            rows[name].append(run(examples, steps))
-            peak[name] = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
-            print(f"{name}: {[round(r['seconds'], 2) for r in rows[name][-1]]}", flush=True)
+
+    def by_turns(found):
+        for name, run in found.items():            # of two lengths at least: sizes become variable
+            start = time.perf_counter()
+            run(batches[0], 1)
+            print(f"{name}: warm-up {time.perf_counter() - start:.1f} s", flush=True)
+        for _ in range(args.repeat):
+            for name, run in found.items():
+                start_again(net, theirs)
+                if gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                rows.setdefault(name, []).append(run(examples, steps))
+                peak[name] = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
+                print(f"{name}: {[round(r['seconds'], 2) for r in rows[name][-1]]}", flush=True)
+
+    found = sides(net, theirs, examples, args)
+    by_turns(found)
+    if gpu:
+        train.compile_layers(net)
+        by_turns({"packed, compiled": found["packed"]})
     tokens, reference = sum(len(ids) for b in batches for ids, _ in b), rows["packed"][0]
     result = {}
     for name, rounds in rows.items():

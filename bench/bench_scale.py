@@ -59,11 +59,13 @@ def measured(figure, planned):
     return row
 
 
-def step(net, method, rank, rows, length, checkpointing, steps=4):
+def step(net, method, rank, rows, length, checkpointing, compiled=False, steps=4):
     """Seconds, measured and planned peak of steps of one micro-batch, as train.py takes them."""
     job = plan.Job(net.config, method, rank, rows=rows, length=length, checkpointing=checkpointing,
-                   accumulate=False)
+                   compiled=compiled, accumulate=False)
     net.checkpointing = checkpointing
+    if compiled:
+        train.compile_layers(net)
     generator = torch.Generator().manual_seed(0)
     examples = [(torch.randint(net.config.vocab_size, (length + 1,), generator=generator).tolist(),
                  1) for _ in range(rows)]
@@ -81,21 +83,21 @@ def step(net, method, rank, rows, length, checkpointing, steps=4):
     moments, work = plan.memory(job)[2], plan.flops(job)
     flops = sum(work[k] for k in ("forward", "backward", "recomputation")) * job.tokens
     return {"method": method, "rank": rank, "layers": net.config.n_layers, "rows": rows,
-            "length": length, "checkpointing": checkpointing,
+            "length": length, "checkpointing": checkpointing, "compiled": compiled,
             "seconds": statistics.median(r["seconds"] for r in done[1:]), "flops": flops,
             **measured("peak_gib", max(v for k, v in moments.items() if k != "loading"))}
 
 
 def sevens(size):
-    """Steps of the whole network: 8 rows in bfloat16, one row in four bits, each both ways."""
+    """Steps of the whole network: 8 rows in bfloat16, one row in four bits, each in three ways."""
     for (method, rows), rank in zip((("lora", 8), ("qpissa", 1)), size.sevens):
         net = network(size.seven, method, rank)
         if method == "qpissa":
             job = plan.Job(size.seven, method, rank)
             yield {"method": method, "rank": rank, "layers": size.seven.n_layers,
                    **measured("loading_gib", plan.memory(job)[2]["loading"])}
-        for checkpointing in (False, True):
-            yield step(net, method, rank, rows, size.short, checkpointing)
+        for checkpointing, compiled in (False, False), (True, False), (False, True):
+            yield step(net, method, rank, rows, size.short, checkpointing, compiled)
         del net
 
 

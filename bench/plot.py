@@ -388,8 +388,9 @@ def plan_rows():
             rows.append((what + "loading", job, r["loading_gib"], "loading"))
             continue
         job.rows, job.length, job.checkpointing = r["rows"], r["length"], r["checkpointing"]
-        rows.append((f"{what}{r['rows']} x {r['length']}" + ", checkpointing" * r["checkpointing"],
-                     job, r["peak_gib"], None))
+        job.compiled = r.get("compiled", False)
+        rows.append((f"{what}{r['rows']} x {r['length']}" + ", checkpointing" * r["checkpointing"]
+                     + ", compiled" * job.compiled, job, r["peak_gib"], None))
     return rows
 
 

@@ -28,7 +28,7 @@ import model
 import pissa
 from bench import report
 from bench.bench_generate import llama_config
-from train import loss_sum
+from train import compile_layers, loss_sum
 
 CUDA = torch.cuda.is_available()
 DEVICE, TURNS = torch.device("cuda" if CUDA else "cpu"), 5
@@ -227,8 +227,8 @@ def side(args, whose):
                 nn.init.zeros_(p)
         if is_ours:
             net.checkpointing = checkpointing
-            for layer in net.model.layers if compiled else ():
-                layer.compile()
+            if compiled:
+                compile_layers(net)
         else:
             theirs = net.get_base_model()
             if checkpointing:

@@ -254,6 +254,62 @@ def test_where_flash_attention_is(monkeypatch):
     assert where(torch.float32)
 
 
+# --- RoPE and checkpointing
+
+def turned(x, cos, sin):
+    """Rotated in float64, by the definition."""
+    a, b = x.double().chunk(2, -1)
+    c, s = cos.double().chunk(2, -1)[0], sin.double().chunk(2, -1)[1]
+    return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device, shape", [("cpu", (2, 9, 3, 8)), ("cuda", (1, 1100, 32, 128)),
+                                           ("cuda", (1, 1300, 32, 128)), ("cuda", (3, 9, 3, 8))])
+def test_rotation_and_its_gradient(device, shape, dtype):
+    """However it is computed: compiled or not, and large on a GPU in one kernel."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    rope = model.rope_tables(model.Config(n_heads=1, dim=shape[-1]),
+                             torch.arange(shape[1], device=device)[None])
+    x, g = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    for way in model.rotate, torch.no_grad()(model.turn), model.rotated:
+        y = way(x, *rope)
+        exact = turned(x, *rope)
+        assert (y - exact).norm() < (1e-6 if dtype == torch.float32 else 4e-3) * exact.norm()
+        if y.grad_fn:
+            found, = torch.autograd.grad(y, x, g)
+            exact, = torch.autograd.grad(exact, x, g.double())
+            assert (found - exact).norm() < (1e-6 if dtype == torch.float32 else 5e-3) * g.norm()
+
+
+def test_checkpointing_changes_no_bit(net, tokens):
+    """Of logits and gradients, whether all weights are trained, or some, or the embedding, too."""
+    for trained in (lambda name: True, lambda name: "mlp" in name, lambda name: "k_proj" in name,
+                    lambda name: "embed" in name, lambda name: "layers.1" in name):
+        params = [p.requires_grad_(trained(name)) for name, p in net.named_parameters()]
+        found = []
+        for net.checkpointing in False, True:
+            y = net(tokens)
+            grads = torch.autograd.grad(y.square().sum(), [p for p in params if p.requires_grad])
+            found.append([y, *grads])
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_checkpointing_under_autocast(net, tokens):
+    """Backward computes again in the dtype of forward, although autocast is over by then."""
+    net.requires_grad_()
+    found = []
+    for net.checkpointing in False, True:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(tokens)
+        net.zero_grad()
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in net.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 # --- generation
 
 def test_kv_cache_equals_full_forward(net, tokens):

@@ -36,7 +36,8 @@ JOBS = {
     "full, tied": plan.Job(replace(SMALL, tied=True), "full", dtype=torch.float32),
     "full, autocast": plan.Job(WIDE, "full"),
     "checkpointing": plan.Job(WIDE, "pissa", 4, dtype=torch.float32, checkpointing=True),
-    "qpissa, checkpointing": plan.Job(WIDE, "qpissa", 4, checkpointing=True)}
+    "qpissa, checkpointing": plan.Job(WIDE, "qpissa", 4, checkpointing=True),
+    "full, checkpointing": plan.Job(WIDE, "full", checkpointing=True)}
 JOBS = {name: replace(job, rows=3, length=64, text=150, learnt=50) for name, job in JOBS.items()}
 JOBS["not packed"] = replace(JOBS["bfloat16"], packed=False)
 JOBS["on a CPU"] = replace(JOBS["bfloat16"], gpu=False)
@@ -168,14 +169,16 @@ def test_kept_is_what_autograd_saves(name):
 def test_kept_by_compiled_layers(method, gpu, monkeypatch):
     monkeypatch.undo()                           # norms are written out in what is compiled
     monkeypatch.setattr(model, "has_flash", lambda net: net.flash)
-    job = replace(JOBS["bfloat16"], config=WIDE, method=method, rank=4, gpu=gpu)
+    job = replace(JOBS["bfloat16"], config=WIDE, method=method, rank=4, gpu=gpu, compiled=True)
     net = network(job)
-    for layer in net.model.layers:
-        layer.compile(backend="aot_eager_decomp_partition")          # the partition of inductor
-    counted = saved(net, job) - (4 - 2) * job.tokens * WIDE.dim      # the last norm's, on a CPU
+    with torch._functorch.config.patch(activation_memory_budget=0.9):      # as train.compile_layers
+        for layer in net.model.layers:
+            layer.compile(backend="aot_eager_decomp_partition")      # the partition of inductor
+        counted = saved(net, job) - (4 - 2) * job.tokens * WIDE.dim  # the last norm's, on a CPU
     torch._dynamo.reset()
-    counted += 3 * 2 * 4 * WIDE.dim          # A of the first q, k and v, whose x wants no gradient
-    assert counted == plan.memory(job)[1]["kept for backward"]
+    kept = plan.memory(job)[1]["kept for backward"]
+    assert counted == pytest.approx(kept, rel=0.05)                  # the compiler's choice varies
+    assert kept < 0.75 * plan.memory(replace(job, compiled=False))[1]["kept for backward"]
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
