@@ -286,9 +286,9 @@ def test_checkpointing_changes_nothing(examples, tmp_path, flags):
         out = tmp_path / str(len(logs))
         recomputed = []
         with pytest.MonkeyPatch.context() as patch:
-            real = model.checkpoint
-            patch.setattr(model, "checkpoint",
-                          lambda *a, **k: recomputed.append(1) or real(*a, **k))
+            real = model.Recompute.backward
+            patch.setattr(model.Recompute, "backward",
+                          lambda *a: recomputed.append(1) or real(*a))
             command(train.main, *flags, "--steps", 2, "--out", out, *extra)
         assert bool(recomputed) == bool(extra)
         logs.append([(r["loss"], r["grad_norm"]) for r in read_lines(out / "log.jsonl")])
