@@ -20,7 +20,7 @@ and before that, while pissa decomposes up to 32 matrices together, what `groupe
 kept, in turn: x before both norms and after them, where A multiplies it; in attention, q, k, v and
 its output, which o_proj reads, or else the n of them that packing has copied out of c; gate, up and
 silu(gate) up; x A seven times; what softmax and norms divide by. Checkpointing keeps e n D of a
-layer, the rest of one at a time.
+layer, the rest of one at a time; compiled layers keep n e (2 D + F) less, and no copies.
 
 Gradients come while what was kept goes, so memory is fullest where forward ends, or where backward
 is in the last or in the first layer: see `memory`. Not counted: the mask of a sliding window,
