@@ -19,11 +19,11 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from importlib.util import find_spec
+from functools import partial
 from math import inf, pi
 from pathlib import Path
 
@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-TRITON = find_spec("triton") is not None       # what torch.compile needs on a GPU
 GROUPED = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}     # 2.11 need not be told
 
 
@@ -83,7 +82,8 @@ def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + K/2]) of every head, in float32. x: (B, T, H, K)."""
     if torch.compiler.is_compiling():
         return rotated(x, cos, sin)
-    return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else turn(x, cos, sin)
+    answering = torch.is_inference_mode_enabled()          # lengths and batches of all kinds
+    return turn(x, cos, sin) if answering else Rotate.apply(x, cos, sin)
 
 
 def rotated(x, cos, sin):
@@ -100,33 +100,39 @@ def turn(x, cos, sin):
     return y
 
 
-@lru_cache
-def one_kernel():
-    """The same, compiled, which takes a second or two, and so is for training."""
-    return torch.compile(rotated)
+def turn_large(x, cos, sin):
+    """The same in one kernel, compiled in a few seconds; `turn` where no compiler is at hand.
+
+    A GPU that has much to turn takes a tenth of the time: all in all, a tenth of a step of 7B.
+    """
+    if not KERNEL:
+        KERNEL.append(torch.compile(rotated))
+    try:                      # whoever asks, compiled code finds the same state: it is compiled once
+        with torch.autocast(x.device.type, enabled=False, cache_enabled=True):
+            return KERNEL[0](x.detach(), cos, sin)
+    except Exception as e:                  # of many kinds: no triton, no C compiler, no headers
+        reason = str(e).strip().partition("\n")[0][:120]
+        warnings.warn(f"RoPE could not be compiled, and takes longer: {reason}")
+        KERNEL[0] = turn
+        return turn(x, cos, sin)
+
+
+KERNEL, LARGE = [], 2**22            # `rotated`, compiled, or what takes its place; numbers in x
 
 
 class Rotate(torch.autograd.Function):
-    """`rotate`, whose gradient is rotated back, and needs nothing but the tables.
-
-    What is large on a GPU takes a tenth of the time in one kernel, and all in all a tenth of a
-    step of Llama 2 7B is saved.
-    """
-
-    @staticmethod
-    def how(x):
-        large = x.numel() >= 2**22 and TRITON and has_bfloat16(x.device)
-        return one_kernel() if large else turn
+    """`rotate`, whose gradient is rotated back, and needs nothing but the tables."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return Rotate.how(x)(x, cos, sin)
+        ctx.turn = turn_large if x.numel() >= LARGE and has_bfloat16(x.device) else turn
+        return ctx.turn(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return Rotate.how(grad)(grad, cos, -sin), None, None
+        return ctx.turn(grad, cos, -sin), None, None
 
 
 def unpack(x, real, B, T):
@@ -252,8 +258,9 @@ class Layer(nn.Module):
 class Recompute(torch.autograd.Function):
     """layer(x, *rest), which keeps nothing but x: backward computes the layer again.
 
-    trained: its parameters that want a gradient. torch.utils.checkpoint does the same for anything,
-    by way of hooks on every tensor kept, which takes Python longer than a GPU needs for a layer.
+    trained: its parameters that want a gradient; hooks on them would be called twice.
+    torch.utils.checkpoint does the same for anything, and as it should be with hooks, but its own
+    ones on every tensor kept take Python longer than a GPU needs for a layer.
     """
 
     @staticmethod
@@ -275,7 +282,7 @@ class Recompute(torch.autograd.Function):
         finally:
             last.unread = False
         wanted = [t for t in (x, *trained) if t.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, grad))
+        found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
         dx, *grads = (next(found) if t.requires_grad else None for t in (x, *trained))
         return dx, None, None, *grads
 
@@ -302,8 +309,8 @@ class Llama(nn.Module):
         pad: (B,) int64, how many positions at the left of each row are padding, not text.
         real: (P,) int64, without a cache: which of the B T positions, counted row by row, are text,
         ascending; the rest, at the right of each row, is padding. The P are packed into one row,
-        (1, P, D) is returned, and nothing is computed for padding, but within attention where flash
-        attention is not. Numbers are those of the same positions without it.
+        (1, P, D) is returned, and nothing is computed for padding, but for attention where
+        `has_flash` says no. Numbers are those of the same positions without it.
         """
         T, window, fixed = tokens.shape[1], self.config.sliding_window, type(start) is not int
         index = start + torch.arange(T, device=tokens.device)                     # (T,)

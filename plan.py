@@ -2,9 +2,9 @@
 
     python train.py --ckpt llama2-7b --rank 64 --plan
 
-A micro-batch is b rows of T positions. Packing computes the n of them that are text; in float32, or
-on a CPU, attention computes all c = b T. What lies on a GPU meanwhile, in bytes, with e bytes a
-number in products, 2 in bfloat16:
+A micro-batch is b rows of T positions. Packing computes the n of them that are text; in float32, on
+a CPU, or with heads wider than 256, attention computes all c = b T. What lies on a GPU meanwhile, in
+bytes, with e bytes a number in products, 2 in bfloat16:
 
     frozen    e a weight; in four bits 0.516, or 0.5625 without double quantisation
     trained   16 a number of A and B: float32, its gradient, two moments of AdamW
@@ -20,7 +20,7 @@ and before that, while pissa decomposes up to 32 matrices together, what `groupe
 kept, in turn: x before both norms and after them, where A multiplies it; in attention, q, k, v and
 its output, which o_proj reads, or else the n of them that packing has copied out of c; gate, up and
 silu(gate) up; x A seven times; what softmax and norms divide by. Checkpointing keeps e n D of a
-layer, the rest of one at a time; compiled layers keep n e (2 D + F) less, and no copies.
+layer, the rest of one at a time; compiled layers keep some n e (2 D + F) less, and no copies.
 
 Gradients come while what was kept goes, so memory is fullest where forward ends, or where backward
 is in the last or in the first layer: see `memory`. Not counted: the mask of a sliding window,
@@ -72,7 +72,8 @@ class Job:
     four = property(lambda self: self.method in pissa.QUANTISED)
     wide = property(lambda self: 4 if self.full else self.dtype.itemsize)     # bytes a number of x
     cells = property(lambda self: self.rows * self.length)
-    flash = property(lambda self: self.packed and self.gpu and self.dtype.itemsize == 2)
+    flash = property(lambda self: self.packed and self.gpu and self.dtype.itemsize == 2
+                     and self.config.head_dim % 8 == 0 and self.config.head_dim <= 256)
     tokens = property(lambda self: self.text if self.packed and self.text else self.cells)
     attended = property(lambda self: self.tokens if self.flash else self.cells)     # by attention
     labels = property(lambda self: self.learnt or self.text or self.cells)
@@ -186,7 +187,7 @@ def flops(job):
 
     Two for every weight in forward, two for the gradient of x in backward, and for trained ones two
     more; flash attention's backward multiplies five times where forward does twice. Recomputation
-    ends before a layer's last product.
+    ends before a layer's last product, if that is a PissaLinear, and not compiled.
     """
     c, (every, chosen, _) = job.config, shapes(job)
     W, pairs = 2 * sum(a * b for a, b in every), 2 * job.rank * sum(map(sum, chosen))
@@ -195,10 +196,11 @@ def flops(job):
     first = every[:3]           # layer 0's q, k and v: nothing before them wants a gradient of x
     spared = -W - head if job.full else sum(2 * a * b for a, b in first) + 2 * job.rank * sum(
         a for (a, _), name in zip(first, pissa.TARGETS) if name in job.targets)
-    last = 2 * c.n_layers * c.dim * (c.ffn_dim + job.rank) * ("down_proj" in job.targets)
+    last = 2 * c.n_layers * c.dim * (c.ffn_dim + job.rank) * (
+        "down_proj" in job.targets and not job.full and not job.compiled)
     return {"forward": W + pairs + head + attention, "attention": attention,
             "backward": W + 2 * pairs + head + 2.5 * attention - spared,
-            "recomputation": job.checkpointing * (W + pairs + attention - last * (not job.full))}
+            "recomputation": job.checkpointing * (W + pairs + attention - last)}
 
 
 def read_config(ckpt):
@@ -228,11 +230,12 @@ def from_arguments(args):
                              f"target_modules, not {rank!r} and {found!r}")
         targets = tuple({name.rpartition(".")[2] for name in found})
     on_cpu = str(args.device).startswith("cpu")
-    wide = args.dtype == "float32" or not args.dtype and on_cpu
+    old = torch.cuda.is_available() and not model.has_bfloat16(torch.device("cuda"))
+    wide = args.dtype == "float32" or not args.dtype and (on_cpu or old)
     one_by_one = on_cpu or args.adapter or args.niter is None
     return Job(read_config(args.ckpt), method, rank, targets,
                torch.float32 if wide else torch.bfloat16, min(args.micro_batch, args.batch),
-               args.max_length - 1, packed=not args.no_packing, gpu=not on_cpu,
+               args.max_length - 1, packed=not args.no_packing, gpu=not on_cpu and not old,
                checkpointing=args.checkpointing, compiled=args.compile, double_quant=double,
                accumulate=args.batch > args.micro_batch,
                group=1 if one_by_one else pissa.GROUP)

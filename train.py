@@ -373,7 +373,7 @@ def compile_layers(net):
     """torch.compile, layer by layer: they are alike, so it takes seconds.
 
     What norms and SwiGLU put out is not kept for backward, but computed again: a sixth less memory
-    for a hundredth more time.
+    for a hundredth more time. That is a setting of torch, which it leaves behind.
     """
     torch._functorch.config.activation_memory_budget = 0.9
     for layer in net.model.layers:

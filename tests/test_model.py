@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import model
+import pissa
 from conftest import SMALL, TINY, assert_logits_equal, hugging_face, small_net
 
 
@@ -295,6 +296,54 @@ def test_checkpointing_changes_no_bit(net, tokens):
             grads = torch.autograd.grad(y.square().sum(), [p for p in params if p.requires_grad])
             found.append([y, *grads])
         assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_checkpointing_with_what_takes_no_part(net, tokens):
+    """An adapter that is switched off has no gradient."""
+    pissa.inject(net, 4, "lora", progress=False)
+    net.model.layers[1].mlp.gate_proj.switch(False)
+    found = []
+    for net.checkpointing in False, True:
+        net.zero_grad()
+        net(tokens).square().sum().backward()
+        found.append([p.grad for p in net.parameters() if p.requires_grad])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found))
+    assert [g is None for g in found[1]].count(True) == 2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("targets", [pissa.TARGETS, ("q_proj", "v_proj")])
+def test_large_rotations_are_compiled_a_few_times(packed, checkpointing, targets, monkeypatch):
+    """However many shapes there are, and whoever asks: forward, backward, recomputation."""
+    graphs, net = [], small_net()
+    pissa.inject(net, 4, "lora", targets, progress=False)
+    net.checkpointing = checkpointing
+    monkeypatch.setattr(model, "LARGE", 0)
+    monkeypatch.setattr(model, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(model, "has_flash", lambda net: False)
+    monkeypatch.setattr(model, "KERNEL", [torch.compile(
+        model.rotated, backend=lambda graph, inputs: graphs.append(1) or graph.forward)])
+    torch._dynamo.reset()
+    for lengths in [9, 7, 5], [8, 8, 2], [12, 3], [11, 10, 9, 8], [10], [6, 6], [13, 2, 2]:
+        tokens, real = packing(lengths)
+        for way in torch.no_grad(), torch.enable_grad():
+            with way:
+                y = net(tokens, real=real) if packed else net(tokens)
+        y.square().sum().backward()
+    torch._dynamo.reset()
+    assert 1 <= len(graphs) <= 6, len(graphs)             # beyond 8 torch gives up
+
+
+def test_rotations_where_nothing_can_be_compiled(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(model, "KERNEL", [broken])
+    x, rope = torch.randn(1, 9, 3, 8), model.rope_tables(SMALL, torch.arange(9)[None])
+    with pytest.warns(UserWarning, match="RoPE could not be compiled.*no C compiler"):
+        y = model.turn_large(x, *rope)
+    assert torch.equal(y, model.turn(x, *rope)) and torch.equal(model.turn_large(x, *rope), y)
 
 
 def test_checkpointing_under_autocast(net, tokens):
