@@ -25,7 +25,7 @@ What is multiplied is W in the dtype of x, unpacked when it is needed and droppe
 too, which is why Q(x) keeps four bits a weight for it, where F.linear would keep sixteen.
 """
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
@@ -151,18 +151,6 @@ def kernel(parts, dtype):
     return KERNELS[key](*parts)
 
 
-@torch.library.custom_op("nf4::one_kernel", mutates_args=())
-def one_kernel(codes: Tensor, absmax: Tensor, scale: Tensor | None, mean: Tensor | None,
-               levels: Tensor, absmax_levels: Tensor, pairs: Tensor, dtype: torch.dtype) -> Tensor:
-    """`kernel` for torch.compile, to be left as it is: what it makes of `unpack` takes longer."""
-    return kernel((codes, absmax, scale, mean, levels, absmax_levels, pairs), dtype)
-
-
-@one_kernel.register_fake
-def _(codes, *parts):
-    return codes.new_empty(2 * len(codes), dtype=parts[-1])
-
-
 class Product(torch.autograd.Function):
     """x W^T with W in NF4. Backward has no use for anything but W, and unpacks it again."""
 
@@ -223,13 +211,8 @@ class NF4(nn.Module):
         parts = [p if p is None else p.detach().flatten()
                  for p in (self.codes, self.absmax, self.scale, self.mean)]
         parts += self.levels, self.absmax_levels, self.pairs
-        dtype = dtype or self.dtype
-        if not self.codes.is_cuda:
-            numbers = unpack(*parts, dtype)
-        elif torch.compiler.is_compiling():
-            numbers = one_kernel(*parts, dtype)
-        else:
-            numbers = kernel(parts, dtype)
+        dtype, fused = dtype or self.dtype, self.codes.is_cuda and not torch.compiler.is_compiling()
+        numbers = kernel(parts, dtype) if fused else unpack(*parts, dtype)
         return numbers[:self.shape.numel()].view(self.shape)
 
     def forward(self, x):

@@ -230,27 +230,9 @@ def test_backward_of_a_network_keeps_what_it_keeps_in_lora(tokens):
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_the_kernel_in_what_is_compiled(double, monkeypatch):
-    """What torch.compile is told of it is true."""
-    monkeypatch.setattr(nf4, "kernel", lambda parts, dtype: nf4.unpack(*parts, dtype))
-    Q = nf4.quantize(normal(48, 128), double)
-    parts = [p if p is None else p.detach().flatten() for p in (
-        Q.codes, Q.absmax, Q.scale, Q.mean)] + [Q.levels, Q.absmax_levels, Q.pairs]
-    for dtype in torch.float32, torch.bfloat16:
-        torch.library.opcheck(nf4.one_kernel, (*parts, dtype))
-        compiled = torch.compile(lambda *parts: nf4.one_kernel(*parts, dtype).relu(),
-                                 backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(*parts), Q.dequantize(dtype).flatten().relu())
-
-
-@pytest.mark.parametrize("device, backend", [
-    ("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a GPU"))])
-@pytest.mark.parametrize("double", [True, False])
-def test_compiled(double, device, backend):
-    Q, x = nf4.quantize(normal(48, 128), double), normal(3, 5, 128)
-    Q, x = Q.to(device), x.to(device).requires_grad_()
-    compiled = torch.compile(lambda x: Q(x).relu(), backend=backend, fullgraph=True)
+def test_compiled(double):
+    Q, x = nf4.quantize(normal(48, 128), double), normal(3, 5, 128).requires_grad_()
+    compiled = torch.compile(lambda x: Q(x).relu(), backend="aot_eager", fullgraph=True)
     y, want = compiled(x), Q(x).relu()
     assert torch.equal(y, want)
     (grad,), (grad2,) = (torch.autograd.grad(r.sum(), x) for r in (y, want))
