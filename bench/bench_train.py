@@ -1,6 +1,7 @@
 """A training step of Llama-2-7B's shape in bfloat16, rank 128, 8 x 512 tokens, beside PEFT's.
 
     python -m bench.bench_train --out bench/results/step_h200.json               # minutes, on a GPU
+    python -m bench.bench_train --out bench/results/step_cpu.json      # SmolLM2, 8 x 128, rank 16
     python -m bench.bench_train --tiny                                           # anywhere, a trial
 
 Eager, checkpointing and compiled; seconds, tokens per second, peak memory, the time to compile, and
@@ -8,7 +9,7 @@ losses, which begin alike. What is compared with what, and on which numbers: see
 """
 import argparse
 
-from bench.steps import run_parts, sizes, step
+from bench.steps import CUDA, run_parts, sizes, step
 
 PARTS = {"step": step}
 
@@ -18,8 +19,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     args = sizes(p, PARTS)
-    args.rank, args.bits = 8 if args.tiny else 128, 16
-    run_parts(args, PARTS, "bench.bench_train", {"bench": "train", "rank": args.rank})
+    args.rank, args.bits = 8 if args.tiny else 128 if CUDA else 16, 16
+    run_parts(args, PARTS, "bench.bench_train",
+              {"bench": "train", "rank": args.rank, "length": args.length})
 
 
 if __name__ == "__main__":

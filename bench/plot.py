@@ -110,7 +110,7 @@ def quantised_training_table():
     return table(head, rows) + "".join(map(source, parts.values()))
 
 
-def step_rows(step):
+def step_rows(step, length=512):
     """Our steps beside the fastest of PEFT's that are alike; compiled ones, if there are any."""
     def kind(name):
         return "1 row" in name, "checkpointing" in name, "compiled" in name
@@ -122,8 +122,9 @@ def step_rows(step):
                      and kind(name) == (*kind(ours)[:2], False)]
         mine, theirs = step[ours], max(alike, key=lambda r: r["tokens_per_second"])
         what = ", ".join(ours.split(", ")[1:]).removeprefix("1 row, ") or "eager"
-        yield [f"{1 if kind(ours)[0] else 8} x 512 tokens, {what}", f"{mine['step_seconds']:.3f} s",
-               f"{theirs['step_seconds']:.3f} s", f"**{ratio:.2f}x**",
+        yield [f"{1 if kind(ours)[0] else 8} x {length} tokens, {what}",
+               f"{mine['step_seconds']:.3f} s", f"{theirs['step_seconds']:.3f} s",
+               f"**{ratio:.2f}x**",
                f"{mine['tokens_per_second']:,.0f} tokens/s",
                f"{mine['peak_gib']:.1f} / {theirs['peak_gib']:.1f} GiB"]
 
@@ -144,6 +145,14 @@ def step_table():
                   "peak memory, ours / PEFT", "TFLOP/s"], rows) + (
         "\n\nCompiled, the first step takes {:.0f} s here and {:.0f} s there.".format(
             *first.values())) + source(result)
+
+
+def step_cpu_table():
+    """The same of SmolLM2-135M's shape, in float32."""
+    result = read("step_cpu")
+    rows = [cells[:-1] for cells in step_rows(result["step"], result["length"])]
+    return table([f"SmolLM2-135M's shape, rank {result['rank']}", "ours", "PEFT", "ratio", "rate"],
+                 rows) + source(result)
 
 
 def packing_table():
@@ -446,7 +455,7 @@ def main():
              "gsm8k": gsm8k_table(), "generate": generate_table(), "nf4": nf4_table(),
              "large": large_table(), "quantised-training": quantised_training_table(),
              "quant": quant_table(), "plan": plan_table(), "plan-output": plan_output(),
-             "step": step_table(), "packing": packing_table()}
+             "step": step_table(), "step-cpu": step_cpu_table(), "packing": packing_table()}
     for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
         text = path.read_text()
         for name, part in parts.items():

@@ -1,10 +1,10 @@
 """A training step beside PEFT's, in one process: what bench_train and bench_4bit share.
 
-Llama-2-7B's shape, the same random weights, tokens and loss on both sides: N(0, 0.02^2) plus a
-decaying part of rank 64, LoRA with B = 0. PEFT runs with its defaults (A and B in float32, and so
-their products), and under autocast, as by transformers' Trainer(bf16=True). `--tiny` runs it all at
-toy size, without a GPU too. Every part is a process of its own; --out is written after every
-result, and what fails leaves its error there.
+Llama-2-7B's shape (without a GPU: SmolLM2-135M's, in float32), the same random weights, tokens and
+loss on both sides: N(0, 0.02^2) plus a decaying part of rank 64, LoRA with B = 0. PEFT runs with
+its defaults (A and B in float32, and so their products), and under autocast, as by transformers'
+Trainer(bf16=True). `--tiny` runs it all at toy size, without a GPU too. Every part is a process of
+its own; --out is written after every result, and what fails leaves its error there.
 """
 import argparse
 import gc
@@ -32,9 +32,11 @@ from train import compile_layers, loss_sum
 
 CUDA = torch.cuda.is_available()
 DEVICE, TURNS = torch.device("cuda" if CUDA else "cpu"), 5
+DTYPE = torch.bfloat16 if CUDA else torch.float32
 SEVEN, SEVENTY = model.Config(), model.Config(
     dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=128256, ffn_dim=28672,
     rope_theta=500000.0)
+SMOL = model.Config(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, vocab_size=49152, ffn_dim=1536)
 TOY = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 128, "ffn_dim": 192,
        "head_dim": 16}
 # name: rows of tokens, checkpointing, compiled, autocast
@@ -95,14 +97,14 @@ def gib(figure, less=0.0):
 # ------------------------------------------------------------------------------------------ models
 
 def random_matrix(shape, name):
-    """The bfloat16 matrix of that name: N(0, 0.02^2), and 64 singular values that stand out."""
+    """The matrix of that name: N(0, 0.02^2), and 64 singular values that stand out."""
     g = torch.Generator(DEVICE).manual_seed(zlib.crc32(name.encode()))
     (m, n), k = shape, min(64, *shape)
-    W, U, V = (torch.randn(s, generator=g, device=DEVICE, dtype=torch.bfloat16)
+    W, U, V = (torch.randn(s, generator=g, device=DEVICE, dtype=DTYPE)
                for s in ((m, n), (m, k), (k, n)))
     noise = 0.02 * (m**0.5 + n**0.5)                   # about the largest one of the first part
     S = 4 * noise * torch.arange(1, k + 1, device=DEVICE) ** -0.5
-    return W.mul_(0.02).addmm_(U * (S / (m * n) ** 0.5).bfloat16(), V)
+    return W.mul_(0.02).addmm_(U * (S / (m * n) ** 0.5).to(DTYPE), V)
 
 
 def fill(net):
@@ -110,7 +112,7 @@ def fill(net):
     for name, p in list(net.named_parameters()):
         if p.is_meta:
             value = random_matrix(p.shape, name.removesuffix(".weight")) if p.ndim > 1 else (
-                torch.ones(p.shape, device=DEVICE, dtype=torch.bfloat16))
+                torch.ones(p.shape, device=DEVICE, dtype=DTYPE))
             pissa.put(net, name, nn.Parameter(value, requires_grad=False))
     assert not any(t.is_meta for t in (*net.parameters(), *net.buffers()))
     return net.train()
@@ -119,7 +121,7 @@ def fill(net):
 def injected(config, method, rank):
     """Our network, matrix by matrix; the seconds of making these, and of all the rest."""
     with torch.device("meta"):
-        net = model.Llama(config).to(torch.bfloat16)
+        net = model.Llama(config).to(DTYPE)
     shapes = {name: p.shape for name, p in net.named_parameters()}
     making, done, start = 0.0, 0, clock()
 
@@ -162,9 +164,9 @@ def peft_twin(config, rank, bits):
     """transformers' network with PEFT's LoRA, on bitsandbytes' Linear4bit for bits 4."""
     import peft
     import transformers
-    c = llama_config(config, torch.bfloat16, use_cache=False, attn_implementation="sdpa")
+    c = llama_config(config, DTYPE, use_cache=False, attn_implementation="sdpa")
     with torch.device("meta"):
-        net = transformers.LlamaForCausalLM(c).to(torch.bfloat16)
+        net = transformers.LlamaForCausalLM(c).to(DTYPE)
     net.model.rotary_emb = type(net.model.rotary_emb)(c).to(DEVICE)        # its table is float32
     if bits == 4:
         in_four_bits(net)
@@ -240,10 +242,11 @@ def side(args, whose):
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         loss = loss_sum if is_ours else peft_loss(autocast)
-        return trained(args, args.seven, net, loss, rows, 8, 2, base)
+        return trained(args, args.seven, net, loss, rows, *((8, 2) if CUDA else (3, 1)), base)
 
     for name, options in whose.items():
-        attempt(args, "step", name, variant, *options)
+        if CUDA or args.tiny or not any(options[2:]):      # neither autocast nor compiled on a CPU
+            attempt(args, "step", name, variant, *options)
     return built
 
 
@@ -265,7 +268,8 @@ def step(args):
         alike = [n for n in theirs if theirs[n][:3] == options[:3]] or [
             n for n in theirs if theirs[n][:2] == options[:2]]
         best[name] = max(speed[n] for n in alike)
-    record(args, "step", "times as fast", {n: speed[n] / best[n] for n in OURS if best[n]})
+    record(args, "step", "times as fast", {n: speed[n] / best[n] for n in OURS
+                                           if speed[n] and best[n]})
 
 
 def sizes(parser, parts):
@@ -280,6 +284,8 @@ def sizes(parser, parts):
     changes = (TOY if args.tiny else {}) | ({"n_layers": args.layers} if args.layers else {})
     args.cut = lambda config: replace(config, **changes)
     args.seven, args.length = args.cut(SEVEN), 16 if args.tiny else 512
+    if not (CUDA or args.tiny):
+        args.seven, args.length = SMOL, 128
     return args
 
 
