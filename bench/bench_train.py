@@ -1,7 +1,7 @@
 """A training step of Llama-2-7B's shape in bfloat16, rank 128, 8 x 512 tokens, beside PEFT's.
 
     python -m bench.bench_train --out bench/results/step_h200.json               # minutes, on a GPU
-    python -m bench.bench_train --out bench/results/step_cpu.json      # SmolLM2, 8 x 128, rank 16
+    OMP_NUM_THREADS=1 python -m bench.bench_train                      # SmolLM2, 8 x 128, rank 16
     python -m bench.bench_train --tiny                                           # anywhere, a trial
 
 Eager, checkpointing and compiled; seconds, tokens per second, peak memory, the time to compile, and

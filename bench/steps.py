@@ -78,9 +78,10 @@ def attempt(args, part, name, f, *given):
 
 
 def clock():
-    """Seconds, once the GPU has done what it was asked for."""
-    if CUDA:
-        torch.cuda.synchronize()
+    """Seconds, once the GPU has done what it was asked for; without one, seconds of computing."""
+    if not CUDA:
+        return time.process_time()          # of all threads: others on the same cores do not count
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
@@ -242,7 +243,7 @@ def side(args, whose):
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         loss = loss_sum if is_ours else peft_loss(autocast)
-        return trained(args, args.seven, net, loss, rows, *((8, 2) if CUDA else (3, 1)), base)
+        return trained(args, args.seven, net, loss, rows, *((8, 2) if CUDA else (5, 1)), base)
 
     for name, options in whose.items():
         if CUDA or args.tiny or not any(options[2:]):      # neither autocast nor compiled on a CPU
