@@ -110,6 +110,8 @@ def turn_large(x, cos, sin):
     try:                      # whoever asks, compiled code finds the same state: it is compiled once
         with torch.autocast(x.device.type, enabled=False, cache_enabled=True):
             return KERNEL[0](x.detach(), cos, sin)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:                  # of many kinds: no triton, no C compiler, no headers
         reason = str(e).strip().partition("\n")[0][:120]
         warnings.warn(f"RoPE could not be compiled, and takes longer: {reason}")

@@ -100,7 +100,8 @@ def parser():
     add("--no-packing", action="store_true",
         help="compute the padding as well: slower, same results up to rounding")
     add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
-    add("--compile", action="store_true", help="torch.compile, layer by layer")
+    add("--compile", action="store_true", help="torch.compile, layer by layer: less memory and "
+        "a little faster; in four bits and with --checkpointing slower")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the frozen weights (default: bfloat16 on a GPU that has it, else float32)")
