@@ -136,7 +136,7 @@ def step_table():
             ((n, result["step"][n]) for n in result["step"]["times as fast"]),
             step_rows(result["step"])):
         work = flops(Job(model.Config(), "lora", result["rank"], rows=1 if "1 row" in name else 8,
-                         checkpointing="checkpointing" in name))
+                         checkpointing="checkpointing" in name, compiled="compiled" in name))
         per_token = sum(work[k] for k in ("forward", "backward", "recomputation"))
         rows.append([*cells, f"{per_token * mine['tokens_per_second'] / 1e12:.0f}"])
     first = {name: result["step"][name]["first_step_seconds"]
