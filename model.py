@@ -100,6 +100,9 @@ def turn(x, cos, sin):
     return y
 
 
+KERNEL, LARGE = [], 2**22            # `rotated`, compiled, or what takes its place; numbers in x
+
+
 def turn_large(x, cos, sin):
     """The same in one kernel, compiled in a few seconds; `turn` where no compiler is at hand.
 
@@ -107,7 +110,7 @@ def turn_large(x, cos, sin):
     """
     if not KERNEL:
         KERNEL.append(torch.compile(rotated))
-    try:                      # whoever asks, compiled code finds the same state: it is compiled once
+    try:                     # whoever asks, compiled code finds the same state: it is compiled once
         with torch.autocast(x.device.type, enabled=False, cache_enabled=True):
             return KERNEL[0](x.detach(), cos, sin)
     except torch.OutOfMemoryError:
@@ -117,9 +120,6 @@ def turn_large(x, cos, sin):
         warnings.warn(f"RoPE could not be compiled, and takes longer: {reason}")
         KERNEL[0] = turn
         return turn(x, cos, sin)
-
-
-KERNEL, LARGE = [], 2**22            # `rotated`, compiled, or what takes its place; numbers in x
 
 
 class Rotate(torch.autograd.Function):
@@ -185,9 +185,14 @@ def attend_packed(q, k, v, mask, causal, real, B, T, cu, window):
 
 def has_flash(net):
     """Whether flash attention is made for this network: on a GPU, in 16 bits, for such heads."""
-    weight, K = net.lm_head.weight, net.config.head_dim
+    weight = net.lm_head.weight
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
-    return has_bfloat16(weight.device) and dtype.itemsize == 2 and K % 8 == 0 and K <= 256
+    return has_bfloat16(weight.device) and fits_flash(dtype, net.config)
+
+
+def fits_flash(dtype, config):
+    """Whether the numbers and the heads are such as flash attention takes."""
+    return dtype.itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 256
 
 
 class Attention(nn.Module):
@@ -268,7 +273,8 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, rest, *trained):
         ctx.layer, ctx.rest, kind = layer, rest, x.device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind),
+                        torch.is_autocast_enabled(kind), False)
         ctx.save_for_backward(x, *trained)
         with torch.autocast(*ctx.autocast):         # keeps no copies of weights, each is used once
             return layer(x, *rest)
@@ -333,8 +339,8 @@ class Llama(nn.Module):
         rope, causal = rope_tables(self.config, positions), mask is None and start == 0
         packed = None
         if real is not None:
-            begins = torch.arange(0, tokens.numel() + 1, T, device=tokens.device)     # (B + 1,)
-            cu = torch.searchsorted(real, begins, out_int32=True) if flash else None
+            cu = None if not flash else torch.searchsorted(                           # (B + 1,)
+                real, torch.arange(0, tokens.numel() + 1, T, device=tokens.device), out_int32=True)
             packed = real, *tokens.shape, cu, window
             rope = [table[:, real % T] for table in rope]                         # (1, P, 1, K)
             tokens = tokens.flatten()[real][None]                                 # (1, P)

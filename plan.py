@@ -3,8 +3,8 @@
     python train.py --ckpt llama2-7b --rank 64 --plan
 
 A micro-batch is b rows of T positions. Packing computes the n of them that are text; in float32, on
-a CPU, or with heads wider than 256, attention computes all c = b T. What lies on a GPU meanwhile, in
-bytes, with e bytes a number in products, 2 in bfloat16:
+a CPU, or with heads wider than 256, attention computes all c = b T. What lies on a GPU meanwhile,
+in bytes, with e bytes a number in products, 2 in bfloat16:
 
     frozen    e a weight; in four bits 0.516, or 0.5625 without double quantisation
     trained   16 a number of A and B: float32, its gradient, two moments of AdamW
@@ -72,8 +72,8 @@ class Job:
     four = property(lambda self: self.method in pissa.QUANTISED)
     wide = property(lambda self: 4 if self.full else self.dtype.itemsize)     # bytes a number of x
     cells = property(lambda self: self.rows * self.length)
-    flash = property(lambda self: self.packed and self.gpu and self.dtype.itemsize == 2
-                     and self.config.head_dim % 8 == 0 and self.config.head_dim <= 256)
+    flash = property(lambda self: self.packed and self.gpu
+                     and model.fits_flash(self.dtype, self.config))
     tokens = property(lambda self: self.text if self.packed and self.text else self.cells)
     attended = property(lambda self: self.tokens if self.flash else self.cells)     # by attention
     labels = property(lambda self: self.learnt or self.text or self.cells)
@@ -113,9 +113,9 @@ def kept(job):
         normed = 5
     width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     copied = job.packed and not job.flash                              # out of attention's output
-    again = job.compiled                       # then what norms and SwiGLU put out is not kept
-    numbers = (normed * c.dim * (not again) + copied * hit("o_proj") * width
-               + (2 + hit("down_proj") * (not again)) * c.ffn_dim
+    # What norms and SwiGLU put out; where that is compiled, it is computed again.
+    put_out = 0 if job.compiled else normed * c.dim + hit("down_proj") * c.ffn_dim
+    numbers = (put_out + copied * hit("o_proj") * width + 2 * c.ffn_dim
                + hit(*pissa.TARGETS) * job.rank * (not job.full))
     # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H), or n and no H K
     return (n * (2 * job.wide * c.dim + e * numbers + 8)
@@ -143,8 +143,8 @@ def memory(job):
                "trained, float32": total if job.full else pairs}
     trained, layer, x = numbers["trained, float32"], kept(job), job.tokens * job.wide * c.dim
     # Copies in 16 bits, of A and B, or by autocast of whole matrices.
-    copies = e * (e < 4) * (sum(a * b for a, b in every) if job.full else pairs)
-    copies *= not job.compiled
+    copies = e * (e < 4 and not job.compiled) * (sum(a * b for a, b in every) if job.full
+                                                 else pairs)
     # x at every layer's begin, the loss's gradient of the last one, RoPE's two tables.
     chosen_x = job.labels * job.wide * c.dim
     few = (c.n_layers + 1) * x + chosen_x + 8 * c.head_dim * (
@@ -158,7 +158,8 @@ def memory(job):
     # that of down_proj, a gradient and the weight unpacked may be more.
     work = e * job.tokens * c.ffn_dim
     work += max(work * (2 - job.hit("down_proj")), e * largest * job.four)
-    head = 4 * c.vocab_size * c.dim * job.full         # a gradient of the head, or the embedding
+    # A gradient of the head, or the embedding; or the head's copy by autocast, until forward ends.
+    head = 4 * c.vocab_size * c.dim * job.full
     weights = {"frozen matrices": sum(nf4_bytes(n, job.double_quant) for n in sizes) if job.four
                else e * sum(sizes), "frozen embedding, norms, head": e * rest,
                "trained, float32": 4 * trained}
@@ -172,8 +173,7 @@ def memory(job):
         made = max(made, weights + grouped(job, chosen))
     fixed = weights + 8 * trained
     start = fixed + 4 * trained * job.accumulate + all_kept
-    cached = head * job.full                                     # by autocast, until forward ends
-    moments = {"loading": max(weights, made), "the end of forward": start + cached + held["loss"],
+    moments = {"loading": max(weights, made), "the end of forward": start + head + held["loss"],
                "the last layer's backward": (start - chosen_x + head + work
                                              + layer * job.checkpointing),
                "the first layer's backward": fixed + 4 * trained + x + layer + work + head}
@@ -203,6 +203,11 @@ def flops(job):
             "recomputation": job.checkpointing * (W + pairs + attention - last)}
 
 
+def flops_in_all(job):
+    """FLOPs a token, of all passes."""
+    return sum(work for name, work in flops(job).items() if name != "attention")
+
+
 def read_config(ckpt):
     """The Config of a checkpoint, be it only its config.json or params.json."""
     directory = model.find(ckpt)
@@ -230,12 +235,13 @@ def from_arguments(args):
                              f"target_modules, not {rank!r} and {found!r}")
         targets = tuple({name.rpartition(".")[2] for name in found})
     on_cpu = str(args.device).startswith("cpu")
-    old = torch.cuda.is_available() and not model.has_bfloat16(torch.device("cuda"))
-    wide = args.dtype == "float32" or not args.dtype and (on_cpu or old)
+    without = on_cpu or (                                           # where there is no bfloat16
+        torch.cuda.is_available() and not model.has_bfloat16(torch.device("cuda")))
+    wide = args.dtype == "float32" or not args.dtype and without
     one_by_one = on_cpu or args.adapter or args.niter is None
     return Job(read_config(args.ckpt), method, rank, targets,
                torch.float32 if wide else torch.bfloat16, min(args.micro_batch, args.batch),
-               args.max_length - 1, packed=not args.no_packing, gpu=not on_cpu and not old,
+               args.max_length - 1, packed=not args.no_packing, gpu=not without,
                checkpointing=args.checkpointing, compiled=args.compile, double_quant=double,
                accumulate=args.batch > args.micro_batch,
                group=1 if one_by_one else pissa.GROUP)
@@ -271,7 +277,7 @@ def show(args):
         print(f"this GPU has {there:.1f} GiB, {free:.1f} of them free: it "
               + ("fits" if size / 2**30 < free else "does not fit"))
     forward, backward, again = (work[k] for k in ("forward", "backward", "recomputation"))
-    tflops = (forward + backward + again) * args.batch * job.length / 1e12
+    tflops = flops_in_all(job) * args.batch * job.length / 1e12
     print(f"\nGFLOPs a token  {forward / 1e9:.3g} forward ({work['attention'] / 1e9:.2g} of them "
           f"attention), {backward / 1e9:.3g} backward"
           + (f", {again / 1e9:.3g} forward again" if again else "")

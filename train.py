@@ -370,15 +370,15 @@ def prepare(net, args, seconds, weight=None):
     seconds["init"] = time.perf_counter() - start
 
 
-def compile_layers(net):
-    """torch.compile, layer by layer: they are alike, so it takes seconds.
+def compile_layers(net, **options):
+    """torch.compile, layer by layer: they are alike, so it takes seconds. options: its own.
 
     What norms and SwiGLU put out is not kept for backward, but computed again: a sixth less memory
     for a hundredth more time. That is a setting of torch, which it leaves behind.
     """
     torch._functorch.config.activation_memory_budget = 0.9
     for layer in net.model.layers:
-        layer.compile()
+        layer.compile(**options)
 
 
 def advise(net, examples, args):

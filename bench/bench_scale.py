@@ -80,8 +80,7 @@ def step(net, method, rank, rows, length, checkpointing, compiled=False, steps=4
         done, stopped = train.train(net, examples, args, nullcontext())
     assert not stopped, stopped
     net.zero_grad()
-    moments, work = plan.memory(job)[2], plan.flops(job)
-    flops = sum(work[k] for k in ("forward", "backward", "recomputation")) * job.tokens
+    moments, flops = plan.memory(job)[2], plan.flops_in_all(job) * job.tokens
     return {"method": method, "rank": rank, "layers": net.config.n_layers, "rows": rows,
             "length": length, "checkpointing": checkpointing, "compiled": compiled,
             "seconds": statistics.median(r["seconds"] for r in done[1:]), "flops": flops,

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import model
-from plan import Job, flops, memory
+from plan import Job, flops_in_all, memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -132,13 +132,11 @@ def step_rows(step, length=512):
 def step_table():
     """A step in bfloat16 beside PEFT's, and what of the GPU's arithmetic it uses."""
     result, rows = read("step_h200"), []
-    for (name, mine), cells in zip(
-            ((n, result["step"][n]) for n in result["step"]["times as fast"]),
-            step_rows(result["step"])):
-        work = flops(Job(model.Config(), "lora", result["rank"], rows=1 if "1 row" in name else 8,
-                         checkpointing="checkpointing" in name, compiled="compiled" in name))
-        per_token = sum(work[k] for k in ("forward", "backward", "recomputation"))
-        rows.append([*cells, f"{per_token * mine['tokens_per_second'] / 1e12:.0f}"])
+    for name, cells in zip(result["step"]["times as fast"], step_rows(result["step"])):
+        job = Job(model.Config(), "lora", result["rank"], rows=1 if "1 row" in name else 8,
+                  checkpointing="checkpointing" in name, compiled="compiled" in name)
+        rate = flops_in_all(job) * result["step"][name]["tokens_per_second"]
+        rows.append([*cells, f"{rate / 1e12:.0f}"])
     first = {name: result["step"][name]["first_step_seconds"]
              for name in ("ours, compiled", "PEFT, autocast, compiled")}
     return table([f"Llama-2-7B shapes, rank {result['rank']}", "ours", "PEFT", "ratio", "rate",

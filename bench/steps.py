@@ -284,9 +284,8 @@ def sizes(parser, parts):
     args = parser.parse_args()
     changes = (TOY if args.tiny else {}) | ({"n_layers": args.layers} if args.layers else {})
     args.cut = lambda config: replace(config, **changes)
-    args.seven, args.length = args.cut(SEVEN), 16 if args.tiny else 512
-    if not (CUDA or args.tiny):
-        args.seven, args.length = SMOL, 128
+    args.seven = args.cut(SEVEN if CUDA or args.tiny else SMOL)
+    args.length = 16 if args.tiny else 512 if CUDA else 128
     return args
 
 

@@ -21,7 +21,7 @@ import pissa
 import plan
 import train
 from bench import plot
-from conftest import ROOT, SMALL, command, failure, small_net
+from conftest import ROOT, SMALL, command, failure, register_flash, small_net
 
 WIDE = replace(SMALL, dim=64, n_layers=3, n_heads=4, head_dim=16, n_kv_heads=4, ffn_dim=192)
 JOBS = {
@@ -61,8 +61,9 @@ class Norm(torch.autograd.Function):
 
 
 @pytest.fixture(autouse=True)
-def like_a_gpu(monkeypatch, flash):
+def like_a_gpu(monkeypatch):
     """What fused kernels do not need is not made: norms, and weights in four bits."""
+    register_flash()
     monkeypatch.setattr(model, "has_flash", lambda net: net.flash)
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda m, x: Norm.apply(x, m.weight, m.eps))
     monkeypatch.setattr(nf4.NF4, "dequantize", lambda Q, dtype=None: torch.zeros(
@@ -171,9 +172,8 @@ def test_kept_by_compiled_layers(method, gpu, monkeypatch):
     monkeypatch.setattr(model, "has_flash", lambda net: net.flash)
     job = replace(JOBS["bfloat16"], config=WIDE, method=method, rank=4, gpu=gpu, compiled=True)
     net = network(job)
-    with torch._functorch.config.patch(activation_memory_budget=0.9):      # as train.compile_layers
-        for layer in net.model.layers:
-            layer.compile(backend="aot_eager_decomp_partition")      # the partition of inductor
+    with torch._functorch.config.patch(activation_memory_budget=1.0):      # it is lowered, and back
+        train.compile_layers(net, backend="aot_eager_decomp_partition")    # inductor's partition
         counted = saved(net, job) - (4 - 2) * job.tokens * WIDE.dim  # the last norm's, on a CPU
     torch._dynamo.reset()
     kept = plan.memory(job)[1]["kept for backward"]

@@ -114,7 +114,7 @@ print(memory("VmHWM") - before - size / 2**20, size / 2**20)
 def test_host_memory(smollm2_path):
     """While loading, SmolLM2 in four bits takes 300 MB more than in the end."""
     found = []
-    for _ in range(2):         # pages of a mapped file come and go as the system likes; threads, too
+    for _ in range(2):          # pages of a mapped file come and go as the system likes
         done = subprocess.run([sys.executable, "-c", RSS, smollm2_path], capture_output=True,
                               text=True, cwd=ROOT, check=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
