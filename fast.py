@@ -1,0 +1,391 @@
+# From "PiSSA from scratch, in pure PyTorch" (MIT licence).
+"""The same mathematics, faster.
+
+model.py, pissa.py and train.py show every operation in its plainest PyTorch. Above some of them
+stands a line `@faster(...)`. It names a function of this file that returns the same, and takes less
+time or memory. Delete this file and those lines, and nothing but speed changes.
+
+    @faster(fast.SwiGLU.apply)               swiglu(gate, up)          # the fast form
+    def swiglu(gate, up):                    swiglu.plain(gate, up)    # the plain one
+        return F.silu(gate) * up             with fast.off(): ...      # all plain
+
+Each entry says what it equals and what it saves: in a training step of Llama-2-7B's shape (8 x 512
+tokens, rank 128, bfloat16) on one GPU, unless it says otherwise. A form is handed all that it
+needs, so this file imports nothing of ours.
+"""
+import functools
+import warnings
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+PLAIN = False                     # True inside `off`
+
+
+def faster(fast, compiled=False):
+    """Decorator of a plain function: a call runs `fast` instead, which must return the same.
+
+    The plain function runs inside `off()`, if `fast` returns NotImplemented, and inside
+    torch.compile, whose own fusion is better, unless compiled=True.
+    """
+    def decorate(plain):
+        @functools.wraps(plain)
+        def function(*args):
+            if PLAIN or not compiled and torch.compiler.is_compiling():
+                return plain(*args)
+            y = fast(*args)
+            return plain(*args) if y is NotImplemented else y
+
+        function.plain = plain
+        return function
+
+    return decorate
+
+
+@contextmanager
+def off():
+    """`with fast.off():` every `@faster` function runs in its plain form."""
+    global PLAIN
+    before, PLAIN = PLAIN, True
+    try:
+        yield
+    finally:
+        PLAIN = before
+
+
+# ------------------------------------------------------------------- y = x W + (x A) B + bias
+
+SKIP_OUTPUT = None                # a frozen weight: the product with it returns no numbers
+
+
+class LowRank(torch.autograd.Function):
+    """y = x W + (x A) B + bias. W is frozen: a tensor (out, in), or anything with dequantize(dtype).
+
+    The gradients are those of autograd. With g = dL/dy:
+
+        dL/dx = g W^T + (g B^T) A^T,    dL/dA = x^T (g B^T),    dL/dB = (x A)^T g
+
+    Two savings: a sum of two products is accumulated by the second one, in place (14 ms), and a
+    quantised W stays quantised between forward and backward (12 GiB in four bits).
+    If W is SKIP_OUTPUT, y is returned uninitialised: nobody reads it (see `Recompute`).
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, bias):
+        kind, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        ctx.W, shape, x = W, x.shape, x.reshape(-1, x.shape[-1]).to(dtype)        # x: (T, in)
+        A, B = A.to(dtype), B.to(dtype)
+        xA = x @ A                                                                # (T, r)
+        ctx.save_for_backward(x, xA, A, B)
+        if W is SKIP_OUTPUT:
+            return x.new_empty(*shape[:-1], W.shape[0])
+        bias = bias if bias is None else bias.to(dtype)
+        return F.linear(x, as_tensor(W, dtype), bias).addmm_(xA, B).view(*shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, xA, A, B = ctx.saved_tensors
+        need, shape, g = ctx.needs_input_grad, g.shape, g.reshape(-1, g.shape[-1])      # (T, out)
+        gB = g @ B.T                                                              # (T, r)
+        dx = (g @ as_tensor(ctx.W, g.dtype)).addmm_(gB, A.T) if need[0] else None
+        return (dx if dx is None else dx.view(*shape[:-1], -1), None, x.T @ gB, xA.T @ g,
+                g.sum(0) if need[4] else None)
+
+
+def as_tensor(W, dtype):
+    """A frozen weight as a tensor of this dtype."""
+    return W.to(dtype) if isinstance(W, torch.Tensor) else W.dequantize(dtype)
+
+
+# ------------------------------------------------------ A and B of many weights, in groups
+
+GROUP = 32                        # matrices that are decomposed together, at most
+
+
+def in_groups(grouped_svd):
+    """A form of `principal(weight, options)` that decomposes weights of one shape together.
+
+    One by one, a GPU waits for small factorisations: 1.28 s become 0.45 s for Llama-2-7B's 224
+    matrices. options.ahead: {name: module}, whose weights will be asked for later; options.ready:
+    {address of a weight: its (A, B)}. Not for float16, which would need float32 copies of a group.
+    """
+    def principal(weight, options):
+        ready, me = options.ready, weight.data_ptr()
+        if me not in ready:
+            if not weight.is_cuda or weight.dtype == torch.float16 or options.niter is None:
+                return NotImplemented
+            kind = weight.shape, weight.dtype, weight.device
+            ahead = [W for W in (m.weight.detach() for m in options.ahead.values())
+                     if (W.shape, W.dtype, W.device) == kind and W.data_ptr() != me]
+            group = [weight, *ahead[:GROUP - 1]]
+            U, S, Vh = grouped_svd([W.T for W in group], options.rank, niter=options.niter,
+                                   generator=options.generator)
+            for W, u, s, v in zip(group, U, S.sqrt(), Vh):
+                ready[W.data_ptr()] = (u * s).contiguous(), s[:, None] * v
+        return ready.pop(me)
+
+    return principal
+
+
+# ----------------------------------------------------------------------------- RoPE and SwiGLU
+
+LARGE, KERNEL = 2**22, []         # entries of x from which compiling pays; the compiled function
+
+
+def rotate(x, cos, sin):
+    """x cos + (x, its halves exchanged) sin, in float32; x (B, T, H, K), tables (B, T, 1, K).
+
+    The gradient rotates back and needs the tables alone, so x is not kept. Saves 20 ms and 2 GiB.
+    """
+    if torch.is_inference_mode_enabled():              # shapes change at every step: do not compile
+        return rotate_eager(x, cos, sin)
+    return Rotate.apply(x, cos, sin)
+
+
+class Rotate(torch.autograd.Function):
+    """`rotate` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return (rotate_fused if worth_compiling(x) else rotate_eager)(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, g):
+        cos, sin = ctx.saved_tensors
+        return (rotate_fused if worth_compiling(g) else rotate_eager)(g, cos, -sin), None, None
+
+
+def worth_compiling(x):
+    """True for a large x on a GPU for which triton makes kernels."""
+    return x.numel() >= LARGE and is_ampere(x.device)
+
+
+def is_ampere(device):
+    """True on a GPU that computes in bfloat16 itself (Ampere or newer)."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def rotate_eager(x, cos, sin):
+    """In two operations per half."""
+    (a, b), y = x.chunk(2, -1), torch.empty_like(x)
+    for u, v, out, c, s in zip((a, b), (b, a), y.chunk(2, -1), cos.chunk(2, -1), sin.chunk(2, -1)):
+        torch.addcmul(u * c, v, s, out=out)
+    return y
+
+
+def rotate_formula(x, cos, sin):
+    """The definition, for the compiler."""
+    y = x.float()
+    return (y * cos + y.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def rotate_fused(x, cos, sin):
+    """In one kernel, compiled in a few seconds: nine times faster. Without a compiler, eager."""
+    if not KERNEL:
+        KERNEL.append(torch.compile(rotate_formula))
+    try:
+        # With autocast off, forward, backward and recomputation share one compiled graph.
+        with torch.autocast(x.device.type, enabled=False, cache_enabled=True):
+            return KERNEL[0](x.detach(), cos, sin)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:                  # of many kinds: no triton, no C compiler, no headers
+        reason = str(e).strip().partition("\n")[0][:120]
+        warnings.warn(f"RoPE could not be compiled, and takes longer: {reason}")
+        KERNEL[0] = rotate_eager
+        return rotate_eager(x, cos, sin)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Backward computes silu(gate) again, which is quick, instead of keeping it:
+    2.8 GiB less."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up               # in place, torch 2.11 compiles it without a gradient
+
+    @staticmethod
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+
+
+# ----------------------------------------------------------------------------------- attention
+
+# From torch 2.12 on, varlen_attn must be told of grouped heads. (torch.__version__ compares as a
+# version, not as a string.)
+GROUPED = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
+
+
+def attend(q, k, v, mask):
+    """Attention of grouped heads under a mask, q (B, H, T, K), k and v (B, G, S, K) -> (B, T, H K).
+
+    The kernels of scaled_dot_product_attention take a mask or grouped heads, not both. So the H / G
+    query heads of a group become rows of one head. Saves copies of the KV cache in generation.
+    """
+    B, H, T, K = q.shape
+    G = k.shape[1]
+    if mask is None and T > 1 or H == G:
+        return NotImplemented
+    q = q.reshape(B, G, -1, K)                                                # (B, G, H/G T, K)
+    if mask is not None:                       # a row for each query head; for T = 1 without a copy
+        mask = mask.expand(-1, -1, H // G, -1) if T == 1 else mask.repeat(1, 1, H // G, 1)
+    y = F.scaled_dot_product_attention(q, k, v, mask)
+    return y.reshape(B, H, T, K).transpose(1, 2).reshape(B, T, -1)
+
+
+def attend_packed(attend, q, k, v, mask, where_text, starts, B, T, window):
+    """Attention of B packed texts, each to itself, by flash attention, which takes them packed.
+
+    q (1, H, P, K), k and v (1, G, P, K) -> (1, P, H K). On a GPU, in 16 bits: the texts are not
+    padded for it. GSM8K's problems then train 1.5 times as fast as padded ones.
+    """
+    if not takes_flash(q):
+        return NotImplemented
+    from torch.nn.attention.varlen import varlen_attn       # takes a second, and only GPUs need it
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))                   # (P, H or G, K)
+    y = varlen_attn(q, k, v, starts, starts, T, T, window_size=(window - 1, 0), **GROUPED)
+    return y.flatten(1)[None]
+
+
+def takes_flash(q):
+    """True if flash attention is made for q (..., K)."""
+    return is_ampere(q.device) and fits_flash(q.dtype, q.shape[-1])
+
+
+def fits_flash(dtype, head_dim):
+    """True for 16 bits and heads of a width that flash attention takes."""
+    return dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256
+
+
+class Rows(torch.autograd.Function):
+    """x[index] of x (N, D) and an index without duplicates. Autograd's backward would add up
+    duplicates. There are none, so copying is enough."""
+
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.n = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.new_zeros(ctx.n, g.shape[1]).index_copy_(0, *ctx.saved_tensors, g), None
+
+
+# -------------------------------------------------------------------------------- recomputation
+
+class Recompute(torch.autograd.Function):
+    """layer(x, *rest) that keeps x alone: backward computes the layer again.
+
+    Like torch.utils.checkpoint, without its hooks on saved tensors, whose Python takes longer than
+    a GPU needs for one layer (62 ms a step of one row). trained: the layer's parameters that want a
+    gradient. Their own hooks would be called twice.
+
+    A layer ends in x + mlp.down_proj(...). No gradient needs that sum, so backward skips the
+    product with the frozen weight of down_proj, if it is a `LowRank` one (15 ms).
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer, rest, *trained):
+        ctx.layer, ctx.rest, kind = layer, rest, x.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind),
+                        torch.is_autocast_enabled(kind), False)
+        ctx.save_for_backward(x, *trained)
+        with torch.autocast(*ctx.autocast):         # keeps no copies of weights, each is used once
+            return layer(x, *rest)
+
+    @staticmethod
+    def backward(ctx, g):
+        global SKIP_OUTPUT
+        x, *trained = ctx.saved_tensors
+        x = x.detach().requires_grad_(ctx.needs_input_grad[0])
+        try:
+            SKIP_OUTPUT = getattr(ctx.layer.mlp.down_proj, "frozen", None)
+            with torch.enable_grad(), torch.autocast(*ctx.autocast):
+                y = ctx.layer(x, *ctx.rest)
+        finally:
+            SKIP_OUTPUT = None
+        wanted = [t for t in (x, *trained) if t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, g, allow_unused=True))
+        dx, *grads = (next(found) if t.requires_grad else None for t in (x, *trained))
+        return dx, None, None, *grads
+
+
+def recompute(layer, x, *rest):
+    """layer(x, *rest) by `Recompute`: 15 GiB less for 90 ms more."""
+    return Recompute.apply(x, layer, rest, *(p for p in layer.parameters() if p.requires_grad))
+
+
+# ------------------------------------------------------------------------------------- the loss
+
+CHUNK = 2**25                     # logits computed at a time: 128 MiB in float32
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of head(x), x (M, D), and targets (M,), `rows` of M at a time.
+
+    The gradient of a chunk is taken along with its loss, then its logits go. So (M, V) never
+    exists, and nothing is computed twice. trained: the parameters of `head` that want a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, head, rows, x, targets, *trained):
+        total, wanted = 0.0, any(ctx.needs_input_grad)
+        dx, grads = torch.zeros_like(x), [torch.zeros_like(p) for p in trained]
+        for part, target, d in zip(x.split(rows), targets.split(rows), dx.split(rows)):
+            with torch.set_grad_enabled(wanted):
+                part = part.detach().requires_grad_(wanted)
+                loss = F.cross_entropy(head(part).float(), target, reduction="sum")
+            if wanted:
+                for kept, new in zip([d, *grads], torch.autograd.grad(loss, [part, *trained])):
+                    kept += new
+            total += loss.detach()
+        ctx.save_for_backward(dx, *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        dx, *grads = (d * g for d in ctx.saved_tensors)
+        return None, None, dx, None, *grads
+
+
+def chunked_loss(head, x, targets):
+    """Sum of the cross-entropies of head(x) and targets, by `ChunkedLoss`: 1.5 GiB less."""
+    trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
+    return ChunkedLoss.apply(head, max(1, CHUNK // head.weight.shape[0]), x, targets, *trained)
+
+
+# ----------------------------------------------------------------------------------- generation
+
+def record(step, tokens, last):
+    """`step(tokens, start)` as one CUDA graph, recorded here and replayed at every call.
+
+    A step is hundreds of small kernels. A GPU runs them faster than Python launches them: 39 tokens
+    a second become 157 (7B, one row). tokens: (B, 1), for the shape. last: the cache's last
+    position. Recording writes there, and nothing reads it before its own token is written.
+    """
+    if tokens.device.type != "cuda":
+        return NotImplemented
+    tokens = torch.zeros_like(tokens)              # a graph reads and writes fixed addresses
+    start = torch.full((1,), last, device=tokens.device)
+    stream, graph = torch.cuda.Stream(tokens.device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(tokens.device))
+    with torch.cuda.stream(stream):                # once before: libraries allocate workspaces
+        step(tokens, start)
+    torch.cuda.current_stream(tokens.device).wait_stream(stream)
+    with torch.cuda.graph(graph):
+        logits = step(tokens, start)
+
+    def replay(new, position):
+        tokens.copy_(new)
+        start.fill_(position)
+        graph.replay()
+        return logits
+
+    return replay
