@@ -1,17 +1,30 @@
-"""Adapter files in PEFT's LoRA format: adapter_config.json + adapter_model.safetensors (or .bin).
+# From "PiSSA from scratch, in pure PyTorch" (MIT licence).
+"""Save and load what was learnt: one directory that this code, PEFT and vLLM all read.
 
-PEFT's lora_A is (r, in) and its lora_B (out, r): the transposes of A (in, r) and B (r, out) here,
-under the name base_model.model.<module>.lora_A.weight. A saved PiSSA adapter is the LoRA of rank 2r
-with the factors [A | A_0] and [B ; -B_0]; the key "pissa" of its config says how it was made. One
-with a quantised residual has a third file, SEEN, which PEFT ignores: what was subtracted from W
-before the rest was rounded to four bits (A_q and B_q in pissa.py), where that is not A_0 B_0.
+A trained PiSSA is a LoRA of rank 2r on the *untouched* base model, since
+
+    Delta W = A B - A_0 B_0 = [A | A_0] [B ; -B_0]
+
+So adapter_config.json and adapter_model.safetensors are PEFT's. They hold all it takes to go on
+training: W_res = W - A_0 B_0 needs no second SVD. Two more files are ours, and PEFT ignores them:
+
+    pissa.json          facts: bits of the frozen weight, whether a pair was subtracted from W, the
+                        rank ... and a checksum of adapter_model. If another tool has rewritten
+                        that, the directory is a plain LoRA.
+    pissa.safetensors   256 sampled entries of every W, by which another base is refused, and the
+                        pair (A_q, B_q) with Q = nf4(W - A_q B_q), if that is not (A_0, B_0).
+
+Nothing here asks for a method by name: a method of your own is saved and loaded like any other.
 
     pissa.inject(net, rank=64); ...train...; adapter.save(net, "there"); adapter.load(base, "there")
 """
+import functools
+import hashlib
 import json
-import os
+import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,153 +33,180 @@ from tqdm import tqdm
 
 import nf4
 import pissa
-from svd import wide
+import qpissa
+from formats import peft
+from support.files import written
 
-ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than where it was trained, "
-                     "in another dtype or on another kind of device perhaps: outputs differ a "
-                     "little")
+FACTS, EXTRAS = "pissa.json", "pissa"                                # EXTRAS.safetensors or .bin
+LORA = {"method": "lora", "bits": 16, "subtracted": False}
+ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than on the machine that "
+                     "trained them. Another dtype or kind of device can be the reason. Outputs "
+                     "differ a little")
 EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W + Delta W, not the "
             "Q + A B that was trained: the two differ by what rounding to four bits lost")
-UNSUPPORTED = ("use_dora", "alpha_pattern", "lora_bias", "layer_replication", "modules_to_save",
-               "fan_in_fan_out", "trainable_token_indices", "target_parameters")
-WEIGHTS, SEEN = "adapter_model", "pissa_quantised_from"      # .safetensors or .bin
 
 
-# -------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- facts
 
-@contextmanager
-def written(path):
-    """`with written(path) as tmp:` write to tmp; it becomes `path` only if nothing went wrong."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+def facts(net):
+    """What `save` writes to pissa.json of an injected `net`: a dict.
+
+    bits: of the frozen weights, 16 (any float dtype) or 4. double_quant: see nf4.py. subtracted:
+    whether frozen is W - A_0 B_0. rank, and for people: method, niter, seed ...
+    """
+    layers = pissa.layers(net)
+    if not layers:
+        raise ValueError("nothing to save: the model has no adapter")
+    m, Qs = layers[0][1], quantised(net)
+    found = {**getattr(net, "pissa", {}), "rank": m.A.shape[1], "bits": 4 if Qs else 16,
+             "subtracted": m.A0 is not None}
+    return found | ({"double_quant": m.frozen.scale is not None,
+                     "codes": codes({n: Q.checksum() for n, Q in Qs.items()})} if Qs else {})
 
 
-def write_adapter(directory, tensors, info, task_type, seen=None):
-    """tensors: {module name: (A (in, r), B (r, out))}, with scaling 1; info: our own metadata;
-    seen: like tensors, the pairs (A_q, B_q) of modules for which they are not (A_0, B_0)."""
-    ranks = {A.shape[1] for A, _ in tensors.values()}
-    assert len(ranks) == 1, f"one rank for all modules, not {ranks}"
-    config = {"peft_type": "LORA", "task_type": task_type, "r": min(ranks),
-              "lora_alpha": min(ranks), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-              "target_modules": sorted({n.rpartition(".")[2] for n in tensors}), "pissa": info}
-    files = {WEIGHTS: {f"base_model.model.{n}.lora_{k}.weight": M.T.contiguous()
-                       for n, pair in tensors.items() for k, M in zip("AB", pair)}}
-    if seen:
-        config["pissa"] = {**info, "seen": SEEN}
-        files[SEEN] = {f"{n}.{k}_q": M.contiguous() for n, pair in seen.items()
-                       for k, M in zip("AB", pair)}
-    try:
-        from safetensors.torch import save_file
-        suffix, other = ".safetensors", ".bin"
-    except ImportError:
-        save_file, suffix, other = torch.save, ".bin", ".safetensors"
+def facts_of(method, **options):
+    """The facts of a method, a name or a function, found by trying it on one small matrix."""
+    net = nn.ModuleDict({"W": nn.Linear(64, 64, bias=False, device="meta")})
+    net.W.weight = nn.Parameter(torch.arange(1.0, 65).diag())
+    return facts(pissa.inject(net, 1, method, "W", progress=False, **options))
+
+
+def quantised(net):
+    """{module name: NF4} of the layers that are in four bits."""
+    return {n: m.frozen for n, m in pissa.layers(net) if isinstance(m.frozen, nf4.NF4)}
+
+
+def codes(sums):
+    """A hash of {module name: NF4.checksum()}, to tell whether weights were rounded alike."""
+    return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16]
+
+
+def read_facts(directory):
+    """The facts of a saved adapter; of one that is not ours, those of a LoRA."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:               # all files are renamed when all have been written
-        tmp = stack.enter_context(written(directory / "adapter_config.json"))
-        try:
-            for name, state in files.items():
-                save_file(state, stack.enter_context(written(directory / (name + suffix))))
-        except Exception as e:    # each writer raises its own kind where, say, the disk is full
-            raise OSError(f"{directory}: not written ({str(e)[:100]})") from None
-        tmp.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for stale in (WEIGHTS + other, SEEN + other, *([] if seen else [SEEN + suffix])):
-        (directory / stale).unlink(missing_ok=True)
-
-
-def read_config(directory):
-    """The dict of adapter_config.json; errors as of `read_adapter`."""
-    directory = Path(directory)
-    path = directory / "adapter_config.json"
+    config, path = peft.read_config(directory), directory / FACTS
+    if not path.is_file():
+        return peft.old_facts(config, directory) or {**LORA, "rank": config.get("r")}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        alpha, info = float(config["lora_alpha"]), config.get("pissa")
-        if config["peft_type"] != "LORA":
-            raise ValueError(f"peft_type is {config['peft_type']}")
-        if info and (int(config["r"]) != alpha or not isinstance(info["rank"], int)
-                     or not all(isinstance(info[k], str) for k in ("method", "base"))):
-            raise ValueError(f"r {config['r']}, lora_alpha {alpha:g}, pissa {info}")
-    except FileNotFoundError:
-        inner = directory / "adapter"
-        hint = f"; perhaps {inner} is meant" if (inner / path.name).is_file() else ""
-        raise FileNotFoundError(f"{path} is missing: {directory} is not an adapter{hint}") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not (found["bits"] in (16, 4) and found["subtracted"] in (True, False)
+                and type(found["rank"]) is int and (found["bits"] == 16 or "codes" in found)):
+            raise ValueError(f"bits, subtracted, rank or codes of {found}"[:200])
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: not the config of a LoRA adapter ({e!r})") from None
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq")):
-        raise ValueError(f"{path}: init_lora_weights={init} needs the changed base it was made "
-                         "with; save it from PEFT with path_initial_model_for_weight_conversion")
-    if other := [k for k in UNSUPPORTED if config.get(k)]:
-        raise ValueError(f"{path}: {', '.join(other)} is not supported")
-    return config
+        raise ValueError(f"{path}: damaged, or of a newer version ({e!r})") from None
+    files = [p for p in sorted(directory.glob(f"{peft.WEIGHTS}.*")) if p.suffix != ".tmp"]
+    if [found.get("weights")] != [checksum(p, p.stat().st_mtime_ns) for p in files]:
+        warnings.warn(f"{directory}: another tool has rewritten the weights, so this is a plain "
+                      "LoRA now", stacklevel=2)
+        return {**LORA, "rank": config.get("r")}
+    return found
+
+
+@functools.cache
+def checksum(path, changed):
+    """SHA-256 of a file, of which `changed` is the time of its last change."""
+    h = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            h.update(block)
+    return h.hexdigest()
 
 
 def is_quantised(directory):
-    """Whether an adapter belongs to weights in four bits, for which a model is loaded layer by
-    layer: `model.load(..., prepare=...)`."""
-    return (read_config(directory).get("pissa") or {}).get("method") in pissa.QUANTISED
+    """True if an adapter belongs to weights in four bits. A model is then loaded layer by layer:
+    `model.load(..., prepare=...)`."""
+    return read_facts(directory)["bits"] == 4
+
+
+# ------------------------------------------------------------------------------------ a directory
+
+@dataclass
+class Saved:
+    """What a directory holds. pairs: {module: (A (in, r), B (r, out))} as PEFT adds them to W."""
+    directory: Path
+    config: dict
+    facts: dict
+    pairs: dict
+    extras: dict          # {"<module>.fingerprint": entries of W, "<module>.A_q": ..., ".B_q": ...}
+
+    def check(self, name, W):
+        """W (out, in), if it is the module's base weight; ValueError if it is not."""
+        A, B = self.pairs[name]
+        if W.shape != (B.shape[1], A.shape[0]):
+            raise ValueError(f"{self.directory}: {name} is {A.shape[0]} x {B.shape[1]}, the "
+                             f"model's is {W.shape[1]} x {W.shape[0]}")
+        if not W.is_meta and (a := self.extras.get(f"{name}.fingerprint")) is not None:
+            a, b = a.float(), pissa.sampled(W).float()
+            if a.shape != b.shape or bool(((a - b).abs() > a.abs() * 2**-8 + 2**-24).any()):
+                raise ValueError(f"{self.directory} was made on another base model: {name} differs")
+        return W
+
+    def check_old(self, entries):
+        """ValueError if {module: (shape, entries)} are not those of the base of an old adapter."""
+        if "base" in self.facts and self.facts["base"] != peft.old_fingerprint(entries):
+            raise ValueError(f"{self.directory} was made on another base model")
+
+    def rebuild(self, name, W):
+        """frozen, A, B, A0, B0, subtracted for the base weight W (out, in), without any SVD."""
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        (A, B), double = self.pairs[name], self.facts.get("double_quant")
+        if not self.facts["subtracted"]:
+            A, B = (M.to(W.device, dtype) for M in (A, B))
+            return (nf4.quantize(W, double) if self.facts["bits"] == 4 else W), A, B, *[None] * 3
+        r = A.shape[1] // 2
+        A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
+        subtracted = tuple(self.extras.get(f"{name}.{k}", M) for k, M in (("A_q", A0), ("B_q", B0)))
+        A, B, Aq, Bq = (M.to(W.device, dtype) for M in (A, B, *subtracted))
+        frozen = (qpissa.rounded(W, Aq, Bq, double) if self.facts["bits"] == 4
+                  else pissa.residual(W, Aq, Bq))
+        return frozen, A, B, A0, B0, subtracted
 
 
 def read_adapter(directory):
-    """config dict and {module name: (A (in, r), B (r, out))} float32, the scaling folded into B.
-
-    Raises FileNotFoundError or ValueError, naming the file, for what is missing, damaged, or would
-    be loaded wrongly.
-    """
-    directory, config, pairs = Path(directory), read_config(directory), {}
-    alpha = float(config["lora_alpha"])
-    for key, M in read_tensors(directory).items():
-        name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if kind not in ("A.weight", "B.weight"):
-            raise ValueError(f"{directory}: {key} is not a LoRA matrix of a linear layer")
-        pairs.setdefault(name, {})[kind[0]] = M.float().T
-    if not pairs:
-        raise ValueError(f"{directory}: there is no LoRA matrix in it")
-    for name, p in pairs.items():
-        if len(p) < 2 or p["A"].shape[1] != p["B"].shape[0]:
-            raise ValueError(f"{directory}: lora_A and lora_B of {name} do not belong together")
-        r = p["A"].shape[1]
-        p["B"] = p["B"] * (alpha / (r ** 0.5 if config.get("use_rslora") else r))
-    return config, {n: (p["A"], p["B"]) for n, p in pairs.items()}
-
-
-def read_tensors(directory, name=WEIGHTS):
-    """The tensors of adapter_model.safetensors or adapter_model.bin, or of SEEN."""
-    path = directory / f"{name}.safetensors"
-    try:
-        if path.exists():
-            from safetensors.torch import load_file
-            return load_file(path)
-        path = directory / f"{name}.bin"
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise ValueError(f"{path} needs the safetensors package: pip install safetensors") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{directory}: {name}.safetensors is missing") from None
-    except Exception as e:        # both readers raise many kinds for a damaged file
-        raise ValueError(f"{path}: not readable, perhaps truncated ({str(e)[:100]})") from None
-
-
-def read_seen(directory, config, pairs):
-    """{module name: (A_q, B_q)} of the modules for which they are not (A_0, B_0).
-
-    config, pairs: of `read_adapter`. Raises as it does.
-    """
-    if not (config.get("pissa") or {}).get("seen"):
-        return {}
-    tensors, seen = read_tensors(Path(directory), SEEN), {}
+    """`Saved` of an adapter directory, ours or PEFT's. FileNotFoundError or ValueError names the
+    file that is missing or damaged, or that would be loaded wrongly."""
+    directory, found = Path(directory), read_facts(directory)
+    config = peft.read_config(directory)
+    pairs, extras = peft.read_pairs(directory, config), {}
+    if "weights" in found:
+        extras = peft.read_tensors(directory, EXTRAS)
+    elif "seen" in found:                                            # of before pissa.json
+        extras = peft.read_tensors(directory, found["seen"])
     for name, (A, B) in pairs.items():
-        r = A.shape[1] // 2
-        Aq, Bq = (tensors.get(f"{name}.{k}_q", torch.zeros(0)) for k in "AB")
-        if Aq.shape != (A.shape[0], r) or Bq.shape != (r, B.shape[1]):
-            raise ValueError(f"{directory}: A_q and B_q of {name} are missing in {SEEN}, or have "
-                             "another shape")
-        seen[name] = Aq, Bq
-    return seen
+        Aq, Bq = (extras.get(f"{name}.{k}_q") for k in "AB")
+        r, needed = A.shape[1] // 2, found.get("has_pair", "seen" in found)
+        if needed and (Aq is None or Bq is None or Aq.shape != (A.shape[0], r)
+                       or Bq.shape != (r, B.shape[1])):
+            raise ValueError(f"{directory}: A_q and B_q of {name} are missing, or have another "
+                             "shape")
+    return Saved(directory, config, found, pairs, extras)
+
+
+def write(directory, pairs, found, extras, task_type=None):
+    """Write a directory: see `Saved`. Files appear when all are complete. OSError if they cannot
+    be written."""
+    save_file, suffix, other = peft.writer()
+    directory, texts = Path(directory), {"adapter_config.json": peft.config_json(pairs, task_type)}
+    directory.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        def new(name):
+            return stack.enter_context(written(directory / name))
+
+        try:
+            weights = new(peft.WEIGHTS + suffix)
+            save_file(peft.tensors_of(pairs), weights)
+            if found:
+                save_file({k: M.contiguous() for k, M in extras.items()}, new(EXTRAS + suffix))
+        except Exception as e:    # each writer raises its own kind if, say, the disk is full
+            raise OSError(f"{directory}: not written ({str(e)[:100]})") from None
+        if found:
+            texts[FACTS] = {**found, "weights": checksum(weights, time.time_ns())}
+        for name, content in texts.items():
+            new(name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    stale = [peft.WEIGHTS + other, EXTRAS + other, *(f"pissa_quantised_from{s}" for s in
+                                                     (suffix, other))]
+    for name in (*stale, *([] if found else [EXTRAS + suffix, FACTS])):
+        (directory / name).unlink(missing_ok=True)
 
 
 def compress(directory, out, rank=None):
@@ -176,13 +216,12 @@ def compress(directory, out, rank=None):
     matrix: M = Q_M R_M, N^T = Q_N R_N, then the leading triplets of R_M R_N^T.
     Returns {module name: (||Delta W - Delta W_r||, ||Delta W||)}, Frobenius norms.
     """
-    config, pairs = read_adapter(directory)
-    smallest = min(M.shape[1] for M, _ in pairs.values())
+    saved, small, errors = read_adapter(directory), {}, {}
+    smallest = min(A.shape[1] for A, _ in saved.pairs.values())
     r = smallest // 2 if rank is None else rank
     if not 1 <= r <= smallest:
         raise ValueError(f"{directory}: cannot compress rank {smallest} to {r}")
-    small, errors = {}, {}
-    for name, (M, N) in pairs.items():
+    for name, (M, N) in saved.pairs.items():
         if not (M.isfinite().all() and N.isfinite().all()):
             raise ValueError(f"{directory}: {name} holds NaN or Inf")
         (QM, RM), (QN, RN) = torch.linalg.qr(M.double()), torch.linalg.qr(N.T.double())
@@ -190,138 +229,81 @@ def compress(directory, out, rank=None):
         small[name] = ((QM @ (U * S.sqrt())[:, :r]).float(),
                        ((S.sqrt()[:, None] * Vh)[:r] @ QN.T).float())
         errors[name] = S[r:].norm().item(), S.norm().item()
-    info = config.get("pissa")
-    if info and info["method"] not in ("lora", "qlora"):       # the others end as a LoRA on W
-        info = {"method": "lora"} | {k: info.get(k) for k in ("niter", "seed", "base")}
-    info = info and {**info, "rank": r}
-    write_adapter(out, small, info, config.get("task_type"))
+    found = {**saved.facts, "rank": r}
+    if found["subtracted"]:                                          # it ends as a LoRA on W
+        found = {**LORA, "rank": r} | {k: found[k] for k in ("niter", "seed", "base") if k in found}
+    ours = {"weights", "base"} & set(saved.facts)
+    prints = {k: M for k, M in saved.extras.items() if k.endswith(".fingerprint")}
+    write(out, small, found if ours else None, prints, saved.config.get("task_type"))
     return errors
 
 
-# -------------------------------------------------------------------------------------- a network's
+# -------------------------------------------------------------------------------------- a network
 
 def save(net, directory):
-    """Write the adapter of an injected `net` as a PEFT LoRA, of rank 2r, or r for lora and qlora.
+    """Write the adapter of an injected `net` as a PEFT LoRA, of rank 2r if A_0 and B_0 exist.
 
-    The LoRA is Delta W, to be added to W. A quantised model computes Q + A B instead: on the
-    full-precision W the outputs differ by what rounding W - A_0 B_0 to Q lost.
+    The LoRA is Delta W, to be added to W. A quantised model computes Q + A B instead. On the
+    full-precision W the outputs differ by what rounding W - A_q B_q to Q lost.
     """
-    if not hasattr(net, "pissa"):
-        raise ValueError("nothing to save: the model has no adapter")
-    tensors, seen = {}, {}
+    found, pairs, extras = facts(net), {}, {}
     for name, m in pissa.layers(net):
         A, B = m.A.detach().cpu(), m.B.detach().cpu()
-        if m.A0 is not None:         # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
+        if m.A0 is not None:                           # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
             A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
-        tensors[name] = A, B
-        if m.Aq is not m.A0:
-            seen[name] = m.Aq, m.Bq
-    task = "CAUSAL_LM" if hasattr(net, "lm_head") else None
-    write_adapter(directory, tensors, net.pissa, task, seen)
+        pairs[name] = A, B
+        extras[f"{name}.fingerprint"] = m.fingerprint.bfloat16()
+        if m.subtracted and m.subtracted[0] is not m.A0:
+            extras[f"{name}.A_q"], extras[f"{name}.B_q"] = m.subtracted
+    found["has_pair"] = any(k.endswith(".A_q") for k in extras)
+    write(directory, pairs, found, extras, "CAUSAL_LM" if hasattr(net, "lm_head") else None)
 
 
-def split(A, B, seen, info):
-    """A, B, A0, B0, Aq, Bq out of what `save` wrote: A, B of rank 2r, and (Aq, Bq) or None."""
-    if not info or info["method"] in ("lora", "qlora"):
-        return A, B, None, None, None, None
-    r = A.shape[1] // 2
-    A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
-    return A, B, A0, B0, *(seen or (A0, B0))
+def load(net, directory, *, read=None, keep_base=False):
+    """Put an adapter on `net`, in place: one of ours, to use or to train on, or a LoRA of PEFT's.
 
-
-def freeze(W, Aq, Bq, info):
-    """The frozen weight that belongs to W (out, in), Aq and Bq, without any SVD."""
-    if not info or info["method"] == "lora":
-        return W
-    if Aq is None:
-        return nf4.quantize(W, info["double_quant"])
-    Aq, Bq = (M.to(W.device, wide(W).dtype) for M in (Aq, Bq))
-    if info["method"] == "pissa":
-        return pissa.residual(W, Aq, Bq)
-    return pissa.rounded(W, Aq, Bq, info["double_quant"])
-
-
-def load(net, directory, *, weight=None, keep_base=True):
-    """Put an adapter on `net`, in place: one of ours, to use or train on, or a LoRA made by PEFT.
-
-    An adapter already on `net` is removed first. Refuses (ValueError), before anything is changed,
-    an adapter of ours that was made on another base, and one whose modules `net` does not have.
-    weight: as for `inject`; the base is then checked last.
+    An adapter already on `net` is removed first, which needs keep_base=True when it was put there.
+    read, keep_base: as for `pissa.inject`. Raises ValueError, before anything changes, for an
+    adapter of ours that was made on another base, or whose modules `net` does not have; with
+    `read`, a base is checked matrix by matrix.
     """
-    def own(name):
-        try:
-            m = net.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"{directory}: the model has no {name}") from None
-        return pissa.base_weight(m, name)
-
-    config, pairs = read_adapter(directory)
-    info, seen, samples = config.get("pissa"), read_seen(directory, config, pairs), {}
-    if weight:
-        check_method(directory, info)
-        for name, pair in pairs.items():
-            check_shape(directory, name, own(name), *pair)
-    else:
-        found = check_base(directory, config, pairs, own)
+    saved, entries = read_adapter(directory), {}
+    for name in saved.pairs:
+        W = saved.check(name, base_weight(net, name, directory))
+        entries[name] = W.shape, None if read else pissa.sampled(W)
+    if not read:
+        saved.check_old(entries)
         pissa.remove(net)
     net.requires_grad_(False)
-    bar = tqdm(pairs.items(), desc="adapter", unit="matrix", delay=1, leave=False)
-    for name, (A, B) in bar:
+    for name in tqdm(saved.pairs, "adapter", unit="matrix", delay=1, leave=False):
         linear = net.get_submodule(name)
-        if weight:
-            linear.weight = nn.Parameter(weight(name), requires_grad=False)
-            samples[name] = pissa.sample(linear.weight)
+        if read:
+            linear.weight = nn.Parameter(saved.check(name, read(name)), requires_grad=False)
+            entries[name] = linear.weight.shape, pissa.sampled(linear.weight)
         W = linear.weight.detach()
-        A, B, A0, B0, Aq, Bq = split(A, B, seen.get(name), info)
-        A, B = (M.to(W.device, wide(W).dtype) for M in (A, B))
-        frozen = freeze(W, Aq, Bq, info)
-        base = W.cpu() if keep_base and frozen is not W else None
-        pissa.put(net, name, pissa.PissaLinear(linear, frozen, A, B, A0, B0, Aq, Bq, base))
-        del W, linear                    # freed before the next one is asked for
-    if weight:
-        found = pissa.digest(samples)
-        check_fingerprint(directory, info, found)
-    net.pissa = dict(info) if info else {"method": "lora", "rank": config["r"], "niter": None,
-                                         "seed": None, "base": found}
-    net.pissa.pop("seen", None)
-    if "codes" in net.pissa:
-        net.pissa["codes"] = pissa.checksum(pissa.nf4_sums(net))
-        if net.pissa["codes"] != info["codes"]:
-            warnings.warn(ROUNDED_ELSEWHERE.format(directory))
+        frozen, A, B, A0, B0, subtracted = saved.rebuild(name, W)
+        original = W.cpu() if keep_base and frozen is not W else None
+        net.set_submodule(name, pissa.PissaLinear(linear, frozen, A, B, A0, B0, subtracted,
+                                                  original))
+        del W, linear, frozen, original                  # freed before the next one is asked for
+    saved.check_old(entries)
+    net.pissa = {k: v for k, v in saved.facts.items() if k not in ("base", "seen", "weights")}
+    if "codes" in saved.facts and facts(net)["codes"] != saved.facts["codes"]:
+        warnings.warn(ROUNDED_ELSEWHERE.format(directory), stacklevel=2)
     return net
 
 
-def check_base(directory, config, pairs, weight):
-    """The fingerprint of a base that an adapter fits; ValueError if it does not fit.
-
-    directory, config, pairs: the adapter and what `read_adapter` made of it. weight(name): the
-    base's matrix (out, in) of a module, or a ValueError where it has none.
-    """
-    check_method(directory, config.get("pissa"))
-    base = pissa.fingerprint(pairs, lambda n: check_shape(directory, n, weight(n), *pairs[n]))
-    check_fingerprint(directory, config.get("pissa"), base)
-    return base
-
-
-def check_shape(directory, name, W, A, B):
-    """The base's matrix W (out, in) of a module, or ValueError if A B is of another shape."""
-    if W.shape != (B.shape[1], A.shape[0]):
-        raise ValueError(f"{directory}: {name} is {A.shape[0]} x {B.shape[1]}, the model's is "
-                         f"{W.shape[1]} x {W.shape[0]}")
-    return W
-
-
-def check_fingerprint(directory, info, base):
-    """ValueError if an adapter of ours is of another base."""
-    if info and info["base"] != base:
-        raise ValueError(f"{directory} was made on another base model (fingerprint "
-                         f"{info['base'][:12]}, this one has {base[:12]})")
-
-
-def check_method(directory, info):
-    """ValueError if an adapter of ours is of a method that is not known, or does not say enough."""
-    if info and info["method"] not in pissa.METHODS:
-        raise ValueError(f"{directory}: method {info['method']} is none of "
-                         + ", ".join(pissa.METHODS))
-    if info and info["method"] in pissa.QUANTISED and not {"double_quant", "codes"} <= set(info):
-        raise ValueError(f"{directory}: its config does not say how weights were rounded")
+def base_weight(net, name, directory):
+    """The original weight (out, in) of an nn.Linear, or of the PissaLinear in its place."""
+    try:
+        m = net.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{directory}: the model has no {name}") from None
+    if isinstance(m, pissa.PissaLinear) and m.is_residual and m.enabled:
+        if m.original is None:
+            raise ValueError("the base weights were not kept: inject, or load the adapter, with "
+                             "keep_base=True")
+        return m.original
+    if type(m) not in (nn.Linear, pissa.PissaLinear):
+        raise ValueError(f"{name} is a {type(m).__name__}, not an nn.Linear")
+    return m.weight

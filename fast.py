@@ -60,7 +60,7 @@ SKIP_OUTPUT = None                # a frozen weight: the product with it returns
 
 
 class LowRank(torch.autograd.Function):
-    """y = x W + (x A) B + bias. W is frozen: a tensor (out, in), or anything with dequantize(dtype).
+    """y = x W + (x A) B + bias, W a frozen tensor (out, in) or anything with dequantize(dtype).
 
     The gradients are those of autograd. With g = dL/dy:
 

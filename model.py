@@ -717,7 +717,7 @@ def load(ckpt, device=None, dtype=None, prepare=None):
         return tensors[f"{'model.embed_tokens' if tied else name}.weight"]().to(device, dtype)
 
     if prepare:
-        prepare(net, weight=weight)
+        prepare(net, read=weight)
     bar = tqdm(tensors, desc=f"load {find(ckpt).name}", unit="tensor", delay=1, leave=False)
     for name in bar:
         module, _, leaf = name.rpartition(".")

@@ -1,34 +1,33 @@
-"""Randomized SVD: the r largest singular triplets of a matrix, from a few products with it.
+# From "PiSSA from scratch, in pure PyTorch" (MIT licence).
+"""Randomized SVD: the r largest singular triplets of a matrix, hundreds of times faster than all.
 
-An exact SVD of a 4096 x 4096 matrix takes about a second on a GPU, and LLaMA-2-7B has 224 of that
-size or more. PiSSA needs only the top r ~ 16 ... 256 triplets, and Halko, Martinsson and Tropp
-(SIAM Review 2011, arXiv 0909.4061) get those from matrix products alone:
+For LLaMA-2-7B's 224 matrices at r = 128, an H200 takes 0.45 s here and four minutes for exact SVDs.
+PiSSA needs only the top r = 16 ... 256 triplets, and Halko, Martinsson and Tropp (SIAM Review 2011,
+arXiv 0909.4061) get those from a few matrix products:
 
-    1. range finder (their Algorithm 4.1): W times a Gaussian matrix of l = r + p columns lands,
-       with high probability, close to the span of the l leading left singular vectors;
-    2. power iteration (Algorithm 4.4): every product with W W^T multiplies the i-th direction
-       by s_i^2, so the leading ones stand out. The columns would all collapse onto the first one,
-       hence they are made orthonormal again after each such product;
-    3. small exact factorisation (Algorithm 5.1): project W on that basis, decompose the l rows.
+    1. Range finder (their Algorithm 4.1). W times a Gaussian matrix with l = r + p columns lies,
+       with high probability, close to the span of the l leading left singular vectors.
+    2. Power iteration (Algorithm 4.4). Every product with W W^T multiplies the i-th direction by
+       s_i^2, so the leading directions grow fastest. All columns would collapse onto the first
+       direction, so they are made orthonormal again after each such product.
+    3. Small exact factorisation (Algorithm 5.1). Project W on that basis and decompose the l rows.
 
-A shift lets fewer iterations do (dashSVD, arXiv 2404.09276): W W^T - a I multiplies the i-th
-direction by s_i^2 - a. With a = s_l^2 / 2, the largest that makes none of the unwanted ones, from
--a to s_l^2 - a, stand out more, the ratio of a wanted one to them is squared or nearly so.
+With a shift, fewer iterations are enough (dashSVD, arXiv 2404.09276). W W^T - a I multiplies the
+i-th direction by s_i^2 - a. The unwanted directions, s_i < s_l, are then multiplied by numbers
+between -a and s_l^2 - a. a = s_l^2 / 2 is the largest shift that amplifies none of them more than
+the last wanted one. One iteration then does nearly the work of two.
 
     notation   code         Halko et al.   what it is
                W            A              the matrix, (m, n)
-               rank         k              triplets returned, r
-               oversample   p              extra columns, so that the last triplets are good too
+               rank         k              number of triplets returned, r
+               oversample   p              extra columns, so that the last triplets are good, too
                niter        q              power iterations, each a product with W and one with W^T
-               P            Q^T            (l, m), orthonormal rows: in memory, and for products
-                                           with W, a row is one piece
+               P            Q^T            (l, m), the orthonormal basis: rows are basis vectors, so
+                                           each is contiguous
 
-How it differs from `torch.svd_lowrank`: it oversamples (there, q=r makes the last triplets poor),
-it shifts, it orthonormalises half as often and by Cholesky (products and one small factorisation,
-which GPUs like) instead of Householder QR, tensor cores may do all but the last products, signs are
-canonical, and the random numbers come from a generator of its own.
-
-The defaults were chosen by measurement (bench/NOTES.md).
+`torch.svd_lowrank` does not oversample (q=r makes its last triplets poor) and does not shift. It
+orthonormalises twice as often, by Householder QR. Cholesky, used here, is made of products and one
+small factorisation, which GPUs like. The defaults were chosen by measurement (bench/NOTES.md).
 """
 from contextlib import contextmanager
 
@@ -37,8 +36,8 @@ import torch
 
 @contextmanager
 def full_float32():
-    """Float32 products in float32, even where a program allows TF32, which keeps 11 of 24 bits, or
-    autocast."""
+    """Inside, float32 products are exact to float32, even if a program allows TF32 (which keeps 11
+    of 24 bits) or autocast."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [b.fp32_precision for b in backends]
     try:
@@ -47,123 +46,60 @@ def full_float32():
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        for b, precision in zip(backends, before):
+        for b, precision in zip(backends, before, strict=True):
             b.fp32_precision = precision
-
-
-def randomized_svd(W, rank, *, oversample=32, niter=5, generator=None):
-    """Leading `rank` singular triplets of W.
-
-    W: (m, n) or (b, m, n), any floating dtype; computed in float32 (float64 stays float64).
-    oversample: extra columns of the random matrix; niter: power iterations, None for an exact SVD,
-    which is also what runs when rank + oversample reaches min(m, n).
-    generator: source of the random numbers; the default starts from seed 0 at every call.
-    Returns U (..., m, r) and Vh (..., r, n), orthonormal, and S (..., r), descending. In every
-    column of U the entry of largest magnitude is positive.
-    Raises ValueError for a rank outside 1 ... min(m, n), NaN or Inf in W, or a W of integers.
-    """
-    group = list(W) if W.ndim == 3 else [W]
-    U, S, Vh = grouped_svd(group, rank, oversample=oversample, niter=niter, generator=generator)
-    return (U, S, Vh) if W.ndim == 3 else (U[0], S[0], Vh[0])
 
 
 @torch.no_grad()
 @full_float32()
-def grouped_svd(Ws, rank, *, oversample=32, niter=5, generator=None):
-    """`randomized_svd` of several matrices of one shape and dtype, a list of (m, n), together.
+def randomized_svd(W, rank, *, oversample=32, niter=5, generator=None):
+    """U (m, r), S (r,), Vh (r, n): the leading `rank` singular triplets of W, S descending.
 
-    One by one, a GPU mostly waits for small factorisations. So the products go one by one into one
-    buffer, without a copy of the W (but of 16 bits, unless those are bfloat16 on a GPU), and
-    everything else runs on the batch. One random matrix serves all. What a matrix gives depends on
-    the others within rounding. Returns U (b, m, r), S (b, r), Vh (b, r, n).
+    W: (m, n), any floating dtype, computed in float32 (float64 stays float64). A batch (b, m, n)
+    goes to `grouped_svd`. oversample: extra columns. niter: power iterations; None is an exact SVD,
+    which also runs if rank + oversample reaches min(m, n). generator: the source of the random
+    numbers, by default one with seed 0 at every call. In every column of U the entry of largest
+    magnitude is positive. Raises ValueError for a rank outside 1 ... min(m, n), NaN or Inf in W, or
+    a W of integers.
     """
-    if len({(W.shape, W.dtype) for W in Ws}) != 1:
-        raise ValueError("a group is at least one matrix, and all have one shape and dtype")
-    for W in Ws:
-        check(W, rank, oversample, niter)
-    (m, n), dtype = Ws[0].shape, wide(Ws[0][:0]).dtype
-    if niter is None or rank + oversample >= min(m, n):
-        U, S, Vh = torch.linalg.svd(torch.stack([wide(W) for W in Ws]), full_matrices=False)
-        return fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
-
-    generator = generator or torch.Generator(Ws[0].device).manual_seed(0)
-    omega = torch.randn(rank + oversample, n, generator=generator, device=generator.device,
-                        dtype=dtype).to(Ws[0].device)                             # (l, n)
-    # once, not at every product; a bfloat16 W on a GPU stays as it is
-    near = [W if tensor_cores(W) else W.to(dtype) for W in Ws]
-    near_t = [W.mT for W in near]
-    # Alg. 4.4, with P = Q^T: P = orth(Omega W^T), then niter times P <- orth(P W W^T - a P)
-    Y = products([omega] * len(Ws), near_t, rough=True)                           # (b, l, m)
-    size = Y.abs().amax((1, 2), keepdim=True).clamp(min=1e-38)       # or W W^T overflows for 1e20
+    if W.ndim == 3:
+        return grouped_svd(list(W), rank, oversample=oversample, niter=niter, generator=generator)
+    check(W, rank, oversample, niter)
+    W, l = float32_or_64(W), rank + oversample
+    if niter is None or l >= min(W.shape):
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return fix_signs(U[:, :rank], S[:rank], Vh[:rank])
+    omega = gaussian(l, W, generator)                                             # (l, n)
+    # 1. P = orth(Omega W^T)
+    Y = omega @ W.mT                                                              # (l, m)
+    size = Y.abs().max().clamp(min=1e-38)          # W W^T / size cannot overflow
     P, _ = orthonormalise(Y)
-    shift = P.new_zeros(len(Ws), 1, 1)
+    # 2. P <- orth(P (W W^T / size - a I)), niter times
+    shift = 0 * size
     for _ in range(niter):
-        Y = products(products(P, near, rough=True).div_(size), near_t, rough=True)
-        P, least = orthonormalise(Y.sub_(shift * P))
-        # `least` is about s_l^2 - a, which makes a rise towards s_l^2 / 2
-        shift = torch.maximum(shift, (shift + least[:, None, None]) / 2)
-    # Alg. 5.1: P W = Z = X S V^T, hence W ~ P^T Z = (P^T X) S V^T
-    X, S, Vh = small_svd(products(P, near), rank)
+        Y = (P @ W / size) @ W.mT - shift * P
+        P, least = orthonormalise(Y)
+        # `least` is about s_l^2 - a, so a rises towards s_l^2 / 2.
+        shift = torch.maximum(shift, (shift + least) / 2)
+    # 3. P W = X S V^T, hence W ~ P^T P W = (P^T X) S V^T
+    X, S, Vh = small_svd(P @ W, rank)
     return fix_signs(P.mT @ X, S, Vh)
 
 
-def tensor_cores(W):
-    """Whether products with W can be bfloat16 ones with sums in float32."""
-    return W.is_cuda and W.dtype == torch.bfloat16
-
-
-def products(Ps, Ws, rough=False):
-    """P W for each P (l, m) and W (m, n), into one buffer (b, l, n) of the dtype of the P.
-
-    A bfloat16 W on a GPU needs no rounding for tensor cores, P does. rough, in the power
-    iterations: once, which turns the basis a little, and the residual feels that in second order
-    only. Else three products make a precise one: three bfloat16 hold the 24 bits of a float32.
-    (Rounding W as well, or the sums, as CPUs do, costs the small singular values beside large
-    ones: bench/NOTES.md.)
-    """
-    out = Ps[0].new_empty(len(Ws), Ps[0].shape[0], Ws[0].shape[1])
-    for P, W, PW in zip(Ps, Ws, out):
-        if not tensor_cores(W):
-            torch.mm(P, W, out=PW)
-            continue
-        torch.mm(P.bfloat16(), W, out_dtype=torch.float32, out=PW)
-        for _ in range(0 if rough else 2):
-            P = P - P.bfloat16()                                      # what the last part left over
-            PW += torch.mm(P.bfloat16(), W, out_dtype=torch.float32)
-    return out
-
-
-def wide(W):
-    """W in the precision of decompositions: float32, or float64 if it has that."""
-    return W if W.dtype == torch.float64 else W.float()
-
-
-def check(W, rank, oversample, niter):
-    """Raise ValueError for what cannot be decomposed."""
-    if W.ndim != 2 or oversample < 0 or (niter or 0) < 0:
-        raise ValueError(f"SVD of shape {tuple(W.shape)}, oversample {oversample}, niter {niter}: "
-                         "it takes (m, n) or (b, m, n), and no negative numbers")
-    if not W.is_floating_point():
-        raise ValueError(f"SVD needs a floating-point matrix, not {W.dtype}")
-    m, n = W.shape
-    if not 1 <= rank <= min(m, n):
-        raise ValueError(f"rank {rank} is not between 1 and {min(m, n)}, for a {m} x {n} matrix")
-    if not finite(W):
-        raise ValueError("the matrix holds NaN or Inf")
-
-
-def finite(W):
-    """Whether W holds neither NaN nor Inf. If it does, its sum is one, too, and a sum takes a tenth
-    of the time; the sum of finite numbers may overflow, so then all of them are asked."""
-    return bool(W.sum().isfinite()) or bool(W.isfinite().all())
+def gaussian(l, W, generator):
+    """Omega (l, n), normally distributed, on the device of W (m, n)."""
+    generator = generator or torch.Generator(W.device).manual_seed(0)
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    omega = torch.randn(l, W.shape[1], generator=generator, device=generator.device, dtype=dtype)
+    return omega.to(W.device)
 
 
 def orthonormalise(Y):
-    """Orthonormal basis of the rows of Y, (..., l, m) with m >= l, by Cholesky QR; smallest pivot.
+    """An orthonormal basis of the rows of Y (..., l, m), m >= l, and the smallest pivot (...).
 
-    Y Y^T = L L^T makes L^-1 Y orthonormal. The Gram matrix squares the condition number, which
-    float64 has room for: with Y in float32 the result is orthonormal to float32 rounding. Where the
-    rows are (nearly) dependent, as for a W of low rank, Householder QR takes over.
+    Cholesky QR: Y Y^T = L L^T makes L^-1 Y orthonormal. The Gram matrix squares the condition
+    number. In float64 there is room for that, so a Y in float32 becomes orthonormal to float32
+    rounding. If rows are (nearly) dependent, as for a W of low rank, Householder QR takes over.
     """
     Y64 = Y.double()
     L, info = torch.linalg.cholesky_ex(Y64 @ Y64.mT)
@@ -179,7 +115,7 @@ def orthonormalise(Y):
 def small_svd(Z, rank):
     """X, S, V^T with Z ~ X diag(S) V^T, the `rank` largest, of Z (..., l, n), l << n.
 
-    Z Z^T = X S^2 X^T, an l x l eigenproblem, gives X and S, and V^T = S^-1 X^T Z. In float64, for
+    Z Z^T = X S^2 X^T, an l x l eigenproblem, gives X and S. Then V^T = S^-1 X^T Z. In float64, for
     the same reason as above.
     """
     Z64 = Z.double()
@@ -197,3 +133,89 @@ def fix_signs(U, S, Vh):
     low, high = U.amin(-2, keepdim=True), U.amax(-2, keepdim=True)                # (..., 1, r)
     sign = torch.where(-low > high, -1.0, 1.0).to(U.dtype)
     return U * sign, S, Vh * sign.mT
+
+
+def float32_or_64(W):
+    """W in the precision of decompositions: float32, or float64 if it has that."""
+    return W if W.dtype == torch.float64 else W.float()
+
+
+def check(W, rank, oversample, niter):
+    """Raise ValueError if W, or what is asked of it, cannot be decomposed."""
+    if W.ndim != 2 or oversample < 0 or (niter or 0) < 0:
+        raise ValueError(f"SVD of shape {tuple(W.shape)}, oversample {oversample}, niter {niter}: "
+                         "it takes (m, n) or (b, m, n), and no negative numbers")
+    if not W.is_floating_point():
+        raise ValueError(f"SVD needs a floating-point matrix, not {W.dtype}")
+    m, n = W.shape
+    if not 1 <= rank <= min(m, n):
+        raise ValueError(f"rank {rank} is not between 1 and {min(m, n)}, for a {m} x {n} matrix")
+    if not finite(W):
+        raise ValueError("the matrix holds NaN or Inf")
+
+
+def finite(W):
+    """True if W holds neither NaN nor Inf. Either makes the sum NaN or Inf, and a sum is ten times
+    cheaper. Finite numbers can overflow the sum, so only then is every entry checked."""
+    return bool(W.sum().isfinite()) or bool(W.isfinite().all())
+
+
+# ------------------------------------------------------- the same for many matrices of one shape
+
+@torch.no_grad()
+@full_float32()
+def grouped_svd(Ws, rank, *, oversample=32, niter=5, generator=None):
+    """`randomized_svd` of a list of matrices (m, n) of one shape and dtype: three times as fast.
+
+    One by one, a GPU mostly waits for small factorisations. Here they run as a batch, and the
+    products run one by one into one buffer. No W is copied, except float16 ones (and bfloat16 on a
+    CPU), which become float32 once. One random matrix serves all. The rest of the group changes a
+    result only by rounding. Returns U (b, m, r), S (b, r), Vh (b, r, n). Raises as randomized_svd.
+    """
+    if len({(W.shape, W.dtype) for W in Ws}) != 1:
+        raise ValueError("a group is at least one matrix, and all have one shape and dtype")
+    for W in Ws:
+        check(W, rank, oversample, niter)
+    l = rank + oversample
+    if niter is None or l >= min(Ws[0].shape):
+        U, S, Vh = torch.linalg.svd(torch.stack([float32_or_64(W) for W in Ws]),
+                                    full_matrices=False)
+        return fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :])
+    omega = gaussian(l, Ws[0], generator)
+    Ws = [W if on_tensor_cores(W) else float32_or_64(W) for W in Ws]
+    Wts = [W.mT for W in Ws]
+    Y = products([omega] * len(Ws), Wts, rough=True)                              # (b, l, m)
+    size = Y.abs().amax((1, 2), keepdim=True).clamp(min=1e-38)
+    P, _ = orthonormalise(Y)
+    shift = 0 * size
+    for _ in range(niter):
+        Y = products(products(P, Ws, rough=True).div_(size), Wts, rough=True)
+        P, least = orthonormalise(Y.sub_(shift * P))
+        shift = torch.maximum(shift, (shift + least[:, None, None]) / 2)
+    X, S, Vh = small_svd(products(P, Ws), rank)
+    return fix_signs(P.mT @ X, S, Vh)
+
+
+def on_tensor_cores(W):
+    """True if products with W can be bfloat16 ones with sums in float32."""
+    return W.is_cuda and W.dtype == torch.bfloat16
+
+
+def products(Ps, Ws, rough=False):
+    """P W for each P (l, m) and W (m, n), into one buffer (b, l, n) of the dtype of the P.
+
+    Tensor cores multiply bfloat16 and add in float32. W is bfloat16 already; P must be rounded.
+    rough=True, for the power iterations, rounds it once: an error of second order in the residual.
+    Otherwise P is split into three bfloat16 parts, 3 x 8 bits, and three products are added.
+    (Rounding W or the sums, too, costs the small singular values beside large ones: NOTES.md.)
+    """
+    out = Ps[0].new_empty(len(Ws), Ps[0].shape[0], Ws[0].shape[1])
+    for P, W, PW in zip(Ps, Ws, out, strict=True):
+        if not on_tensor_cores(W):
+            torch.mm(P, W, out=PW)
+            continue
+        torch.mm(P.bfloat16(), W, out_dtype=torch.float32, out=PW)
+        for _ in range(0 if rough else 2):
+            P = P - P.bfloat16()                                 # what the last part left over
+            PW += torch.mm(P.bfloat16(), W, out_dtype=torch.float32)
+    return out
