@@ -16,6 +16,7 @@ import shlex
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # only gguf needs it
@@ -24,12 +25,12 @@ import torch
 from tqdm import tqdm
 
 import adapter
-import gguf_file
-import hf
 import model
 import pissa
-import tokenizer
 from eval import run
+from formats import gguf as gguf_file
+from formats import hf, meta_write, tokenizer
+from support.files import CHECKPOINT_FILES, replaced
 from svd import wide
 
 # What goes with a model besides weights and numbers: how text becomes tokens, and when to stop.
@@ -67,7 +68,7 @@ def layout_of(directory):
 def check_layout(layout, config):
     """ValueError if a model cannot be written in a layout: for those who train it first."""
     if layout == "meta":
-        model.meta_params(config)
+        meta_write.params_json(config)
     else:
         hf.writer()
 
@@ -80,19 +81,19 @@ def write_checkpoint(out, source, config, tensors, dtype, layout=None):
     layout: "hf", in shards of 5 GB with one in memory at a time; "meta", a single file, all of
     which is in memory before it is written; None: the source's.
     """
-    with model.replaced(out, (*model.WEIGHTS, *COMPANIONS)) as tmp:
+    with replaced(out, (*CHECKPOINT_FILES, *COMPANIONS)) as tmp:
         if (layout or layout_of(source)) == "meta":
-            model.save_meta(tmp, config, tensors)
+            meta_write.save_tensors(tmp, config, tensors)
         else:
             hf.save_folder(tmp, hf_config(source, config, dtype), tensors)
         for file in (source / name for name in COMPANIONS if (source / name).is_file()):
             shutil.copyfile(file, tmp / file.name)
         if layout_of(source) == "hf" and layout == "meta":
             # config.json, which is left behind, may name what ends a text.
-            generation, ids = tokenizer.read_json(tmp / "generation_config.json"), set()
+            generation, ids = tokenizer.optional_json(tmp / "generation_config.json"), set()
             for name in ("config.json", "generation_config.json"):
                 with tokenizer.usable(source / name):
-                    found = tokenizer.read_json(source / name)
+                    found = tokenizer.optional_json(source / name)
                     ids.update(tokenizer.eos_ids(found, config.vocab_size))
             if ids:
                 text = json.dumps({**generation, "eos_token_id": sorted(ids)}, indent=2) + "\n"
@@ -102,7 +103,7 @@ def write_checkpoint(out, source, config, tensors, dtype, layout=None):
 def hf_config(source, config, dtype):
     """The dict of a config.json: the source's own, if it has one, or one that says `config`."""
     if layout_of(source) == "meta":
-        return hf.config_json(config, dtype)
+        return hf.config_json(vars(config), dtype)
     found = hf.read_json(source / "config.json")
     keys = [k for k in ("dtype", "torch_dtype") if k in found] or ["torch_dtype"]
     return {**found, **dict.fromkeys(keys, dtype_name(dtype)), "tie_word_embeddings": config.tied}
@@ -131,22 +132,33 @@ def rounded(name, W, dtype):
 
 def report(out, what):
     """The last lines: what was written, how large it is, and what to do with it."""
-    size = sum(f.stat().st_size for pattern in model.WEIGHTS for f in out.glob(pattern))
+    size = sum(f.stat().st_size for pattern in CHECKPOINT_FILES for f in out.glob(pattern))
     print(f"{what}, {size / 1e9:,.2f} GB in {out}; use it:\n  python eval.py --ckpt "
           f"{shlex.quote(str(out))} --prompt 'your question'")
 
 
 # ---------------------------------------------------------------------------------------- commands
 
+def open_gguf(path):
+    """(config, {parameter name: function that reads it}, all keys) of a GGUF."""
+    numbers, found, info = gguf_file.open_gguf(path)
+    config = model.Config(**numbers)
+    found = gguf_file.checked(found, model.parameter_shapes(config, len(found), path), path)
+    if info["general.architecture"] == "llama":                   # q and k are in Meta's order
+        found = {n: partial(lambda n, read: model.reorder(read(), n, config), n, read)
+                 for n, read in found.items()}
+    return config, found, info
+
+
 def gguf(args):
     """A GGUF to Hugging Face's layout."""
     check_out(args.out)
-    config, tensors, info = gguf_file.open_gguf(args.model)
+    config, tensors, info = open_gguf(args.model)
     files, ids = gguf_file.tokenizer_files(info, config.vocab_size, args.model)
     dtype = getattr(torch, args.dtype)
     bar = tqdm(tensors.items(), desc="convert", unit="tensor", leave=False)
-    with model.replaced(args.out, (*model.WEIGHTS, *COMPANIONS)) as tmp:
-        hf.save_folder(tmp, hf.config_json(config, dtype, **ids),
+    with replaced(args.out, (*CHECKPOINT_FILES, *COMPANIONS)) as tmp:
+        hf.save_folder(tmp, hf.config_json(vars(config), dtype, **ids),
                        ((name, rounded(name, read(), dtype)) for name, read in bar))
         for name, content in files.items():
             (tmp / name).write_bytes(content)

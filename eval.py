@@ -26,6 +26,7 @@ import adapter
 import data
 import model
 import pissa
+from support.files import written
 
 # Of each protocol: what follows the template, --max-new-tokens, and the rule of the answer.
 PROTOCOLS = {
@@ -125,7 +126,7 @@ def load_model(ckpt, tok, device=None, dtype=None, prepare=None):
 def write_lines(path, rows):
     """Write a jsonl file; it appears when all rows are written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with adapter.written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
+    with written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), file=file)
 
@@ -238,9 +239,9 @@ def main():
     tok = data.Tokenizer(model.find(args.ckpt))
     quantised = args.adapter and adapter.is_quantised(args.adapter)
 
-    def adapt(net, weight=None):
+    def adapt(net, read=None):
         keep_base = bool(args.prompt) and not quantised
-        adapter.load(net, args.adapter, weight=weight, keep_base=keep_base)
+        adapter.load(net, args.adapter, read=read, keep_base=keep_base)
 
     net = load_model(args.ckpt, tok, args.device, prepare=adapt if quantised else None)
     if args.adapter and not quantised:

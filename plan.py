@@ -34,9 +34,11 @@ from dataclasses import dataclass, replace
 import torch
 
 import adapter
+import fast
 import model
 import nf4
 import pissa
+from formats import meta
 
 CHUNK = 2**25                   # logits that train.py computes at a time: 128 MiB in float32
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
@@ -73,7 +75,7 @@ class Job:
     wide = property(lambda self: 4 if self.full else self.dtype.itemsize)     # bytes a number of x
     cells = property(lambda self: self.rows * self.length)
     flash = property(lambda self: self.packed and self.gpu
-                     and model.fits_flash(self.dtype, self.config))
+                     and fast.fits_flash(self.dtype, self.config.head_dim))
     tokens = property(lambda self: self.text if self.packed and self.text else self.cells)
     attended = property(lambda self: self.tokens if self.flash else self.cells)     # by attention
     labels = property(lambda self: self.learnt or self.text or self.cells)
@@ -212,13 +214,13 @@ def read_config(ckpt):
     """The Config of a checkpoint, be it only its config.json or params.json."""
     directory = model.find(ckpt)
     if (directory / "config.json").is_file():
-        import hf
-        return hf.read_config(directory / "config.json")
+        from formats import hf
+        return model.Config(**hf.read_config(directory / "config.json"))
     if any(directory.glob("consolidated.*.pth")):
         return model.open_checkpoint(ckpt)[0]
     # What the tensors would say: Llama 1 and 2, which leave their vocabulary open, have 32000.
     shard = {"tok_embeddings.weight": torch.empty(32000, 0), "output.weight": None}
-    return model.read_config(directory, [shard])
+    return model.Config(**meta.read_params(directory, [shard]))
 
 
 def from_arguments(args):

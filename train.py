@@ -35,6 +35,7 @@ import plan
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, check_ranges, complete, describe, load_model, run
 from plan import CHUNK
+from support.files import written
 
 TINY = os.path.relpath(Path(__file__).parent / "checkpoints" / "tiny")
 DEMO = ["--ckpt", TINY, "--data", f"{TINY}/train.jsonl", "--test-data", f"{TINY}/test.jsonl",
@@ -200,7 +201,7 @@ def loss_sum(net, tokens, labels, real=None):
     labels = labels.flatten() if real is None else labels.flatten()[real]
     where = (labels != -100).nonzero()[:, 0]       # logits only where there is something to learn
     real = real if real is None else send(real)
-    x = net.hidden(send(tokens), real=real).flatten(0, 1).index_select(0, send(where))
+    x = net.hidden(send(tokens), where_text=real).flatten(0, 1).index_select(0, send(where))
     trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
     return ChunkedLoss.apply(head, max(1, CHUNK // net.config.vocab_size), x, send(labels[where]),
                              *trained)
@@ -296,7 +297,7 @@ def look(net, tok, val, val_texts, test, args, autocast, when):
 
 def write_weights(net, args):
     """The adapter, or for --method full a checkpoint like the one read; returns the directory."""
-    with adapter.written(args.out / "args.json") as tmp:
+    with written(args.out / "args.json") as tmp:
         tmp.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
     if args.method == "full":
         there, dtype = args.out / "checkpoint", torch.bfloat16
@@ -321,7 +322,7 @@ def plot(rows, args):
     plt.ylabel("training loss")
     plt.title(f"{args.ckpt}, {args.method}, learning rate {args.lr:g}", fontsize=10)
     plt.tight_layout()
-    with adapter.written(args.out / "loss.png") as tmp:
+    with written(args.out / "loss.png") as tmp:
         plt.savefig(tmp, dpi=120, format="png")
     plt.close()
 
@@ -333,7 +334,7 @@ def summarise(rows, before, after, args, seconds, device):
                "tokens_per_second": sum(r["tokens"] for r in rows) / trained,
                "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu else 0,
                "before": before, "after": after}
-    with adapter.written(args.out / "summary.json") as tmp:
+    with written(args.out / "summary.json") as tmp:
         tmp.write_text(json.dumps(summary, indent=2) + "\n")
     for prompt, answer in before["answers"].items():
         print(f"\n--- {prompt}\nbefore: {answer[:200]}\nafter:  {after['answers'][prompt]}")

@@ -428,7 +428,7 @@ def plan_output():
     """What `--plan` prints where nothing but Llama-2-7B's params.json is there."""
     with tempfile.TemporaryDirectory() as there:
         (folder := Path(there) / "llama2-7b").mkdir()
-        (folder / "params.json").write_text(json.dumps(model.meta_params(model.Config())))
+        (folder / "params.json").write_text(json.dumps(meta_write.params_json(model.Config())))
         words = "train.py --ckpt llama2-7b --rank 64 --plan"
         done = subprocess.run([sys.executable, ROOT / words.split()[0], *words.split()[1:]],
                               cwd=there, capture_output=True, text=True, check=True,
