@@ -84,7 +84,8 @@ def attend(q, k, v, mask):
     mask: (B or 1, 1, T, S), numbers to add to the scores. None: causal, which needs T = S, or one
     new position (T = 1), which sees all S.
     """
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1,
+    causal = True if mask is None and q.shape[2] > 1 else False      # torch.compile wants a literal
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                        enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(2)
 

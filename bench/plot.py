@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import model
+from formats import meta_write
 from plan import Job, flops_in_all, memory
 
 ROOT = Path(__file__).parent.parent
