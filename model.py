@@ -367,7 +367,7 @@ def open_checkpoint(ckpt):
     """(config, {parameter name: function that reads it}) of a checkpoint; nothing is read yet."""
     directory = find(ckpt)
     if (path := directory / "config.json").is_file():
-        from formats import hf                               # only Hugging Face's layout needs it
+        from formats import hf  # only Hugging Face's layout needs it
         config, found = Config(**hf.read_config(path)), hf.open_files(directory)
         shapes = parameter_shapes(config, len(found), path)
         return config, hf.checked(found, shapes, config.tied, directory)

@@ -9,11 +9,11 @@ import struct
 
 import pytest
 import torch
-from conftest import assert_logits_equal, small_net
-from test_hf import twin, weights
 
 import model
+from conftest import assert_logits_equal, small_net
 from formats import meta_write
+from test_hf import twin, weights
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -104,8 +104,10 @@ def originals(tmp_path_factory):
 
 
 # (layout, file, how it is damaged, how many cases)
-DAMAGES = [*((*place, "json", 50) for place in PLACES), *((*place, "bytes", 10) for place in PLACES),
-           ("whole", "model.safetensors", "header", 60), ("whole", "model.safetensors", "start", 20),
+DAMAGES = [*((*place, "json", 50) for place in PLACES),
+           *((*place, "bytes", 10) for place in PLACES),
+           ("whole", "model.safetensors", "header", 60),
+           ("whole", "model.safetensors", "start", 20),
            ("meta", "consolidated.00.pth", "bytes", 20)]
 CASES = [(layout, file, how, i) for layout, file, how, n in DAMAGES for i in range(n)]
 

@@ -3,6 +3,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 # A file or a folder: the files and folders of ours that it may import, at the top or inside a
