@@ -314,7 +314,7 @@ def test_checkpointing_changes_no_bit(net, tokens):
 def test_checkpointing_with_what_takes_no_part(net, tokens):
     """An adapter that is switched off has no gradient."""
     pissa.inject(net, 4, "lora", progress=False)
-    net.model.layers[1].mlp.gate_proj.switch(False)
+    net.model.layers[1].mlp.gate_proj.enabled = False
     found = []
     for net.checkpointing in False, True:
         net.zero_grad()
