@@ -40,9 +40,8 @@ HOST = {"dtype": torch.float32, "device": "cpu"}     # of the levels, whatever t
 def normal_levels():
     """The 16 levels of NF4, float32, ascending from -1 to 1, with 0 as the eighth.
 
-    They are quantiles of the normal distribution at equally spaced probabilities: 7 below 0 and 8
-    above it. The outermost is 1 - (1/30 + 1/32) / 2, rounded as QLoRA's authors rounded it.
-    """
+    Quantiles of the normal distribution at equally spaced probabilities: 7 below 0, 8 above it. The
+    outermost is 1 - (1/30 + 1/32) / 2, rounded as QLoRA's authors rounded it."""
     below, above = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, k, **HOST)[:-1].double())
                     .float() for k in (8, 9))
     levels = torch.cat([-below, torch.zeros(1, **HOST), above.flip(0)])
@@ -138,10 +137,8 @@ KERNELS = {}                  # `unpack` for GPUs, compiled for each key
 
 
 def kernel(parts, dtype):
-    """`unpack` as one kernel. Compiling takes a second for every size and dtype.
-
-    Not by torch.compile: its checks at every call take as long as a small matrix.
-    """
+    """`unpack` as one kernel, compiled in a second for every size and dtype. (The checks of
+    torch.compile at every call take as long as a small matrix.)"""
     key = dtype, parts[0].device, *(None if p is None else len(p) for p in parts[:3])
     if key not in KERNELS:
         graph = make_fx(lambda *parts: unpack(*parts, dtype), tracing_mode="fake")(*parts)
