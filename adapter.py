@@ -181,8 +181,8 @@ def read_adapter(directory):
         extras = peft.read_tensors(directory, found["seen"])
     for name, (A, B) in pairs.items():
         Aq, Bq = (extras.get(f"{name}.{k}_q") for k in "AB")
-        r, needed = A.shape[1] // 2, found.get("own_pair", "seen" in found)
-        if needed and (Aq is None or Bq is None or Aq.shape != (A.shape[0], r)
+        r = A.shape[1] // 2
+        if found["own_pair"] and (Aq is None or Bq is None or Aq.shape != (A.shape[0], r)
                        or Bq.shape != (r, B.shape[1])):
             raise ValueError(f"{directory}: A_q and B_q of {name} are missing, or have another "
                              "shape")

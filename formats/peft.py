@@ -119,7 +119,7 @@ def old_facts(config, path):
     bits, subtracted = OLD_BITS[info["method"]]
     if bits == 4 and not {"double_quant", "codes"} <= set(info):
         raise ValueError(f"{path}: its config does not say how weights were rounded")
-    return {**info, "bits": bits, "subtracted": subtracted}
+    return {**info, "bits": bits, "subtracted": subtracted, "own_pair": "seen" in info}
 
 
 def old_fingerprint(entries):
