@@ -299,11 +299,8 @@ def base_weight(net, name, directory):
         m = net.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{directory}: the model has no {name}") from None
-    if isinstance(m, pissa.PissaLinear) and m.is_residual and m.enabled:
-        if m.original is None:
-            raise ValueError("the base weights were not kept: inject, or load the adapter, with "
-                             "keep_base=True")
-        return m.original
-    if type(m) not in (nn.Linear, pissa.PissaLinear):
+    if isinstance(m, pissa.PissaLinear):
+        return m.base()
+    if type(m) is not nn.Linear:
         raise ValueError(f"{name} is a {type(m).__name__}, not an nn.Linear")
     return m.weight

@@ -1,28 +1,28 @@
+# From "PiSSA from scratch, in pure PyTorch" (MIT licence).
 """NF4: weights in four bits, after QLoRA (Dettmers et al., arXiv 2305.14314), in plain PyTorch.
 
-A trained weight matrix looks like a normal distribution. So its 64 neighbours at a time are divided
-by the largest of them, and each is replaced by the nearest of 16 levels that a normal variable
-would meet about equally often:
+The entries of a trained weight matrix look normally distributed. So every block of 64 consecutive
+weights is divided by its largest magnitude, and each weight is replaced by the nearest of 16 levels
+that a normal variable would meet about equally often:
 
     absmax = max |w| over the block,    code = nearest level of w / absmax,    w ~ level * absmax
 
-That is 4 bits a weight and 32 / 64 bits for its share of absmax. Double quantisation turns the
-absmax, less their mean, into 8 bits in the same manner, in blocks of 256: 4.13 bits instead of 4.5.
+A weight takes 4 bits and its share of absmax 32 / 64. Double quantisation subtracts the mean of the
+absmax and rounds them to 8 bits likewise, in blocks of 256. Then 4.5 bits become 4.13.
 
-    notation   code             shape, for W with n entries, row after row
-    codes      codes            (n / 2,) uint8: two codes a byte, the first one in its high half
-    absmax     absmax           (n / 64,) float32, or uint8 with double quantisation
-    c_2        scale, mean      (n / 64 / 256,) and (1,) float32, of double quantisation only
+    paper      code           shape, for W with n entries, row after row
+    codes      codes          (n / 2,) uint8: two codes a byte, the first one in its high half
+    absmax     absmax         (n / 64,) float32, or uint8 with double quantisation
+    c_2        scale, mean    (n / 64 / 256,) and (1,) float32, with double quantisation only
 
-Codes, absmax and levels equal those of bitsandbytes to the last bit, but for what its own kernels
-do not agree on: the code of 0 in a block of zeros, and the mean of the absmax, which is summed in
-float64 here. They are stored with the rows of W as rows, where these divide into bytes and blocks,
-so that a matrix can be split by rows.
+Codes, absmax and levels equal those of bitsandbytes to the last bit. Two exceptions, on which its
+own kernels disagree: the code of 0 in a block of zeros, and the mean of the absmax, which is summed
+in float64 here. Parts are stored with the rows of W as rows, if these divide into bytes and blocks.
 
     Q = nf4.quantize(W);  Q.dequantize(torch.float32);  y = Q(x)         # y = x W^T, W is (out, in)
 
-What is multiplied is W in the dtype of x, unpacked when it is needed and dropped again: in backward
-too, which is why Q(x) keeps four bits a weight for it, where F.linear would keep sixteen.
+Q(x) unpacks W to the dtype of x and drops it again. Backward unpacks it anew. So between the two,
+four bits a weight are kept instead of sixteen.
 """
 import torch
 from torch import nn
@@ -40,9 +40,8 @@ HOST = {"dtype": torch.float32, "device": "cpu"}     # of the levels, whatever t
 def normal_levels():
     """The 16 levels of NF4, float32, ascending from -1 to 1, with 0 as the eighth.
 
-    Quantiles of the normal distribution: 7 of equally spaced probabilities below 0, 8 above it. The
-    outermost probability is 1 - (1/30 + 1/32) / 2, as in QLoRA, rounded as its authors rounded it.
-    """
+    Quantiles of the normal distribution at equally spaced probabilities: 7 below 0, 8 above it. The
+    outermost is 1 - (1/30 + 1/32) / 2, rounded as QLoRA's authors rounded it."""
     below, above = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, k, **HOST)[:-1].double())
                     .float() for k in (8, 9))
     levels = torch.cat([-below, torch.zeros(1, **HOST), above.flip(0)])
@@ -52,8 +51,8 @@ def normal_levels():
 def dynamic_levels():
     """The 256 levels for absmax, float32: the dynamic type of Dettmers (arXiv 1511.04561).
 
-    0, 1, and for every power of ten 10^-6 ... 1 the centres of 2^i equal parts of its interval
-    [0.1, 1], twice as many as of the one below; with both signs.
+    0, 1, and with both signs, for i = 0 ... 6, the centres of 2^i equal parts of the interval
+    [0.1, 1], times 10^(i - 6).
     """
     centres = []
     for i in range(7):
@@ -68,10 +67,8 @@ PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], 1)       
 
 
 def nearest(x, halfway, block):
-    """(codes int32, absmax) of x (n,): every block is divided by its absmax, zeros fill up.
-
-    halfway: the middles between neighbouring levels.
-    """
+    """(codes int32, absmax) of x (n,). Zeros fill the last block. halfway: the middles between
+    neighbouring levels."""
     blocks = pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
@@ -82,7 +79,7 @@ def nearest(x, halfway, block):
 
 @torch.no_grad()
 def quantize(W, double=True):
-    """NF4 of a tensor W of any shape and floating dtype; double: quantise the absmax, too.
+    """An NF4 of a tensor W of any shape and floating dtype. double: quantise the absmax, too.
 
     Raises ValueError for NaN or Inf in W, or numbers that are not floats.
     """
@@ -108,19 +105,19 @@ def quantize(W, double=True):
     return NF4(W, codes, found.flatten()[:len(absmax)].to(torch.uint8), scale, mean.view(1))
 
 
-WORDS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}   # for one number, for two
+WORDS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}   # of one number, of two
 
 
 def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
-    """The numbers (n,) that the flat parts of an NF4 stand for; a last code too many included.
+    """The numbers (n,) that the flat parts of an NF4 stand for (one too many if n is odd).
 
-    On a GPU this is compiled into one kernel. What it costs there is memory traffic, half a byte
-    read and two written for a weight, if only the two numbers of a byte are written as one word.
+    On a GPU this is compiled into one kernel. It is bound by memory traffic, half a byte read and
+    two written per weight, provided that both numbers of a byte are written as one word.
     """
     if scale is not None:
         absmax = spread(absmax_levels[absmax.int()], scale, ABSMAX_BLOCK) + mean
     if not codes.is_cuda or dtype.itemsize not in WORDS:
-        # on a CPU, a table of pairs takes an eighth of the time of single levels
+        # On a CPU, a table of pairs takes an eighth of the time of single levels.
         return spread(pairs.index_select(0, codes.int()).flatten(), absmax, BLOCK).to(dtype)
     small, wide = WORDS[dtype.itemsize]
     bits = 8 * dtype.itemsize
@@ -130,20 +127,18 @@ def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
 
 
 def spread(x, scale, block):
-    """x (n,) times scale (n / block,), that of the block which each entry is in."""
+    """x (n,), each entry times the scale (n / block,) of its block."""
     if len(x) % block:
         return x * scale.repeat_interleave(block)[:len(x)]
     return (x.view(-1, block) * scale[:, None]).flatten()
 
 
-KERNELS = {}                  # `unpack` for GPUs, compiled for the sizes in the key
+KERNELS = {}                  # `unpack` for GPUs, compiled for each key
 
 
 def kernel(parts, dtype):
-    """`unpack` as one kernel, which takes a second to compile for every size and dtype.
-
-    Without torch.compile, whose checks at every call would take as long as small matrices do.
-    """
+    """`unpack` as one kernel, compiled in a second for every size and dtype. (The checks of
+    torch.compile at every call take as long as a small matrix.)"""
     key = dtype, parts[0].device, *(None if p is None else len(p) for p in parts[:3])
     if key not in KERNELS:
         graph = make_fx(lambda *parts: unpack(*parts, dtype), tracing_mode="fake")(*parts)
@@ -152,7 +147,7 @@ def kernel(parts, dtype):
 
 
 class Product(torch.autograd.Function):
-    """x W^T with W in NF4. Backward has no use for anything but W, and unpacks it again."""
+    """x W^T with W in NF4. Backward needs only W and unpacks it again instead of keeping it."""
 
     @staticmethod
     def forward(ctx, x, Q):
@@ -161,30 +156,31 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # d loss / d x = (d loss / d y) W
-        return grad @ ctx.Q.dequantize(grad.dtype), None
+        return grad @ ctx.Q.dequantize(grad.dtype), None              # dL/dx = dL/dy W
 
 
 class NF4(nn.Module):
-    """A frozen tensor in four bits; called, the linear layer y = x W^T of a W (out, in).
+    """A frozen tensor in four bits, made by `quantize`. Called, it computes y = x W^T, W (out, in).
 
-    Made by `quantize`. Its parts are parameters without gradients, so they move with the module;
-    they are never rounded: `.to(torch.bfloat16)` of a whole network leaves them as they are.
-    shape, dtype: those of the original W.
+    Its parts are parameters without gradients, so they move with the module. They are never
+    rounded: `.to(torch.bfloat16)` of a whole network leaves them as they are. shape, dtype: of W.
     """
+
+    device = property(lambda self: self.codes.device, doc="Where it is.")
+    nbytes = property(lambda self: sum(p.nbytes for p in self.parameters()), doc="All its bytes.")
 
     def __init__(self, W, codes, absmax, scale=None, mean=None):
         super().__init__()
         self.shape, self.dtype = W.shape, W.dtype
         row, each = W.shape[1:].numel(), (2, BLOCK, BLOCK * ABSMAX_BLOCK, W.numel())
-        for name, part, n in zip(("codes", "absmax", "scale", "mean"),
-                                 (codes, absmax, scale, mean), each):
-            if part is not None:         # as rows, where each of its entries is for one row of W
+        named = {"codes": codes, "absmax": absmax, "scale": scale, "mean": mean}
+        for (name, part), n in zip(named.items(), each, strict=True):
+            if part is not None:         # as rows, if each of its entries belongs to one row of W
                 part = nn.Parameter(part if row % n else part.view(-1, row // n),
                                     requires_grad=False)
             self.register_parameter(name, part)
-        for name, table in zip(("levels", "absmax_levels", "pairs"),
-                               (LEVELS, ABSMAX_LEVELS, PAIRS)):
+        tables = {"levels": LEVELS, "absmax_levels": ABSMAX_LEVELS, "pairs": PAIRS}
+        for name, table in tables.items():
             self.register_buffer(name, table.to(codes.device), persistent=False)
 
     def _apply(self, fn, recurse=True):
@@ -194,16 +190,6 @@ class NF4(nn.Module):
             return raw.view(part.dtype)
 
         return super()._apply(moved, recurse)
-
-    @property
-    def device(self):
-        """Where it is."""
-        return self.codes.device
-
-    @property
-    def nbytes(self):
-        """Bytes of codes and absmax."""
-        return sum(p.nbytes for p in self.parameters())
 
     @torch.no_grad()
     def dequantize(self, dtype=None):
@@ -216,12 +202,12 @@ class NF4(nn.Module):
         return numbers[:self.shape.numel()].view(self.shape)
 
     def forward(self, x):
-        if torch.compiler.is_compiling():      # where the compiler would keep W, unless told not to
+        if torch.compiler.is_compiling():    # otherwise the compiler keeps the unpacked W
             return checkpoint(lambda x: linear(x, self.dequantize(x.dtype)), x, use_reentrant=False)
         return Product.apply(x, self)
 
     def checksum(self):
-        """A 64-bit sum that differs (all but surely) where a bit of the parts does."""
+        """A 64-bit hash of codes, absmax, scale and mean."""
         total = 0
         for part in self.parameters():
             words = part.flatten().view(torch.uint8)

@@ -110,8 +110,9 @@ class PissaLinear(nn.Module):
 
     def __init__(self, linear, frozen, A, B, A0=None, B0=None, subtracted=None, original=None):
         super().__init__()
-        self.frozen, self.bias, self.enabled = parameter(frozen), linear.bias, True
+        self.frozen = frozen if isinstance(frozen, nn.Module) else nn.Parameter(frozen, False)
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
+        self.bias, self.W = linear.bias, None        # W: on the device of frozen, inside `disabled`
         self.A0, self.B0, self.subtracted, self.original = A0, B0, subtracted, original
         self.is_residual = A0 is not None or isinstance(frozen, nn.Module)      # frozen is not W
         self.fingerprint = sampled(linear.weight)
@@ -129,36 +130,19 @@ class PissaLinear(nn.Module):
         return cls(linear, frozen, A, B, A0, B0, subtracted, original)
 
     def forward(self, x):
-        if self.enabled:
-            return product(x, self.frozen, self.A, self.B, self.bias)
-        return linear(x, self.frozen, self.bias)
+        if self.W is not None:
+            return linear(x, self.W, self.bias)
+        return product(x, self.frozen, self.A, self.B, self.bias)
 
-    def switch(self, on):
-        """Turn the adapter on or off. Off, the original W and `frozen` have changed places."""
-        if self.enabled != on and self.is_residual:
-            if self.original is None:
-                raise ValueError("the base weights were not kept: inject, or load the adapter, "
-                                 "with keep_base=True")
-            frozen, W = self.frozen, self.original.to(self.frozen.device)
-            del self.frozen                         # nn.Module replaces no Parameter by a Module
-            self.frozen = parameter(W)
-            vars(self)["original"] = getattr(frozen, "data", frozen).cpu()      # never a submodule
-        self.enabled = on
+    def base(self):
+        """W (out, in) before the adapter; ValueError if it was not kept."""
+        if self.is_residual and self.original is None:
+            raise ValueError("the base weights were not kept: inject, or load the adapter, with "
+                             "keep_base=True")
+        return self.original if self.is_residual else self.frozen.detach()
 
     def extra_repr(self):
         return f"in={self.A.shape[0]}, out={self.B.shape[1]}, rank={self.A.shape[1]}"
-
-
-def parameter(W):
-    """A frozen weight as nn.Module wants it: a module, or a Parameter without gradient."""
-    return W if isinstance(W, nn.Module) else nn.Parameter(W, requires_grad=False)
-
-
-def as_tensor(frozen):
-    """A frozen weight as a tensor (out, in); one in four bits in float32 or more."""
-    if isinstance(frozen, nn.Module):
-        return frozen.dequantize(torch.promote_types(frozen.dtype, torch.float32))
-    return frozen.detach()
 
 
 def sampled(W):
@@ -241,21 +225,19 @@ def layers(net):
 
 @contextmanager
 def disabled(net):
-    """`with disabled(net):` the base model, bit for bit. Needs keep_base=True."""
-    on = [m for _, m in layers(net) if m.enabled]
+    """`with disabled(net):` the base model, bit for bit. Needs keep_base=True, and room for W."""
+    on = [m for _, m in layers(net) if m.W is None]
     try:
         for m in on:
-            m.switch(False)
+            m.W = m.base().to(m.frozen.device)
         yield net
     finally:
         for m in on:
-            m.switch(True)
+            m.W = None
 
 
 def merge(net):
     """nn.Linear again, with what was learnt: W_res + A B, rounded once to the dtype of W."""
-    for _, m in layers(net):
-        m.switch(True)              # inside `disabled`, `frozen` is W: A B would come on top of it
     return to_linears(net, lambda m: residual(as_tensor(m.frozen), -m.A.detach(), m.B.detach()))
 
 
@@ -263,15 +245,22 @@ def remove(net):
     """nn.Linear again, without what was learnt: the base model, bit for bit. Needs keep_base=True
     if `frozen` is not W."""
     for _, m in layers(net):
-        m.switch(False)
-    return to_linears(net, lambda m: m.frozen.data)
+        m.base()                                     # raises before anything changes
+    return to_linears(net, lambda m: m.base())
+
+
+def as_tensor(frozen):
+    """A frozen weight as a tensor (out, in); one in four bits in float32 or more."""
+    if isinstance(frozen, nn.Module):
+        return frozen.dequantize(torch.promote_types(frozen.dtype, torch.float32))
+    return frozen.detach()
 
 
 def to_linears(net, weight):
-    """Replace every PissaLinear m by an nn.Linear with weight(m), in the dtype of W, in place."""
-    for name in [n for n, _ in layers(net)]:          # names, so that each m is freed at once
+    """Replace every PissaLinear m by an nn.Linear with weight(m), in place."""
+    for name in dict(layers(net)):                    # names, so that each m is freed at once
         m = net.get_submodule(name)
-        W = weight(m).to(m.frozen.dtype)
+        W = weight(m).to(m.frozen.device, m.frozen.dtype)
         linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), m.bias
         net.set_submodule(name, linear)

@@ -56,8 +56,10 @@ def randomized_svd(W, rank, *, oversample=32, niter=5, generator=None):
     min(m, n). generator: default: seed 0 at every call. The largest entry of every column of U is
     positive. ValueError: a rank outside 1 ... min(m, n), NaN, Inf or integers in W.
     """
-    if W.ndim == 3:
-        return grouped_svd(list(W), rank, oversample=oversample, niter=niter, generator=generator)
+    if W.ndim == 3 or on_tensor_cores(W):
+        U, S, Vh = grouped_svd(list(W) if W.ndim == 3 else [W], rank, oversample=oversample,
+                               niter=niter, generator=generator)
+        return (U, S, Vh) if W.ndim == 3 else (U[0], S[0], Vh[0])
     check(W, rank, oversample, niter)
     W, l = W.to(torch.promote_types(W.dtype, torch.float32)), rank + oversample
     if niter is None or l >= min(W.shape):
@@ -116,8 +118,7 @@ def small_svd(Z, rank):
 
 def fix_signs(U, S, Vh):
     """Make the largest entry of every u_i positive: an SVD leaves the sign of (u_i, v_i) open."""
-    low, high = U.amin(-2, keepdim=True), U.amax(-2, keepdim=True)                # (..., 1, r)
-    sign = torch.where(-low > high, -1.0, 1.0).to(U.dtype)
+    sign = torch.where(-U.amin(-2, keepdim=True) > U.amax(-2, keepdim=True), -1.0, 1.0).to(U.dtype)
     return U * sign, S, Vh * sign.mT
 
 
@@ -186,8 +187,7 @@ def products(Ps, Ws, rough=False):
 
     Tensor cores multiply bfloat16 and add in float32. W is bfloat16 already, P must be rounded.
     rough=True, for the power iterations, rounds it once: an error of second order in the residual.
-    Otherwise P is split into three bfloat16 parts, 3 x 8 bits, and three products are added.
-    """
+    Otherwise P is split into three bfloat16 parts, 3 x 8 bits, and three products are added."""
     out = Ps[0].new_empty(len(Ws), Ps[0].shape[0], Ws[0].shape[1])
     for P, W, PW in zip(Ps, Ws, out, strict=True):
         if not on_tensor_cores(W):

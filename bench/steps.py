@@ -114,7 +114,8 @@ def fill(net):
         if p.is_meta:
             value = random_matrix(p.shape, name.removesuffix(".weight")) if p.ndim > 1 else (
                 torch.ones(p.shape, device=DEVICE, dtype=DTYPE))
-            pissa.put(net, name, nn.Parameter(value, requires_grad=False))
+            module, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
     assert not any(t.is_meta for t in (*net.parameters(), *net.buffers()))
     return net.train()
 
@@ -126,7 +127,7 @@ def injected(config, method, rank):
     shapes = {name: p.shape for name, p in net.named_parameters()}
     making, done, start = 0.0, 0, clock()
 
-    def weight(name):
+    def read(name):
         nonlocal making, done
         before = clock()
         if done and done % 100 == 0:
@@ -135,7 +136,7 @@ def injected(config, method, rank):
         making += clock() - before
         return W
 
-    pissa.inject(net, rank, method, weight=weight, quant_iters=TURNS, keep_base=False,
+    pissa.inject(net, rank, method, read=read, quant_iters=TURNS, keep_base=False,
                  progress=False)
     return net, making, clock() - start - making
 
@@ -150,7 +151,7 @@ def in_four_bits(net):
         W = random_matrix(m.weight.shape, name)
         linear.weight = bitsandbytes.nn.Params4bit(W, requires_grad=False, module=linear,
                                                    **options).to(DEVICE)   # here it is quantised
-        pissa.put(net, name, linear)
+        net.set_submodule(name, linear)
     net.is_loaded_in_4bit = True                                           # PEFT asks for it
 
 
