@@ -158,16 +158,11 @@ def grouped(job, chosen):
                 for (m, n), count in Counter(chosen).items()), default=0)
 
 
-def decomposing(job, largest):
-    """Bytes on top of all weights while one matrix of `largest` weights is initialised.
-
-    The pairs, bytes a weight for W in 16 and in 32 bits, are measured: tests/test_plan.py counts
-    what is alive in every method. It is W - A B in float32 beside its copies in the dtype of W.
-    """
-    if job.full:
-        return 0
-    pair = (9, 9) if job.bits == 4 else (10, 8) if job.subtracted else (8, 4)
-    return pair[job.dtype.itemsize // 4] * largest
+# Bytes on top of all weights while a matrix is initialised: (bits, subtracted): a weight of it, in
+# 16 and in 32 bits. Measured: tests/test_plan.py counts the bytes that are alive in every method.
+# Rounding by turns holds W - Q in float32 beside two Q. A residual is computed in float32, and
+# then W is replaced by it. The other two copy nothing of W.
+DECOMPOSING = {(4, True): (6, 6), (4, False): (1, 1), (16, True): (6, 4), (16, False): (0, 0)}
 
 
 def memory(job):
@@ -204,7 +199,7 @@ def memory(job):
             "kept for backward": all_kept, "loss": loss + 2 * head, "work on a layer": work,
             "cuBLAS": CUBLAS}
     weights = sum(weights.values()) + CUBLAS
-    made = weights + decomposing(job, largest)
+    made = weights + DECOMPOSING[job.bits, job.subtracted][e // 4] * largest
     if job.bits == 4:          # matrices are made one by one from W, before anything else is read
         made += e * (largest - rest)
     elif job.subtracted:
