@@ -21,16 +21,16 @@ import math
 import shlex
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 import adapter
-import gguf_file
-import hf
 import model
 import pissa
-import tokenizer
+from formats import gguf, hf, meta_write, tokenizer
+from support.files import CHECKPOINT_FILES, replaced
 from support.report import run
 
 # The files of a checkpoint besides weights and numbers: how text becomes tokens, and when to stop.
@@ -49,7 +49,7 @@ def layout_of(directory):
 def check_layout(layout, config):
     """ValueError if a model cannot be written in a layout; called before it is trained."""
     if layout == "meta":
-        model.meta_params(config)
+        meta_write.params_json(config)
     else:
         hf.writer()
 
@@ -62,19 +62,19 @@ def write_checkpoint(out, source, config, tensors, dtype, layout=None):
     layout: "hf", in shards of 5 GB, one in memory at a time; "meta", one file, which is in memory
     as a whole before it is written; None: the source's.
     """
-    with model.replaced(out, (*model.WEIGHTS, *COMPANIONS)) as tmp:
+    with replaced(out, (*CHECKPOINT_FILES, *COMPANIONS)) as tmp:
         if (layout or layout_of(source)) == "meta":
-            model.save_meta(tmp, config, tensors)
+            meta_write.save_tensors(tmp, config, tensors)
         else:
             hf.save_folder(tmp, hf_config(source, config, dtype), tensors)
         for file in (source / name for name in COMPANIONS if (source / name).is_file()):
             shutil.copyfile(file, tmp / file.name)
         if layout_of(source) == "hf" and layout == "meta":
             # config.json is left behind, and it may name the tokens that end a text.
-            generation, ids = tokenizer.read_json(tmp / "generation_config.json"), set()
+            generation, ids = tokenizer.optional_json(tmp / "generation_config.json"), set()
             for name in ("config.json", "generation_config.json"):
                 with tokenizer.usable(source / name):
-                    found = tokenizer.read_json(source / name)
+                    found = tokenizer.optional_json(source / name)
                     ids.update(tokenizer.eos_ids(found, config.vocab_size))
             if ids:
                 text = json.dumps({**generation, "eos_token_id": sorted(ids)}, indent=2) + "\n"
@@ -84,7 +84,7 @@ def write_checkpoint(out, source, config, tensors, dtype, layout=None):
 def hf_config(source, config, dtype):
     """The dict of a config.json: the source's own if it has one, or one made of `config`."""
     if layout_of(source) == "meta":
-        return hf.config_json(config, dtype)
+        return hf.config_json(vars(config), dtype)
     found = hf.read_json(source / "config.json")
     keys = [k for k in ("dtype", "torch_dtype") if k in found] or ["torch_dtype"]
     return {**found, **dict.fromkeys(keys, dtype_name(dtype)), "tie_word_embeddings": config.tied}
@@ -113,22 +113,33 @@ def converted(name, W, dtype):
 
 def say_written(out, what):
     """Print the last lines: what was written, its size, and the command that uses it."""
-    size = sum(f.stat().st_size for pattern in model.WEIGHTS for f in out.glob(pattern))
+    size = sum(f.stat().st_size for pattern in CHECKPOINT_FILES for f in out.glob(pattern))
     print(f"{what}, {size / 1e9:,.2f} GB in {out}; use it:\n  python eval.py --ckpt "
           f"{shlex.quote(str(out))} --prompt 'your question'")
 
 
 # ---------------------------------------------------------------------------------------- commands
 
-def gguf(args):
+def open_gguf(path):
+    """(config, {parameter name: function that reads it}, all keys) of a GGUF."""
+    numbers, found, info = gguf.open_gguf(path)
+    config = model.Config(**numbers)
+    found = gguf.checked(found, model.parameter_shapes(config, len(found), path), path)
+    if info["general.architecture"] == "llama":                   # q and k are in Meta's order
+        found = {n: partial(lambda n, read: model.reorder(read(), n, config), n, read)
+                 for n, read in found.items()}
+    return config, found, info
+
+
+def from_gguf(args):
     """A GGUF to Hugging Face's layout."""
     check_out(args.out)
-    config, tensors, info = gguf_file.open_gguf(args.model)
-    files, ids = gguf_file.tokenizer_files(info, config.vocab_size, args.model)
+    config, tensors, info = open_gguf(args.model)
+    files, ids = gguf.tokenizer_files(info, config.vocab_size, args.model)
     dtype = getattr(torch, args.dtype)
     bar = tqdm(tensors.items(), desc="convert", unit="tensor", leave=False)
-    with model.replaced(args.out, (*model.WEIGHTS, *COMPANIONS)) as tmp:
-        hf.save_folder(tmp, hf.config_json(config, dtype, **ids),
+    with replaced(args.out, (*CHECKPOINT_FILES, *COMPANIONS)) as tmp:
+        hf.save_folder(tmp, hf.config_json(vars(config), dtype, **ids),
                        ((name, converted(name, read(), dtype)) for name, read in bar))
         for name, content in files.items():
             (tmp / name).write_bytes(content)
@@ -235,7 +246,7 @@ def compress(args):
 def main():
     """Do what the command line asks for."""
     args = options.for_convert(__doc__)
-    {"merge": merge, "compress": compress, "gguf": gguf}[args.command](args)
+    {"merge": merge, "compress": compress, "gguf": from_gguf}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from fractions import Fraction
 
 import torch
 
-from tokenizer import Tokenizer  # noqa: F401 (as data.Tokenizer)
+from formats.tokenizer import Tokenizer  # noqa: F401 (as data.Tokenizer)
 
 # The Alpaca template, in the words that the PiSSA paper's scripts use.
 PROMPT = ("Below is an instruction that describes a task. "

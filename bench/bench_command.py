@@ -20,6 +20,7 @@ import torch
 
 import model
 from bench import stamped
+from formats import meta_write
 
 VARIANTS = {"eager": [], "checkpointing": ["--checkpointing"], "compile": ["--compile"]}
 
@@ -29,7 +30,7 @@ def write_checkpoint(directory, tokenizer, layers):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         net = model.init_weights(model.Llama(model.Config(n_layers=layers)))
-    model.save(net.to(torch.bfloat16), directory)
+    meta_write.save(net.to(torch.bfloat16), directory)
     shutil.copy(tokenizer, directory / "tokenizer.model")
 
 

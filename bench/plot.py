@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import model
+from formats import meta_write
 from support.plan import flops_in_all, job_of, memory
 
 ROOT = Path(__file__).parent.parent
@@ -428,7 +429,7 @@ def plan_output():
     """What `--plan` prints where nothing but Llama-2-7B's params.json is there."""
     with tempfile.TemporaryDirectory() as there:
         (folder := Path(there) / "llama2-7b").mkdir()
-        (folder / "params.json").write_text(json.dumps(model.meta_params(model.Config())))
+        (folder / "params.json").write_text(json.dumps(meta_write.params_json(model.Config())))
         words = "train.py --ckpt llama2-7b --rank 64 --plan"
         done = subprocess.run([sys.executable, ROOT / words.split()[0], *words.split()[1:]],
                               cwd=there, capture_output=True, text=True, check=True,

@@ -41,7 +41,7 @@ import fast
 import model
 import nf4
 import pissa
-from formats import peft
+from formats import meta, peft
 from support import report
 
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
@@ -245,13 +245,13 @@ def read_config(ckpt):
     """The Config of a checkpoint; its config.json or params.json is enough."""
     directory = model.find(ckpt)
     if (directory / "config.json").is_file():
-        import hf
-        return hf.read_config(directory / "config.json")
+        from formats import hf
+        return model.Config(**hf.read_config(directory / "config.json"))
     if any(directory.glob("consolidated.*.pth")):
         return model.open_checkpoint(ckpt)[0]
     # In place of the tensors: Llama 1 and 2 leave their vocabulary open, and have 32000.
     shard = {"tok_embeddings.weight": torch.empty(32000, 0), "output.weight": None}
-    return model.read_config(directory, [shard])
+    return model.Config(**meta.read_params(directory, [shard]))
 
 
 def from_arguments(args):

@@ -16,6 +16,7 @@ import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
+import fast  # noqa: E402
 import model  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,7 @@ SMALL = model.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=101
 def small_net(seed=0, **changes):
     """A random LLaMA, small enough for any test, with singular values ~ 1 / i, as if trained.
 
-    The decay matters: where the spectrum is flat at the cut, A B is ill-determined, and no two
+    The decay matters: if the spectrum is flat at the cut, A B is ill-determined, and no two
     implementations can be expected to agree on it.
     """
     net = model.init_weights(model.Llama(model.Config(**{**vars(SMALL), **changes})), seed)
@@ -89,10 +90,10 @@ def failure(script, *argv):
     return e.value.code if isinstance(e.value.code, str) else err.getvalue().strip()
 
 
-def scores(q, k, cu, window):
+def scores(q, k, starts, window):
     """What softmax sees of every text: (where it is, (H, n, n) float32), one after another."""
     k, (left, right) = k.repeat_interleave(q.shape[1] // k.shape[1], 1), window
-    for begin, end in pairwise(cu.tolist()):
+    for begin, end in pairwise(starts.tolist()):
         part, t = slice(begin, end), torch.arange(end - begin)
         back = t[:, None] - t                                    # how far back the key is
         seen = (back >= -right) & ((back <= left) if left >= 0 else True)
@@ -100,11 +101,11 @@ def scores(q, k, cu, window):
         yield part, s.masked_fill(~seen, -torch.inf)
 
 
-def flash_forward(q, k, v, cu, cu_k, T, S, causal=False, scale=None, window=None, *rest):
+def flash_forward(q, k, v, starts, starts_k, T, S, causal=False, scale=None, window=None, *rest):
     """What a GPU computes for varlen_attn: (P, H, K) and, for backward, (H, P) log-sum-exp."""
     P, H, _ = q.shape
-    begins = cu.tolist()
-    assert cu.dtype == torch.int32 and torch.equal(cu, cu_k)
+    begins = starts.tolist()
+    assert starts.dtype == torch.int32 and torch.equal(starts, starts_k)
     assert begins[0] == 0 and begins[-1] == P == len(k) == len(v)
     assert max(b - a for a, b in pairwise(begins)) <= T == S and scale is None
     assert window[1] == 0 and causal == (window[0] < 0) and {q.dtype} == {k.dtype, v.dtype}
@@ -112,18 +113,19 @@ def flash_forward(q, k, v, cu, cu_k, T, S, causal=False, scale=None, window=None
     assert all(t.stride(-1) == 1 for t in (q, k, v))
     out, lse, v = torch.empty_like(q), q.new_empty(H, P, dtype=torch.float32), v.float()
     v = v.repeat_interleave(H // v.shape[1], 1)
-    for part, s in scores(q, k, cu, window):
+    for part, s in scores(q, k, starts, window):
         lse[:, part] = s.logsumexp(-1)
         out[part] = torch.einsum("hqs,shk->qhk", s.softmax(-1), v[part]).to(q.dtype)
     return out, lse, torch.zeros(2, dtype=torch.uint64)
 
 
-def flash_backward(grad, q, k, v, out, lse, cu, cu_k, T, S, causal, state, scale=None, window=None):
+def flash_backward(grad, q, k, v, out, lse, starts, starts_k, T, S, causal, state, scale=None,
+                   window=None):
     """Its gradients, from what forward kept: softmax is taken anew from the log-sum-exp."""
     groups, G = q.shape[1] // k.shape[1], k.shape[1]
     grad, (K, V) = grad.float(), (t.float().repeat_interleave(groups, 1) for t in (k, v))
     dq, dk, dv = torch.empty_like(grad), torch.empty_like(K), torch.empty_like(V)
-    for part, s in scores(q, k, cu, window):
+    for part, s in scores(q, k, starts, window):
         p, g = (s - lse[:, part, None]).exp(), grad[part]
         dv[part] = torch.einsum("hqs,qhk->shk", p, g)
         mean = (g * out[part]).sum(-1).T[..., None]                                  # (H, n, 1)
@@ -144,9 +146,9 @@ def register_flash():
 
 @pytest.fixture
 def flash(monkeypatch):
-    """Packed rows go the way they go on a GPU in 16 bits, whatever the numbers are."""
+    """Packed rows take the way of a GPU in 16 bits, on any device and in any dtype."""
     register_flash()
-    monkeypatch.setattr(model, "has_flash", lambda net: True)
+    monkeypatch.setattr(fast, "takes_flash", lambda q: True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""hf.py against transformers: every family, both spellings of the config, damaged and odd files."""
+"""formats/hf.py against transformers: every family, both spellings of the config, damaged and odd files."""
 import copy
 import json
 import shutil
@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import assert_logits_equal
 
-import hf
 import model
+from formats import hf, meta_write
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -140,7 +140,7 @@ def test_greedy_generation(pair):
 def test_round_trip(pair, tmp_path):
     """What `save_folder` writes from our Config, transformers reads as the same model."""
     theirs, ours = pair
-    config = hf.config_json(ours.config, torch.float32)
+    config = hf.config_json(vars(ours.config), torch.float32)
     hf.save_folder(tmp_path, config, ours.named_parameters(), shard_bytes=40_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -168,17 +168,21 @@ def change(folder, **changes):
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
+def read_config(folder):
+    """The Config of a folder."""
+    return model.Config(**hf.read_config(folder / "config.json"))
+
+
 def test_flat_spelling(folder):
     """rope_theta and rope_scaling as transformers 4 wrote them, or rope_parameters: one Config."""
-    nested = hf.read_config(folder / "config.json")
+    nested = read_config(folder)
     change(folder, rope_parameters=..., rope_theta=100.0, rope_scaling=LLAMA3)
-    assert hf.read_config(folder / "config.json") == nested
+    assert read_config(folder) == nested
     assert nested.rope_theta == 100.0 and nested.rope_scaling == LLAMA3
     change(folder, rope_scaling={"type": "linear", "factor": 2})        # the oldest spelling
-    assert hf.read_config(folder / "config.json").rope_scaling == {"rope_type": "linear",
-                                                                   "factor": 2}
+    assert read_config(folder).rope_scaling == {"rope_type": "linear", "factor": 2}
     change(folder, rope_scaling=None, rope_theta=...)
-    c = hf.read_config(folder / "config.json")
+    c = read_config(folder)
     assert (c.rope_theta, c.rope_scaling) == (10000.0, None)
 
 
@@ -186,7 +190,7 @@ def test_llama1_config_is_enough(folder):
     """The first conversions state no key/value heads, no RoPE, no tie; unknown keys do no harm."""
     change(folder, num_key_value_heads=..., rope_parameters=..., tie_word_embeddings=...,
            head_dim=..., max_position_embeddings=..., my_note="hello", max_sequence_length=2048)
-    c = hf.read_config(folder / "config.json")
+    c = read_config(folder)
     assert (c.n_kv_heads, c.rope_theta, c.tied, c.head_dim, c.max_seq_len) == (6, 1e4, False, 8, 0)
 
 
@@ -342,7 +346,7 @@ def test_interrupted_save_leaves_the_old_folder(folder):
 def test_saving_replaces_what_was_there(folder):
     ours = model.load(folder, "cpu", torch.float32)
     shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00009.safetensors")
-    hf.save_folder(folder, hf.config_json(ours.config), ours.named_parameters())
+    hf.save_folder(folder, hf.config_json(vars(ours.config)), ours.named_parameters())
     assert sorted(f.name for f in folder.glob("model*")) == ["model.safetensors"]
 
 
@@ -387,7 +391,7 @@ def test_smollm2_from_an_adapter_to_everywhere(real, tmp_path):
     path, theirs = real
     tok, tokens = data.Tokenizer(path), draw(1, 40, seed=2)
     ours = model.load(path, "cpu", torch.float32).requires_grad_(False)
-    model.save(ours, tmp_path / "meta")
+    meta_write.save(ours, tmp_path / "meta")
     with torch.no_grad():
         expected = theirs(tokens).logits
         assert_logits_equal(model.load(tmp_path / "meta", "cpu", torch.float32)(tokens), expected)

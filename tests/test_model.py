@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fast
 import model
 import pissa
 from conftest import SMALL, TINY, assert_logits_equal, hugging_face, small_net
+from formats import meta, meta_write
 
 
 def greedy_hf(twin, prompt, n):
@@ -120,8 +122,8 @@ def packing(lengths=LENGTHS, seed=0):
     """Texts of these lengths in rows, and which of the positions are text."""
     shape = len(lengths), max(lengths)
     tokens = torch.randint(0, 101, shape, generator=torch.Generator().manual_seed(seed))
-    real = [b * shape[1] + t for b, n in enumerate(lengths) for t in range(n)]
-    return tokens, torch.tensor(real)
+    where_text = [b * shape[1] + t for b, n in enumerate(lengths) for t in range(n)]
+    return tokens, torch.tensor(where_text)
 
 
 def biased(**changes):
@@ -138,11 +140,11 @@ def biased(**changes):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_equals_every_text_by_itself(kind, checkpointing):
     """Logits and gradients, also recomputed."""
-    net, (tokens, real) = biased(**KINDS[kind]).requires_grad_(), packing()
+    net, (tokens, where_text) = biased(**KINDS[kind]).requires_grad_(), packing()
     net.checkpointing = checkpointing
-    weight = torch.randn(1, len(real), 101, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(1, len(where_text), 101, generator=torch.Generator().manual_seed(2))
     want = torch.cat([net(row[None, :n]) for row, n in zip(tokens, LENGTHS)], 1)
-    got = net(tokens, real=real)                                                  # (1, P, V)
+    got = net(tokens, where_text=where_text)                                                  # (1, P, V)
     assert_logits_equal(got, want, 1e-5)
     expected = torch.autograd.grad((want * weight).sum(), list(net.parameters()))
     for g, e in zip(torch.autograd.grad((got * weight).sum(), list(net.parameters())), expected):
@@ -154,26 +156,26 @@ def test_packed_equals_every_text_by_itself(kind, checkpointing):
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
 def test_no_text_sees_another(kind, changed):
     """Bit for bit, whether another text changes or what stands in the padding."""
-    net, (tokens, real) = biased(**KINDS[kind]), packing()
-    before, other = net(tokens, real=real)[0], tokens.clone()
+    net, (tokens, where_text) = biased(**KINDS[kind]), packing()
+    before, other = net(tokens, where_text=where_text)[0], tokens.clone()
     other[changed] = (other[changed] + 1 + torch.arange(tokens.shape[1])) % 101
-    after, there = net(other, real=real)[0], real // tokens.shape[1] == changed
+    after, there = net(other, where_text=where_text)[0], where_text // tokens.shape[1] == changed
     assert torch.equal(after[~there], before[~there])
     assert (after[there] != before[there]).any(-1).all()
-    is_text = torch.zeros(tokens.numel(), dtype=torch.bool).index_fill(0, real, True)
+    is_text = torch.zeros(tokens.numel(), dtype=torch.bool).index_fill(0, where_text, True)
     padded = torch.where(is_text.view_as(tokens), tokens, 7)
-    assert torch.equal(net(padded, real=real)[0], before)
+    assert torch.equal(net(padded, where_text=where_text)[0], before)
 
 
 @ways
 @kinds
 def test_positions_restart(kind):
     """A text has the same logits wherever it stands."""
-    net, (tokens, real) = biased(**KINDS[kind]), packing()
+    net, (tokens, where_text) = biased(**KINDS[kind]), packing()
     order = [3, 0, 4, 2, 1]
     moved = [b * tokens.shape[1] + t for b, i in enumerate(order) for t in range(LENGTHS[i])]
-    texts = net(tokens, real=real)[0].split(LENGTHS)
-    assert_logits_equal(net(tokens[order], real=torch.tensor(moved))[0],
+    texts = net(tokens, where_text=where_text)[0].split(LENGTHS)
+    assert_logits_equal(net(tokens[order], where_text=torch.tensor(moved))[0],
                         torch.cat([texts[i] for i in order]), 1e-5)
 
 
@@ -190,27 +192,27 @@ def test_packing_is_compiled_once():
         layer.compile(backend=backend, fullgraph=True)
     for seed, lengths in enumerate([LENGTHS, [16, 3], [9, 9, 8, 8, 2, 2], [30, 2, 2], [8, 7],
                                     [12, 11, 10], [25, 24, 3, 2, 1], [14, 13, 3, 3]]):
-        tokens, real = packing(lengths, seed)
+        tokens, where_text = packing(lengths, seed)
         with torch.compiler.set_stance("force_eager"):
             want = torch.cat([net(row[None, :n]) for row, n in zip(tokens, lengths)], 1)
-        assert_logits_equal(net(tokens, real=real), want, 1e-5)
+        assert_logits_equal(net(tokens, where_text=where_text), want, 1e-5)
         counts.append(len(graphs))
     torch._dynamo.reset()
     assert counts[2:] == counts[2:3] * 6, counts
 
 
-def errors(net, tokens, real, logits):
+def errors(net, tokens, where_text, logits):
     """Relative errors of logits in 16 bits, and of all gradients, against those in 32."""
-    weight = torch.randn(1, len(real), 101, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(1, len(where_text), 101, generator=torch.Generator().manual_seed(2))
     weight, exact, found = weight.to(tokens.device), copy.deepcopy(net).float(), []
-    for one, y in (net, logits), (exact, exact(tokens, real=real)):
+    for one, y in (net, logits), (exact, exact(tokens, where_text=where_text)):
         grads = torch.autograd.grad((y * weight).sum(), list(one.parameters()))
         found.append((y.flatten(), torch.cat([g.flatten().float() for g in grads])))
     return [((a - b).norm() / b.norm()).item() for a, b in zip(*found)]
 
 
 def in_16_bits(kind, lengths, device="cpu"):
-    """(network in bfloat16, tokens, real) there."""
+    """(network in bfloat16, tokens, where_text) there."""
     net = biased(**KINDS[kind]).to(device, torch.bfloat16).requires_grad_()
     return net, *(t.to(device) for t in packing(lengths))
 
@@ -219,8 +221,8 @@ def in_16_bits(kind, lengths, device="cpu"):
 @kinds
 @pytest.mark.parametrize("lengths", [LENGTHS, [9], [1]], ids=str)
 def test_packed_in_16_bits(kind, lengths):
-    net, tokens, real = in_16_bits(kind, lengths)
-    assert max(errors(net, tokens, real, net(tokens, real=real))) < 0.05
+    net, tokens, where_text = in_16_bits(kind, lengths)
+    assert max(errors(net, tokens, where_text, net(tokens, where_text=where_text))) < 0.05
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -229,30 +231,42 @@ def test_packed_in_16_bits(kind, lengths):
 def test_packed_on_a_gpu(kind, how, monkeypatch):
     """With flash attention's own kernels and without them."""
     for lengths in LENGTHS, [300, 129, 128, 17, 1], [9], [1], [700, 650]:
-        net, tokens, real = in_16_bits(kind, lengths, "cuda")
+        net, tokens, where_text = in_16_bits(kind, lengths, "cuda")
         net.checkpointing = how == "checkpointing"
-        assert model.has_flash(net) == (kind != "head_dim")
+        q = torch.empty(net.config.head_dim, dtype=torch.bfloat16, device="cuda")
+        assert fast.takes_flash(q) == (kind != "head_dim")
         with monkeypatch.context() as patch:
-            patch.setattr(model, "has_flash", lambda net: False)
-            rows = errors(net, tokens, real, net(tokens, real=real))
+            patch.setattr(fast, "takes_flash", lambda q: False)
+            rows = errors(net, tokens, where_text, net(tokens, where_text=where_text))
         for layer in net.model.layers if how == "compiled" else ():
             layer.compile()
-        flash = errors(net, tokens, real, net(tokens, real=real))
+        flash = errors(net, tokens, where_text, net(tokens, where_text=where_text))
         assert max(rows + flash) < 0.05, (lengths, rows, flash)
     torch._dynamo.reset()
 
 
 def test_where_flash_attention_is(monkeypatch):
-    def where(dtype=torch.bfloat16, **changes):
-        return model.has_flash(model.Llama(model.Config(**{**vars(SMALL), **changes})).to(dtype))
+    """The q of every layer is asked; under autocast, it has autocast's dtype."""
+    asked, takes_flash = [], fast.takes_flash
 
+    def spy(q):
+        asked.append(takes_flash(q))
+        return False
+
+    def where(dtype=torch.bfloat16, **changes):
+        asked.clear()
+        net, (tokens, where_text) = small_net(**changes).to(dtype), packing()
+        net(tokens, where_text=where_text)
+        assert len(asked) == 2 and asked[0] == asked[1]
+        return asked[0]
+
+    monkeypatch.setattr(fast, "takes_flash", spy)
     assert not where()                                                                  # a CPU
-    monkeypatch.setattr(model, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(fast, "is_ampere", lambda device: True)
     assert where() and where(torch.float16) and not where(torch.float32)
     assert not where(head_dim=12) and where(head_dim=256) and not where(head_dim=264)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
-    assert where(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert where(torch.float32)
 
 
 # --- RoPE and checkpointing
@@ -275,7 +289,7 @@ def test_rotation_and_its_gradient(device, shape, dtype):
                              torch.arange(shape[1], device=device)[None])
     x, g = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     x.requires_grad_()
-    for way in model.rotate, torch.no_grad()(model.turn), model.rotated:
+    for way in model.rotate, torch.no_grad()(fast.rotate_eager), model.rotate.plain:
         y = way(x, *rope)
         exact = turned(x, *rope)
         assert (y - exact).norm() < (1e-6 if dtype == torch.float32 else 4e-3) * exact.norm()
@@ -315,35 +329,36 @@ def test_checkpointing_with_what_takes_no_part(net, tokens):
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("targets", [pissa.TARGETS, ("q_proj", "v_proj")])
 def test_large_rotations_are_compiled_a_few_times(packed, checkpointing, targets, monkeypatch):
-    """However many shapes there are, and whoever asks: forward, backward, recomputation."""
+    """For many shapes, in forward, backward and recomputation."""
     graphs, net = [], small_net()
     pissa.inject(net, 4, "lora", targets, progress=False)
     net.checkpointing = checkpointing
-    monkeypatch.setattr(model, "LARGE", 0)
-    monkeypatch.setattr(model, "has_bfloat16", lambda device: True)
-    monkeypatch.setattr(model, "has_flash", lambda net: False)
-    monkeypatch.setattr(model, "KERNEL", [torch.compile(
-        model.rotated, backend=lambda graph, inputs: graphs.append(1) or graph.forward)])
+    monkeypatch.setattr(fast, "LARGE", 0)
+    monkeypatch.setattr(fast, "is_ampere", lambda device: True)
+    monkeypatch.setattr(fast, "takes_flash", lambda q: False)
+    monkeypatch.setattr(fast, "KERNEL", [torch.compile(
+        fast.rotate_formula, backend=lambda graph, inputs: graphs.append(1) or graph.forward)])
     torch._dynamo.reset()
     for lengths in [9, 7, 5], [8, 8, 2], [12, 3], [11, 10, 9, 8], [10], [6, 6], [13, 2, 2]:
-        tokens, real = packing(lengths)
+        tokens, where_text = packing(lengths)
         for way in torch.no_grad(), torch.enable_grad():
             with way:
-                y = net(tokens, real=real) if packed else net(tokens)
+                y = net(tokens, where_text=where_text) if packed else net(tokens)
         y.square().sum().backward()
     torch._dynamo.reset()
     assert 1 <= len(graphs) <= 6, len(graphs)             # beyond 8 torch gives up
 
 
-def test_rotations_where_nothing_can_be_compiled(monkeypatch):
+def test_rotations_if_nothing_can_be_compiled(monkeypatch):
     def broken(*args):
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(model, "KERNEL", [broken])
+    monkeypatch.setattr(fast, "KERNEL", [broken])
     x, rope = torch.randn(1, 9, 3, 8), model.rope_tables(SMALL, torch.arange(9)[None])
     with pytest.warns(UserWarning, match="RoPE could not be compiled.*no C compiler"):
-        y = model.turn_large(x, *rope)
-    assert torch.equal(y, model.turn(x, *rope)) and torch.equal(model.turn_large(x, *rope), y)
+        y = fast.rotate_fused(x, *rope)
+    eager = fast.rotate_eager(x, *rope)
+    assert torch.equal(y, eager) and torch.equal(fast.rotate_fused(x, *rope), eager)
 
 
 def test_checkpointing_under_autocast(net, tokens):
@@ -443,7 +458,7 @@ def test_wrong_options(net, options, message):
 
 def write(directory, net, shards=1, embedding_axis=1, **params):
     """A checkpoint as Meta writes it: split by rows or columns over model-parallel shards."""
-    model.save(net, directory)
+    meta_write.save(net, directory)
     whole = torch.load(directory / "consolidated.00.pth", weights_only=True)
     p = {**json.loads((directory / "params.json").read_text()), **params}
     p = {k: v for k, v in p.items() if v is not None}
@@ -468,7 +483,7 @@ def assert_same_weights(a, b):
 @pytest.mark.parametrize("ffn_dim", [128, 129, 172])
 def test_save_and_load(tmp_path, tied, ffn_dim, tokens):
     net = small_net(tied=tied, ffn_dim=ffn_dim, rope_theta=5e5)
-    model.save(net, tmp_path)
+    meta_write.save(net, tmp_path)
     again = model.load(tmp_path, "cpu")
     assert again.config == net.config
     assert_same_weights(again, net)
@@ -496,11 +511,11 @@ def test_stories_shards(stories):
     (4096, 1024, 1.3, 14336), (2048, 256, 1.5, 8192)],
     ids=["7b", "13b", "70b", "llama3-8b", "llama3.2-1b"])
 def test_ffn_widths_of_real_models(dim, multiple_of, multiplier, width):
-    assert model.ffn_dim(dim, multiple_of, multiplier) == width
+    assert meta.ffn_dim(dim, multiple_of, multiplier) == width
 
 
 def test_dtype_and_device(tmp_path, net):
-    model.save(net, tmp_path)
+    meta_write.save(net, tmp_path)
     half = model.load(tmp_path, "cpu", torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -638,9 +653,9 @@ def test_wrong_params(tmp_path, net, params, message):
 def test_wrong_numbers(tmp_path, field, value):
     params = {"dim": 48, "n_layers": 2, "n_heads": 6, field: value}
     (tmp_path / "params.json").write_text(json.dumps(params))
-    kind = "number" if field in model.FLOATS else "whole number"
+    kind = "number" if field in meta.FLOATS else "whole number"
     with pytest.raises(ValueError) as e:
-        model.read_config(tmp_path, [{"tok_embeddings.weight": torch.ones(101, 48)}])
+        meta.read_params(tmp_path, [{"tok_embeddings.weight": torch.ones(101, 48)}])
     assert str(e.value) == (f"{tmp_path}/params.json: {field} is missing or not a {kind} above 0: "
                             f"{json.dumps(value)}")
 
@@ -649,17 +664,17 @@ def test_numbers_left_open(tmp_path):
     params = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": None, "vocab_size": -1,
               "ffn_dim_multiplier": None, "max_seq_len": None, "max_batch_size": 32}
     (tmp_path / "params.json").write_text(json.dumps(params))
-    c = model.read_config(tmp_path, [{"tok_embeddings.weight": torch.ones(101, 48)}])
-    assert c == model.Config(48, 2, 6, 6, 101, 256, tied=True)
+    numbers = meta.read_params(tmp_path, [{"tok_embeddings.weight": torch.ones(101, 48)}])
+    assert model.Config(**numbers) == model.Config(48, 2, 6, 6, 101, 256, tied=True)
 
 
 def test_max_seq_len_is_kept(tmp_path, net):
     write(tmp_path, net, max_seq_len=256)
     again = model.load(tmp_path, "cpu")
     assert again.config.max_seq_len == 256 and net.config.max_seq_len == 0
-    model.save(again, tmp_path)
+    meta_write.save(again, tmp_path)
     assert model.load(tmp_path, "cpu").config == again.config
-    model.save(net, tmp_path)
+    meta_write.save(net, tmp_path)
     assert "max_seq_len" not in (tmp_path / "params.json").read_text()
 
 
@@ -676,7 +691,7 @@ def test_params_missing_or_broken(tmp_path, net, content):
 
 @pytest.mark.parametrize("owner, name", [(json, "dumps"), (torch, "save"), (os, "replace")])
 def test_failed_save_leaves_the_old_checkpoint(tmp_path, net, monkeypatch, owner, name):
-    model.save(net, tmp_path)
+    meta_write.save(net, tmp_path)
 
     def disk_full(*args, **kwargs):
         if name == "save":
@@ -685,13 +700,13 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, net, monkeypatch, owner
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(owner, name, disk_full)
-        model.save(small_net(seed=1), tmp_path)
+        meta_write.save(small_net(seed=1), tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["consolidated.00.pth", "params.json"]
     assert_same_weights(model.load(tmp_path, "cpu"), net)
 
 
 def test_save_over_a_sharded_checkpoint(tmp_path, net):
     write(tmp_path, small_net(seed=1), shards=2)
-    model.save(net, tmp_path)
+    meta_write.save(net, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["consolidated.00.pth", "params.json"]
     assert_same_weights(model.load(tmp_path, "cpu"), net)

@@ -34,6 +34,7 @@ import data  # noqa: E402
 import english  # noqa: E402
 import model  # noqa: E402
 import stories  # noqa: E402
+from formats import meta_write  # noqa: E402
 
 CONFIG = model.Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=2048, ffn_dim=688,
                       tied=True, max_seq_len=256)
@@ -219,7 +220,7 @@ def main():
                                         dtype=torch.int16).to(device) for text in texts}
     net, report = train(args, rows, device)
 
-    model.save(net.to(torch.bfloat16), args.out)
+    meta_write.save(net.to(torch.bfloat16), args.out)
     (args.out / "tokenizer.model").write_bytes((build / "tokenizer.model").read_bytes())
     net, tokenizer = model.load(args.out, device=device, dtype=torch.float32), data.Tokenizer(build)
     prompts = [tokenizer.encode(prompt, bos=True) for prompt in PROMPTS]

@@ -1,20 +1,22 @@
 """GGUF, llama.cpp's format: one file that holds a model's numbers, its weights and its tokenizer.
 
-convert.py turns it into a folder in Hugging Face's layout. What has to be known for that:
+convert.py turns it into a folder in Hugging Face's layout. Three things are special:
 
 1. Files of architecture "llama" keep the rows of q and k in Meta's order (see model.reorder).
    Those of "qwen2", whose q, k and v have biases, keep them as they are here.
 2. A byte-level vocabulary ("gpt2") is not complete without the rule by which text is cut into
-   words before the merges apply: the file only names it. A sentencepiece one ("llama") is its
-   pieces, scores and types, and little else.
-3. Quantised weights stay what the quantisation left of them: they are written as plain numbers,
-   but no precision comes back.
+   words before the merges apply. The file only names this rule. A sentencepiece vocabulary
+   ("llama") is its pieces, scores and types, and little else.
+3. Quantised weights have lost precision for good: they become plain numbers, no more exact than
+   the quantisation left them.
 
-What is not known here is refused by name: a wrong model that still speaks English is worse than
-none. The gguf package reads the file (pip install gguf), NumPy comes with it.
+A file that asks for anything else is refused by name: a wrong model that still speaks English is
+worse than none. The gguf package reads the file (pip install gguf), NumPy comes with it. This file
+imports no model.
 
-    config, tensors, info = gguf_file.open_gguf(path)     # {parameter name: function that reads it}
-    files, ids = gguf_file.tokenizer_files(info, config.vocab_size, path)     # {file name: bytes}
+    numbers, found, info = gguf.open_gguf(path)          # the fields of model.Config, tensors, keys
+    tensors = gguf.checked(found, shapes, path)          # {parameter name: function that reads it}
+    files, ids = gguf.tokenizer_files(info, numbers["vocab_size"], path)      # {file name: bytes}
 """
 import json
 from functools import partial
@@ -22,7 +24,7 @@ from functools import partial
 import sentencepiece
 import torch
 
-from model import Config, check_heads, check_names, check_number, parameter_shapes, reorder
+from formats.meta import check_heads, check_names, check_number
 
 # Our names of the numbers: the keys, after "llama." or "qwen2.".
 NUMBERS = {"dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
@@ -38,34 +40,38 @@ GGUF = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"
         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm"}
 
-# Kinds of tokens, the numbers of which are sentencepiece's.
+# Kinds of tokens; the numbers are sentencepiece's.
 CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6
 
-# What the lists of a vocabulary consist of.
+# The lists of a vocabulary, and the type of their entries.
 LISTS = {"tokens": str, "token_type": int, "merges": str, "scores": float}
 
 
-def split(expression):
+def cut_at(expression):
     """tokenizer.json's entry for a regular expression whose matches are words."""
     return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated",
             "invert": False}
 
 
-# How byte-level vocabularies cut text into words, by the name that a GGUF gives the rule. Not here:
-# "default", which is no rule but what files say whose maker did not know theirs (among them some of
-# the first of Llama 3), and which llama.cpp itself only guesses at.
+# How byte-level vocabularies cut text into words, by the name that a GGUF gives the rule. "default"
+# is left out. Files say it if their maker did not know the rule (some of the first of Llama 3 do),
+# and llama.cpp itself only guesses.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LATER = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
          r"\s*[\r\n]+|\s+(?!\S)|\s+")
-WORDS = {"gpt-2": [split(GPT2)],
-         "smollm": [{"type": "Digits", "individual_digits": True}, split(GPT2)],
-         "llama-bpe": [split(LATER % r"\p{N}{1,3}")], "qwen2": [split(LATER % r"\p{N}")]}
+RULES = {"gpt-2": [cut_at(GPT2)],
+         "smollm": [{"type": "Digits", "individual_digits": True}, cut_at(GPT2)],
+         "llama-bpe": [cut_at(LATER % r"\p{N}{1,3}")], "qwen2": [cut_at(LATER % r"\p{N}")]}
 
 
 # ----------------------------------------------------------------------------- numbers and weights
 
 def open_gguf(path):
-    """(config, {parameter name: function that reads it, float32}, all of the file's keys)."""
+    """(numbers, tensors, info) of a file; no weight is read yet.
+
+    numbers: {field of model.Config: value}. tensors: {GGUF's name: (shape, function that reads it,
+    in float32)}. info: all of the file's keys. ValueError for a file that cannot be used.
+    """
     try:
         from gguf import GGUFReader
         from gguf.quants import dequantize
@@ -82,24 +88,29 @@ def open_gguf(path):
         reason = str(e).partition("\n")[0][:120]
         raise ValueError(f"{path}: not readable, perhaps truncated: download it again "
                          f"({reason})") from None
-    config = read_config(info, tensors, path)
-    shapes = parameter_shapes(config, len(tensors), path)
-    check_names(tensors, map(gguf_name, shapes), path)
-    for name, shape in shapes.items():                   # GGUF counts the axes from the last one
-        found = tuple(tensors[gguf_name(name)].shape[::-1].tolist())
-        if found != shape:
-            raise ValueError(f"{path}: {gguf_name(name)}: expected shape {tuple(shape)}, found "
-                             f"{found}")
 
-    def read(name):
-        t = tensors[gguf_name(name)]
+    def read(t):
         try:
-            W = torch.tensor(dequantize(t.data, t.tensor_type))
+            return torch.tensor(dequantize(t.data, t.tensor_type))
         except NotImplementedError as e:
             raise ValueError(f"{path}: {t.name}: {e}") from None
-        return reorder(W, name, config) if info["general.architecture"] == "llama" else W
 
-    return config, {name: partial(read, name) for name in shapes}, info
+    # GGUF counts the axes from the last one.
+    found = {n: (tuple(t.shape[::-1].tolist()), partial(read, t)) for n, t in tensors.items()}
+    return read_numbers(info, found, path), found, info
+
+
+def checked(found, shapes, path):
+    """{parameter name: function that reads it} of the tensors of `open_gguf`.
+
+    shapes: {parameter name: shape} of the network; ValueError for other tensors or shapes.
+    """
+    check_names(found, map(gguf_name, shapes), path)
+    for name, shape in shapes.items():
+        if found[gguf_name(name)][0] != shape:
+            raise ValueError(f"{path}: {gguf_name(name)}: expected shape {tuple(shape)}, found "
+                             f"{found[gguf_name(name)][0]}")
+    return {name: found[gguf_name(name)][1] for name in shapes}
 
 
 def value(field):
@@ -116,8 +127,8 @@ def gguf_name(name):
     return ".".join([*prefix, GGUF[".".join(rest)], kind])
 
 
-def read_config(info, tensors, path):
-    """Config from a GGUF's keys; ValueError naming what this network does not compute."""
+def read_numbers(info, tensors, path):
+    """{field of model.Config: value} of a GGUF's keys; ValueError naming what is not computed."""
     family = info.get("general.architecture")
     if family not in ("llama", "qwen2"):
         raise ValueError(f"{path}: the architecture is {str(family)[:80]}; what works here is "
@@ -138,17 +149,18 @@ def read_config(info, tensors, path):
             numbers[ours] = p[theirs]
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: token_embd.weight is missing")
-    c = Config(**numbers, vocab_size=int(tensors["token_embd.weight"].shape[-1]),
-               tied="output.weight" not in tensors, qkv_bias=family == "qwen2")
-    check_heads(c, path, any_width="head_dim" in numbers)
-    # All other keys may only say what holds anyhow, or that something is off.
-    same = {"vocab_size": c.vocab_size, "rope.dimension_count": c.head_dim,
-            "attention.value_length": c.head_dim}
+    numbers |= {"vocab_size": tensors["token_embd.weight"][0][0],
+                "tied": "output.weight" not in tensors, "qkv_bias": family == "qwen2"}
+    check_heads(numbers, path, any_width="head_dim" in numbers)
+    # All other keys may only say what holds anyway, or that something is off.
+    head_dim = numbers.get("head_dim") or numbers["dim"] // numbers["n_heads"]
+    same = {"vocab_size": numbers["vocab_size"], "rope.dimension_count": head_dim,
+            "attention.value_length": head_dim}
     for key, found in p.items():
         if key not in NUMBERS.values() and found and found != same.get(key):
             raise ValueError(f"{path}: {family}.{key} is {str(found)[:80]}, which this network "
                              "does not compute; it would be a wrong model")
-    return c
+    return numbers
 
 
 # --------------------------------------------------------------------------------------- tokenizer
@@ -156,7 +168,7 @@ def read_config(info, tensors, path):
 def tokenizer_files(info, rows, path):
     """({file name: bytes}, ids for config.json) of the vocabulary in a GGUF's keys.
 
-    rows: of the embedding; there may be more of them than tokens. ValueError for what is not known.
+    rows: how many the embedding has, perhaps more than tokens. ValueError for an unknown kind.
     """
     kind, tokens = (info.get(f"tokenizer.ggml.{key}") for key in ("model", "tokens"))
     types = info.get("tokenizer.ggml.token_type") or []
@@ -171,7 +183,7 @@ def tokenizer_files(info, rows, path):
         raise ValueError(f"{path}: tokenizer.ggml.tokens and token_type do not belong together")
     if len(tokens) > rows:
         raise ValueError(f"{path}: {len(tokens)} tokens, but the model embeds {rows}")
-    # What llama.cpp takes for granted where a file does not say it.
+    # What llama.cpp assumes if a file does not say it.
     default = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
     ids = {name: info.get(f"tokenizer.ggml.{name}_token_id", default.get(name))
            for name in ("bos", "eos", "eot", "unknown", "padding")}
@@ -211,12 +223,12 @@ def json_bytes(content):
 def byte_level(info, tokens, types, bos, eos, path):
     """tokenizer.json of a byte-level BPE. bos, eos: lists of the tokens put around every text."""
     rule, merges = info.get("tokenizer.ggml.pre"), info.get("tokenizer.ggml.merges")
-    if str(rule) not in WORDS:
+    if str(rule) not in RULES:
         raise ValueError(f"{path}: tokenizer.ggml.pre, how text is cut into words, is "
-                         f"{str(rule)[:80]}; what is known here is {', '.join(WORDS)}")
+                         f"{str(rule)[:80]}; what is known here is {', '.join(RULES)}")
     if not merges:
         raise ValueError(f"{path}: tokenizer.ggml.merges is missing")
-    # An embedding table padded to a round size has tokens that are names of rows without a use.
+    # If an embedding table is padded to a round size, its unused rows have tokens, too.
     vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
     if len(vocab) + types.count(UNUSED) != len(tokens):
         raise ValueError(f"{path}: two tokens have the same text")
@@ -238,7 +250,7 @@ def byte_level(info, tokens, types, bos, eos, path):
                           "rstrip": False, "normalized": False, "special": types[i] == CONTROL}
                          for t, i in vocab.items() if types[i] in (CONTROL, USER_DEFINED)],
         "normalizer": {"type": "NFC"} if rule == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*WORDS[rule], level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*RULES[rule], level]},
         "post_processor": {
             "type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"),
             "special_tokens": {t: {"id": t, "ids": [vocab[t]], "tokens": [t]}
@@ -251,7 +263,7 @@ def byte_level(info, tokens, types, bos, eos, path):
 
 
 def space_first(info):
-    """Whether a sentencepiece vocabulary puts a space before every text."""
+    """True if a sentencepiece vocabulary puts a space before every text."""
     return bool(info.get("tokenizer.ggml.add_space_prefix", True))
 
 
@@ -259,7 +271,7 @@ def sentencepiece_model(info, tokens, types, ids, path):
     """tokenizer.model, as sentencepiece would have written it. ids: of bos, eos ..., or None."""
     try:
         from sentencepiece import sentencepiece_model_pb2
-    except Exception:            # missing, or older than what sentencepiece was made with
+    except Exception:            # missing, or older than sentencepiece needs
         raise ValueError(f"{path}: a sentencepiece vocabulary needs a recent protobuf package: "
                          "pip install -U protobuf") from None
     scores = info.get("tokenizer.ggml.scores") or []

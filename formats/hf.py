@@ -1,20 +1,21 @@
 """Hugging Face's layout: config.json + model.safetensors (or shards with an index, or .bin files).
 
-Parameter names are ours already, and RoPE pairs stand half a head apart as `model.rotate` wants
+Parameter names are ours already, and RoPE pairs stand half a head apart as `model.rotate` expects
 them, so weights are read as they are. What needs care is config.json: `model.Llama` computes what
-transformers computes for the families below, and whatever in a config asks for something else is
-refused by name. A wrong model that still speaks English is worse than none.
+transformers computes for the families below. A config that asks for something else is refused by
+name. A wrong model that still speaks English is worse than none. This file imports no model.
 
-    config, tensors = hf.open_folder("SmolLM2-135M")      # {name: function that reads it}
-    hf.save_folder(out, hf.config_json(config), ((name, read()) for name, read in tensors.items()))
+    numbers = hf.read_config(directory / "config.json")           # the fields of model.Config
+    tensors = hf.open_files(directory)                            # {name: function that reads it}
+    hf.save_folder(out, hf.config_json(numbers), ((name, read()) for name, read in tensors.items()))
 """
 import json
 from functools import partial
 
 import torch
 
-from model import (Config, check_heads, check_names, check_number, mapped, parameter_shapes,
-                   replaced)
+from formats.meta import check_heads, check_names, check_number, mapped
+from support.files import replaced
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -27,7 +28,7 @@ NUMBERS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "nu
 OPTIONAL = ("max_seq_len", "head_dim", "sliding_window")      # may be missing or null
 
 # Keys that change what is computed, here or in relatives of LLaMA, and the values at which they do
-# not. Others (bos_token_id, torch_dtype, transformers_version ...) are none of the network's.
+# not. Others (bos_token_id, torch_dtype, transformers_version ...) change nothing.
 NEUTRAL = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
            "partial_rotary_factor": (1,), "rope_interleaved": (False,), "layer_types": (),
            "use_sliding_window": (False,), "quantization_config": (), "clip_qkv": (),
@@ -61,7 +62,7 @@ def read_json(path):
 
 
 def read_config(path):
-    """Config from a config.json; ValueError naming what this network does not compute."""
+    """{field of model.Config: value}; ValueError naming what this network does not compute."""
     p = read_json(path)
     family = p.get("model_type")
     if family not in FAMILIES:
@@ -92,8 +93,8 @@ def read_config(path):
         if p.get(theirs) is not None or ours not in OPTIONAL:
             check_number(p.get(theirs), theirs, path, whole=ours not in ("norm_eps", "rope_theta"))
             numbers[ours] = p[theirs]
-    c = Config(**numbers, tied=tied, qkv_bias=family == "qwen2", rope_scaling=p["scaling"])
-    return check_heads(c, path, any_width="head_dim" in numbers)
+    numbers |= {"tied": tied, "qkv_bias": family == "qwen2", "rope_scaling": p["scaling"]}
+    return check_heads(numbers, path, any_width="head_dim" in numbers)
 
 
 def rope(p, path):
@@ -119,45 +120,56 @@ def rope(p, path):
     return {"rope_theta": theta, "scaling": {"rope_type": kind, **given} if given else None}
 
 
-def config_json(c, dtype=torch.bfloat16, **more):
-    """The dict of a config.json that says what the Config `c` says; more: further keys."""
-    family = "qwen2" if c.qkv_bias else "mistral" if c.sliding_window else "llama"
+def config_json(numbers, dtype=torch.bfloat16, **more):
+    """The dict of a config.json for vars() of a model.Config; more: further keys."""
+    family = "qwen2" if numbers["qkv_bias"] else "mistral" if numbers["sliding_window"] else "llama"
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
-    numbers = {theirs: getattr(c, ours) for ours, theirs in NUMBERS.items()}
-    numbers = {k: v for k, v in numbers.items() if v or k != "max_position_embeddings"}
-    return {"architectures": [f"{name}ForCausalLM"], "model_type": family, **numbers,
-            "sliding_window": c.sliding_window or None, "rope_scaling": c.rope_scaling,
-            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-            "tie_word_embeddings": c.tied, "torch_dtype": str(dtype).removeprefix("torch."), **more}
+    theirs = {theirs: numbers[ours] for ours, theirs in NUMBERS.items()}
+    theirs = {k: v for k, v in theirs.items() if v or k != "max_position_embeddings"}
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": family, **theirs,
+            "sliding_window": numbers["sliding_window"] or None,
+            "rope_scaling": numbers["rope_scaling"], "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, "tie_word_embeddings": numbers["tied"],
+            "torch_dtype": str(dtype).removeprefix("torch."), **more}
 
 
 # ----------------------------------------------------------------------------------------- weights
 
-def open_folder(directory):
-    """(config, {parameter name: function that reads it}) of a folder; no weight is read yet."""
-    config = read_config(directory / "config.json")
-    found = open_files(directory)                         # old files keep RoPE's frequencies, too
-    found = {n: read for n, read in found.items() if not n.endswith("rotary_emb.inv_freq")}
-    shapes = parameter_shapes(config, len(found), directory / "config.json")
-    if config.tied and "lm_head.weight" in found:
+def open_files(directory):
+    """{tensor name: function that reads it} of all weight files of a folder; nothing is read yet.
+
+    Old files keep RoPE's frequencies, too: these are left out.
+    """
+    found = open_file_or_shards(directory)
+    return {n: read for n, read in found.items() if not n.endswith("rotary_emb.inv_freq")}
+
+
+def checked(found, shapes, tied, directory):
+    """{parameter name: function that reads it} of the tensors of `open_files`.
+
+    shapes: {parameter name: shape} of the network. ValueError for other tensors at once, for other
+    shapes or dtypes when a tensor is read. tied: lm_head may be there, if it is the embedding.
+    """
+    found = dict(found)
+    if tied and "lm_head.weight" in found:
         head, embedding = found.pop("lm_head.weight"), found.get("model.embed_tokens.weight")
         if embedding and not torch.equal(head(), embedding()):
             raise ValueError(f"{directory}: tie_word_embeddings is true, but lm_head.weight is not "
                              "the embedding; correct config.json")
     check_names(found, shapes, directory)
 
-    def checked(name, shape):
+    def read(name, shape):
         W = found[name]()
         if W.shape != shape or not W.is_floating_point() or W.element_size() < 2:
             raise ValueError(f"{directory}: {name}: expected floats of shape {tuple(shape)}, found "
                              f"{str(W.dtype).removeprefix('torch.')} of shape {tuple(W.shape)}")
         return W
 
-    return config, {n: lambda n=n, s=s: checked(n, s) for n, s in shapes.items()}
+    return {name: partial(read, name, shape) for name, shape in shapes.items()}
 
 
-def open_files(directory):
-    """{tensor name: function that reads it} of all weight files of a folder."""
+def open_file_or_shards(directory):
+    """{tensor name: function that reads it} of a folder's one weight file, or of its shards."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (directory / single).is_file():
             return open_file(directory / single)
@@ -206,7 +218,7 @@ def open_file(path):
 
 
 def writer():
-    """safetensors' save_file, and what it raises; ValueError where the package is missing."""
+    """safetensors' save_file, and what it raises; ValueError if the package is missing."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -228,7 +240,7 @@ def save_folder(directory, config, tensors, shard_bytes=5_000_000_000):
         def flush():
             try:
                 save_file(shard, tmp / f"{len(shards)}.part", metadata={"format": "pt"})
-            except failure as e:                                             # say, a full disk
+            except failure as e:                                     # a full disk, for example
                 raise OSError(f"{directory}: not written: {e}") from None
             shards.append(list(shard))
 

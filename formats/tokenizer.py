@@ -4,9 +4,10 @@
     tokenizer.json, Hugging Face's            SmolLM2, Qwen2, Llama 3 as converted
     tokenizer.model, lines of "base64 rank"   Llama 3 as Meta ships it (tiktoken's format)
 
-Where a directory holds several, the first of these counts. The library of each kind cuts the text.
-What is decided here, alike for all: which ids begin and end a text, and that no text ever becomes
-one of them. "</s>" in a question is four characters; only `bos=True` and `eos=True` make tokens.
+If a directory holds several, the first of these counts. The library of each kind cuts the text.
+Two things are decided here, in the same way for all: which ids begin and end a text, and that no
+text ever becomes one of them. "</s>" in a question is four characters. Only `bos=True` and
+`eos=True` make tokens.
 """
 import base64
 import json
@@ -20,21 +21,21 @@ import sentencepiece
 class Tokenizer:
     """The tokenizer of a checkpoint directory.
 
-    bos: the id that begins every prompt; None where the model was trained without one.
+    bos: the id that begins every prompt; None if the model was trained without one.
     eos: the id that ends a response. stops: frozenset of the ids that end generation, eos and more.
     start: the id before plain text: bos, even one that is declared but not prepended, else eos.
     pad: any valid id, because padding is never seen and never learnt. vocab_size: above every id.
 
-    FileNotFoundError where there is no tokenizer, ValueError naming the file that is of no use.
+    FileNotFoundError if there is no tokenizer, ValueError naming a file that cannot be used.
     """
 
     def __init__(self, ckpt_dir):
         folder = Path(ckpt_dir)
-        path, kind = find(folder)
+        path, kind = file_and_kind(folder)
         with usable(path):
             lib = self.lib = kind(path)
         with usable(folder / "tokenizer_config.json"):
-            config = read_json(folder / "tokenizer_config.json")
+            config = optional_json(folder / "tokenizer_config.json")
             added = config.get("added_tokens_decoder") or {}      # fine-tuning may have added them
             ids = {**{token["content"]: int(i) for i, token in added.items()}, **lib.ids}
             special = {ids[token["content"]] for token in added.values() if token.get("special")}
@@ -49,7 +50,7 @@ class Tokenizer:
         listed, size = [], max(lib.size, 1 + max(ids.values()))
         for name in ("config.json", "generation_config.json"):
             with usable(folder / name):
-                listed += eos_ids(read_json(folder / name), size)
+                listed += eos_ids(optional_json(folder / name), size)
         self.eos = next((i for i in (eos, *listed, lib.eos) if i is not None), None)
         if self.eos is None:
             raise ValueError(f"{path}: which token ends a text? Say so in tokenizer_config.json, "
@@ -60,7 +61,7 @@ class Tokenizer:
         self.vocab_size = max(lib.size, 1 + max(self.stops), 1 + self.start)
         with usable(path):
             lib.hide(self.stops | {self.start} | special)
-            self.decode(self.encode("A 1 é\n"))                   # What fails, should fail now.
+            self.decode(self.encode("A 1 é\n"))          # if it does not work, it fails here
 
     def encode(self, text, bos=False, eos=False):
         """Text to ids. A literal "<s>" in it is plain characters, never the BOS token."""
@@ -68,14 +69,14 @@ class Tokenizer:
         return [self.bos] * bos + self.lib.encode(text) + [self.eos] * eos
 
     def decode(self, ids):
-        """Ids to text. BOS, EOS, padding and ids beyond the vocabulary (an embedding table may be
-        padded to a round size, and a model may sample from there) have no text: left out."""
+        """Ids to text. BOS, EOS and padding have no text and are left out. So are ids beyond the
+        vocabulary: an embedding table may be padded, and a model may sample from there."""
         ids = [int(i) for i in ids if 0 <= i < self.lib.size]
         return self.lib.decode([i for i in ids if i not in (self.start, self.eos)])
 
 
-# The three kinds. ids: tokens by name. before: the BOS that the file itself puts before every text.
-# adds_bos: whether there is one where neither the file nor tokenizer_config.json says so.
+# The three kinds. ids: {token: id}. before: the BOS that the file itself puts before every text.
+# adds_bos: True if there is a BOS although neither the file nor tokenizer_config.json says so.
 
 class SentencePiece:
     """tokenizer.model, as sentencepiece reads it."""
@@ -91,7 +92,7 @@ class SentencePiece:
                                         for i in (sp.bos_id(), sp.eos_id(), sp.pad_id())]
 
     def hide(self, control):
-        """Make control pieces (type 3) of those that a text may spell (4; some chat tokens are)."""
+        """A text may spell pieces of type 4, as some chat tokens are: make them type 3, control."""
         names = [re.escape(self.sp.id_to_piece(i).encode()) for i in control if i < self.size]
         # A piece in the file: newline, length of the name, name, score, type.
         piece = rb"(\n[\x00-\x7f](?:" + b"|".join(names) + rb")\x15.{4}\x18)\x04"
@@ -113,7 +114,7 @@ class HuggingFace:
         import tokenizers
         raw = path.read_bytes()
         tok = self.tok = tokenizers.Tokenizer.from_buffer(raw)
-        tok.encode_special_tokens = True               # "encode" here means: as any other text
+        tok.encode_special_tokens = True               # "encode" means here: as any other text
         # A file may carry settings of the run that wrote it. Dropout would make merges random.
         tok.no_truncation()
         tok.no_padding()
@@ -164,16 +165,17 @@ class Tiktoken:
         n = len(ranks)
         self.size = n + 256
         self.ids = {"<|begin_of_text|>": n, "<|end_of_text|>": n + 1, "<|eot_id|>": n + 9}
-        # The base model ends with end_of_text, the instructed one with eot_id, and the file does
-        # not say whose it is. Responses end with the first (Meta's eos_id), generation with either.
+        # The base model ends with end_of_text, the instructed one with eot_id. The file does not
+        # say which one it is. Responses end with the first (Meta's eos_id), generation with either.
         self.bos, self.eos, self.stops = n, n + 1, (n + 1, n + 9)
-        # Nor does the file say where it ends, and all ids above hang on that.
-        size = read_json(path.with_name("params.json")).get("vocab_size", -1)
+        # The file does not say how long it is, and all ids above depend on that.
+        size = optional_json(path.with_name("params.json")).get("vocab_size", -1)
         if size not in (-1, self.size):
             raise ValueError(f"{n} lines and 256 control tokens, but params.json says {size}")
 
     def hide(self, control):
-        """Nothing to do: a text cannot spell control tokens, which have no names in here."""
+        """Nothing is left to do: control tokens have no names here, so no text can spell them."""
+        return None
 
     def encode(self, text):
         # As Meta does, because a million spaces in a row make the regular expression overflow.
@@ -186,7 +188,7 @@ class Tiktoken:
 
 # What the files say -------------------------------------------------------------------------------
 
-def find(folder):
+def file_and_kind(folder):
     """The tokenizer's file and its kind, one of the three above."""
     model, fast, kind = folder / "tokenizer.model", folder / "tokenizer.json", None
     if model.is_file():
@@ -202,7 +204,7 @@ def find(folder):
 
 @contextmanager
 def usable(path):
-    """One ValueError that names the file, in place of whatever goes wrong with what is in it."""
+    """If the content of a file makes a library fail: one ValueError that names the file."""
     try:
         yield
     except ImportError as e:
@@ -216,8 +218,8 @@ def usable(path):
         raise ValueError(f"{path}: of no use, perhaps damaged; copy it again ({reason})") from None
 
 
-def read_json(path):
-    """The object in a JSON file; {} where there is no such file."""
+def optional_json(path):
+    """The object in a JSON file; {} if there is no such file."""
     return {**json.loads(path.read_bytes())} if path.exists() else {}
 
 
