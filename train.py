@@ -58,7 +58,8 @@ def loss_sum(net, tokens, labels, where_text=None):
     learnt = (labels != -100).nonzero()[:, 0]          # logits only if there is something to learn
     where_text = where_text if where_text is None else send(where_text)
     x = net.hidden(send(tokens), where_text=where_text).flatten(0, 1)
-    return loss_of(net.lm_head, x.index_select(0, send(learnt)), send(labels[learnt]))
+    x = x.index_select(0, send(learnt))                    # the rest is freed before logits come
+    return loss_of(net.lm_head, x, send(labels[learnt]))
 
 
 def micro_batches(batch, longest, args):

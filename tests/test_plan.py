@@ -22,6 +22,7 @@ import pissa
 import train
 from bench import plot
 from conftest import ROOT, SMALL, command, failure, register_flash, small_net
+from formats import meta_write
 from support import plan, report
 from svd import grouped_svd
 
@@ -65,11 +66,14 @@ class Norm(torch.autograd.Function):
         return grad * scale.to(x.dtype), (grad * x).flatten(0, -2).sum(0), None
 
 
+GPU = {"flash": False}                     # of the job whose network was made last
+
+
 @pytest.fixture(autouse=True)
 def like_a_gpu(monkeypatch):
     """What fused kernels do not need is not made: norms, and weights in four bits."""
     register_flash()
-    monkeypatch.setattr(model, "has_flash", lambda net: net.flash)
+    monkeypatch.setattr(fast, "takes_flash", lambda q: GPU["flash"])
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda m, x: Norm.apply(x, m.weight, m.eps))
     monkeypatch.setattr(nf4.NF4, "dequantize", lambda Q, dtype=None: torch.zeros(
         Q.shape, dtype=dtype or Q.dtype))
@@ -78,7 +82,7 @@ def like_a_gpu(monkeypatch):
 def network(job, method="pissa"):
     """The network that the job describes, ready for training."""
     net = small_net(**vars(job.config))
-    net.flash = job.flash
+    GPU["flash"] = job.flash
     if job.full:
         return net.requires_grad_(True)
     pissa.inject(net.to(job.dtype), job.rank, method, job.targets, progress=False,
@@ -174,7 +178,7 @@ def test_kept_is_what_autograd_saves(name):
 @pytest.mark.parametrize("method", ["pissa", "qlora"])
 def test_kept_by_compiled_layers(method, gpu, monkeypatch):
     monkeypatch.undo()                           # norms are written out in what is compiled
-    monkeypatch.setattr(model, "has_flash", lambda net: net.flash)
+    monkeypatch.setattr(fast, "takes_flash", lambda q: GPU["flash"])
     job = plan.job_of(WIDE, method, 4, gpu=gpu, compiled=True, rows=3, length=64, text=150,
                       learnt=50)
     net = network(job, method)
@@ -293,7 +297,7 @@ def test_what_was_measured_on_a_gpu(name, job, gib, moment):
 def llama2(tmp_path, monkeypatch):
     """Nothing but Llama-2-7B's params.json, with its vocabulary left open as Meta does."""
     (tmp_path / "llama2").mkdir()
-    params = model.meta_params(model.Config()) | {"vocab_size": -1}
+    params = meta_write.params_json(model.Config()) | {"vocab_size": -1}
     (tmp_path / "llama2" / "params.json").write_text(json.dumps(params))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
