@@ -294,10 +294,9 @@ def test_merge_refuses(tmp_path, base, trained, change, message):
 
 def test_layers_that_are_not_linear(tmp_path, base):
     """The embedding has the shape of a matrix, but an adapter on it means something else."""
-    from adapter import write_adapter
     for name, shape in (("model.embed_tokens", (48, 101)), ("model.norm", (1, 48))):
         pair = torch.ones(shape[0], 2), torch.ones(2, shape[1])
-        write_adapter(tmp_path / "adapter", {name: pair}, None, None)
+        adapter.write(tmp_path / "adapter", {name: pair}, None, {})
         assert f"the model has no linear layer {name}" in failure(
             "merge", tmp_path / "adapter", tmp_path / "out", "--ckpt", base)
 

@@ -21,6 +21,7 @@ import pissa
 from conftest import ROOT, TINY, hugging_face
 from conftest import command as run_command
 from conftest import failure as run_failure
+from formats import meta_write
 
 EXAMPLES = data.read(TINY / "test.jsonl")[:20]
 
@@ -492,7 +493,7 @@ def other_adapter(base, saved):
 def other_base(base, saved):
     net = model.load(base, "cpu")
     net.model.norm.weight.data *= 1.1
-    model.save(net, base)
+    meta_write.save(net, base)
 
 
 @pytest.mark.parametrize("change, more, anew", [

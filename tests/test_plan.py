@@ -267,6 +267,42 @@ def test_parameters_and_bytes_of_an_injected_network(name):
     assert held["frozen matrices"] + held["frozen embedding, norms, head"] == frozen
 
 
+def olora(weight, options):
+    """A method that no file here knows: OLoRA (arXiv 2406.01775), A and B out of a QR."""
+    Q, R = torch.linalg.qr(weight.T.float())
+    A, B = Q[:, :options.rank].contiguous(), R[:options.rank]
+    return pissa.residual(weight, A, B), A, B, (A, B)
+
+
+def in_four_bits(weight, options):
+    """Another: LoRA on a weight in four bits."""
+    return nf4.quantize(weight, options.double_quant), *pissa.init_lora(weight, options)[1:3], None
+
+
+@pytest.mark.parametrize("method, same", [(olora, "pissa"), (in_four_bits, "qlora"),
+                                          ("loftq", "qpissa")])
+def test_estimate_goes_by_facts(method, same):
+    """A function is planned like a method of the same facts; the peak is one of the moments."""
+    for double in (False, True):
+        found, expected = (plan.estimate(WIDE, m, 4, double_quant=double, rows=3, length=64)
+                           for m in (method, same))
+        assert found == expected
+        assert found["peak"] == found["moments"][found["when"]] == max(found["moments"].values())
+    net = pissa.inject(small_net(**vars(WIDE)), 4, method, progress=False)
+    trained, total = report.count(net)
+    assert (found["trained"], sum(found["numbers"].values())) == (trained, total)
+    forward, backward = found["flops"]["forward"], found["flops"]["backward"]
+    assert 0 < forward < backward and found["flops"]["recomputation"] == 0
+
+
+def test_estimate_of_every_weight():
+    found = plan.estimate(SMALL, "full")
+    assert found["trained"] == sum(found["numbers"].values()) == sum(
+        p.numel() for p in small_net().parameters())
+    with pytest.raises(ValueError, match="rank 49 is not between 1 and"):
+        plan.estimate(SMALL, rank=49)
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (48, 128), (3, 5), (128, 1000)])
 @pytest.mark.parametrize("double", [False, True])
 def test_bytes_in_four_bits(shape, double):

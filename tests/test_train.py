@@ -296,6 +296,31 @@ def test_checkpointing_changes_nothing(examples, tmp_path, flags):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("method", ["pissa", "lora", "full"])
+@pytest.mark.parametrize("extra", [[], ["--no-packing"], ["--checkpointing"]], ids=str)
+def test_plain_changes_nothing(flags, tmp_path, method, extra):
+    """Without fast.py's forms, which are not called once: the same losses to rounding.
+
+    The rate is at most 1e-3: AdamW's first step has the size of the rate, however small a gradient
+    is, so that LoRA's 1e-2 turns rounding into 1e-5.
+    """
+    logs = []
+    for mode in ([], ["--plain"]):
+        out, calls = tmp_path / str(len(logs)), []
+        with pytest.MonkeyPatch.context() as patch:
+            for form in (fast.LowRank, fast.Rotate, fast.SwiGLU, fast.ChunkedLoss, fast.Recompute):
+                forward = form.forward
+                patch.setattr(form, "forward", staticmethod(
+                    lambda *a, forward=forward: calls.append(1) or forward(*a)))
+            command(train.main, *flags, "--method", method, "--lr",
+                    min(1e-3, LEARNING_RATE[method]), "--steps", 3, "--niter", "exact",
+                    "--out", out, *extra, *mode)
+        assert bool(calls) != bool(mode)
+        logs.append([r["loss"] for r in read_lines(out / "log.jsonl")])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-6)
+    assert not fast.PLAIN
+
+
 def test_compile_changes_nothing(flags, tmp_path, monkeypatch):
     """torch.compile up to the generation of code, which takes minutes on a CPU: the layers are
     traced, whole, and give the same losses."""
