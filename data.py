@@ -207,7 +207,7 @@ def paper_answer(text):
 def references(examples, where):
     """The final answers of the responses of (prompt, response); ValueError for one without."""
     answers = [final_answer(response) for _, response in examples]
-    for n, (answer, (_, response)) in enumerate(zip(answers, examples), 1):
+    for n, (answer, (_, response)) in enumerate(zip(answers, examples, strict=True), 1):
         if not same_answer(answer, answer):  # None, or 1/0
             raise ValueError(f"{where}: record {n}: the reference answer names no number after "
                              f"'####' or 'The answer is': {response[:60]!r}")

@@ -62,7 +62,7 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
         rows = order[start:start + batch]
         new = model.generate(net, [ids[i] for i in rows], max_new_tokens, eos=tok.stops, stop=ended,
                              **sampling)
-        for i, text in zip(rows, map(tok.decode, new)):
+        for i, text in zip(rows, map(tok.decode, new), strict=True):
             out[i] = text[:min((text.find(s) for s in stop if s in text), default=None)].strip()
     return out
 
@@ -83,7 +83,7 @@ def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch
         now = todo[start:start + batch]
         texts = complete(net, tok, [examples[i][0] for i in now], max_new_tokens=max_new_tokens,
                          batch=batch, begin=begin, stop=stop)
-        for i, text in zip(now, texts):
+        for i, text in zip(now, texts, strict=True):
             answer, reference = read(text), answers[i]
             rows[i] = {"prompt": examples[i][0], "response": text, "answer": answer,
                        "reference": reference, "correct": data.same_answer(answer, reference)}

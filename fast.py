@@ -166,7 +166,8 @@ def worth_compiling(x):
 
 def is_ampere(device):
     """True on a GPU that computes in bfloat16 itself (Ampere or newer)."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    # Not torch.cuda.is_bf16_supported: torch.compile cannot trace it.
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
 
 
 def rotate_eager(x, cos, sin):

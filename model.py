@@ -84,7 +84,8 @@ def attend(q, k, v, mask):
     mask: (B or 1, 1, T, S), numbers to add to the scores. None: causal, which needs T = S, or one
     new position (T = 1), which sees all S.
     """
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1,
+    causal = True if mask is None and q.shape[2] > 1 else False      # torch.compile wants a literal
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                        enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(2)
 
@@ -366,7 +367,7 @@ def open_checkpoint(ckpt):
     """(config, {parameter name: function that reads it}) of a checkpoint; nothing is read yet."""
     directory = find(ckpt)
     if (path := directory / "config.json").is_file():
-        from formats import hf                               # only Hugging Face's layout needs it
+        from formats import hf  # only Hugging Face's layout needs it
         config, found = Config(**hf.read_config(path)), hf.open_files(directory)
         shapes = parameter_shapes(config, len(found), path)
         return config, hf.checked(found, shapes, config.tied, directory)

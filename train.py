@@ -146,7 +146,7 @@ def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     shown = [prompt for prompt, _ in val_texts if prompt][:2]
     n = args.max_new_tokens
     return {"loss": validation_loss(net, val, args, autocast),
-            "answers": dict(zip(shown, complete(net, tok, shown, max_new_tokens=n))),
+            "answers": dict(zip(shown, complete(net, tok, shown, max_new_tokens=n), strict=True)),
             "accuracy": accuracy(net, tok, test, max_new_tokens=n, desc=f"accuracy {when}")[0]
             if test else None}
 
@@ -283,8 +283,8 @@ def main():
     """Do what the command line asks for."""
     args = options.for_train(__doc__)
     if args.plan:
-        from support import plan                               # before anything is read
-        return plan.show(args)
+        from support import plan
+        return plan.show(args)                                 # before anything is read
     if args.plain:
         with fast.off():
             return fine_tune(args)

@@ -503,7 +503,7 @@ def permuted(W, heads):
     return W.reshape(heads, 2, W.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(W.shape)
 
 
-def write_gguf(path, net, family="llama", quantise=None, tensors={}, **keys):
+def write_gguf(path, net, family="llama", quantise=None, tensors=None, **keys):
     """A GGUF of `net`. keys, tensors: more than that, or others; None: not at all."""
     gguf = pytest.importorskip("gguf")
     c = net.config
@@ -525,7 +525,7 @@ def write_gguf(path, net, family="llama", quantise=None, tensors={}, **keys):
             ".".join(name.split(".")[-2:]))
         name = functools.reduce(lambda n, k: n.replace(k, NAMES[k]), NAMES, name)
         state[name] = permuted(W.numpy(), heads) if heads and family == "llama" else W.numpy()
-    for name, W in {**state, **tensors}.items():
+    for name, W in {**state, **(tensors or {})}.items():
         if W is None:
             continue
         if quantise and W.ndim == 2:
@@ -695,8 +695,8 @@ def test_sentencepiece_tokenizer(tmp_path, which):
         assert getattr(again, name)() == getattr(sp, name)()
     assert len(again) == len(sp)
     tok = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "out")
-    for text in ["Hello world", "naïve café 日本語 👍🏽", "12345 a\nb"]:   # not: spaces in a row, in
-        assert tok(text)["input_ids"] == [1, *sp.encode(text)], ascii(text)   # which they differ
+    for text in ["Hello world", "naïve café 日本語 👍🏽", "12345 a\nb"]:    # they differ in spaces in a row
+        assert tok(text)["input_ids"] == [1, *sp.encode(text)], ascii(text)
     assert (tok.bos_token, tok.eos_token, tok.unk_token) == ("<s>", "</s>", "<unk>")
 
 

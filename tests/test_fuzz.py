@@ -1,4 +1,5 @@
-"""Damaged checkpoints load rightly or fail with one line: no traceback, hang, giant allocation."""
+"""Damaged checkpoints load as they should or fail with one line: no traceback, no hang, no giant
+allocation."""
 import copy
 import json
 import random
@@ -8,16 +9,20 @@ import struct
 
 import pytest
 import torch
-from conftest import assert_logits_equal, small_net
-from test_hf import twin, weights
 
 import model
+from conftest import assert_logits_equal, small_net
+from formats import meta_write
+from test_hf import twin, weights
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 VALUES = [None, True, False, 0, -1, 1, 3, 7, 2**31, 10**9, 10**30, 0.5, 1e308, float("nan"),
           float("inf"), "", "x", "48", [], [1], {}, {"a": 1}, "full_attention", "../../x"]
+
+PLACES = [("whole", "config.json"), ("shards", "config.json"), ("meta", "params.json"),
+          ("shards", "model.safetensors.index.json")]
 
 
 def paths(value, at=()):
@@ -88,35 +93,35 @@ def mutate_header(data, rng):
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """{layout: folder}: Hugging Face's whole and in shards, Meta's."""
+    """{layout: folder}: Hugging Face's whole and in shards, Meta's; and the memory at the start."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("whole", "shards", "meta")}
     twin("llama3.1").save_pretrained(folders["whole"])
     theirs = twin("qwen2-tied")
     theirs.save_pretrained(folders["shards"])
     weights(folders["shards"], theirs, "safetensors", 3)
-    model.save(small_net(), folders["meta"])
-    return folders
+    meta_write.save(small_net(), folders["meta"])
+    return {**folders, "memory": memory()}
 
 
-def cases(rng):
-    """(layout, file, how it is damaged)."""
-    json_files = [("whole", "config.json"), ("shards", "config.json"), ("meta", "params.json"),
-                  ("shards", "model.safetensors.index.json")]
-    for layout, file in json_files:
-        for _ in range(50):
-            yield layout, file, lambda d: mutate_json(d, rng).encode()
-        for _ in range(10):
-            yield layout, file, lambda d: mutate_bytes(d, rng)
-    for _ in range(60):
-        yield "whole", "model.safetensors", lambda d: mutate_header(d, rng)
-    for _ in range(20):
-        yield "whole", "model.safetensors", lambda d: mutate_bytes(d, rng, 2000)
-    for _ in range(20):
-        yield "meta", "consolidated.00.pth", lambda d: mutate_bytes(d, rng)
+# (layout, file, how it is damaged, how many cases)
+DAMAGES = [*((*place, "json", 50) for place in PLACES),
+           *((*place, "bytes", 10) for place in PLACES),
+           ("whole", "model.safetensors", "header", 60),
+           ("whole", "model.safetensors", "start", 20),
+           ("meta", "consolidated.00.pth", "bytes", 20)]
+CASES = [(layout, file, how, i) for layout, file, how, n in DAMAGES for i in range(n)]
+
+
+def damage(data, how, rng):
+    """The bytes of a file, damaged in one of four ways."""
+    return {"json": lambda: mutate_json(data, rng).encode(),
+            "bytes": lambda: mutate_bytes(data, rng),
+            "start": lambda: mutate_bytes(data, rng, 2000),
+            "header": lambda: mutate_header(data, rng)}[how]()
 
 
 def agrees(folder, tokens, logits):
-    """Whatever the changed config says, transformers takes it to say the same, or refuses it."""
+    """True if transformers computes the same from a changed config; False if it refuses it."""
     try:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except Exception:
@@ -125,31 +130,65 @@ def agrees(folder, tokens, logits):
     return True
 
 
-def test_damaged_checkpoints(originals):
-    rng, tokens = random.Random(7), torch.arange(3, 40)[None]
-    loaded = refused = compared = 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
-    for layout, file, damage in cases(rng):
-        path = originals[layout] / file
-        whole = path.read_bytes()
-        try:
-            path.write_bytes(damage(whole))
-            signal.alarm(10)
-            net = model.load(originals[layout], "cpu", torch.float32)
-            logits = net(tokens)
-            assert logits.shape == (1, 37, net.config.vocab_size)
-            loaded += 1
-            if file == "config.json":
-                compared += agrees(originals[layout], tokens, logits)
-        except (ValueError, FileNotFoundError) as e:
-            assert "\n" not in str(e) and 10 < len(str(e)) < 400, str(e)
-            assert str(originals[layout]) in str(e), f"{e} does not name the file"
-            refused += 1
-        finally:
-            signal.alarm(0)
-            path.write_bytes(whole)
-    assert loaded + refused == 340 and loaded > 20 and refused > 200, (loaded, refused)
-    assert compared > 10
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+@pytest.fixture
+def alarm():
+    """A function that makes this test fail after so many seconds; the handler is restored."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    yield signal.alarm
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """{case: what came of it}, for `outcome`."""
+    return {}
+
+
+def outcome(case, originals, outcomes, alarm):
+    """What comes of a damaged checkpoint: "loaded", "compared" with transformers, or the error."""
+    layout, file, how, _ = case
+    if case in outcomes:
+        return outcomes[case]
+    path, tokens = originals[layout] / file, torch.arange(3, 40)[None]
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(damage(whole, how, random.Random(repr(case))))
+        alarm(10)
+        net = model.load(originals[layout], "cpu", torch.float32)
+        logits = net(tokens)
+        assert logits.shape == (1, 37, net.config.vocab_size)
+        compared = file == "config.json" and agrees(originals[layout], tokens, logits)
+        found = "compared" if compared else "loaded"
+    except (ValueError, FileNotFoundError) as e:
+        found = e
+    finally:
+        alarm(0)
+        path.write_bytes(whole)
+    outcomes[case] = found
+    return found
+
+
+def memory():
+    """The most memory that this process has had, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_damaged_checkpoint(case, originals, outcomes, alarm):
+    before, found = memory(), outcome(case, originals, outcomes, alarm)
+    if isinstance(found, Exception):
+        assert "\n" not in str(found) and 10 < len(str(found)) < 400, str(found)
+        assert str(originals[case[0]]) in str(found), f"{found} does not name the file"
+    assert memory() - before < 300_000, "more than 300 MB"
+
+
+def test_damage_is_of_every_kind(originals, outcomes, alarm):
+    """The cases above mean something: many are refused, some load, and some can be compared."""
+    found = [outcome(case, originals, outcomes, alarm) for case in CASES]
+    loaded, compared = (found.count(kind) for kind in ("loaded", "compared"))
+    refused = sum(isinstance(e, (ValueError, FileNotFoundError)) for e in found)
+    assert len(CASES) == 340 and loaded + compared + refused == 340
+    assert loaded + compared > 20 and refused > 200 and compared > 10, (loaded, compared, refused)
+    grown = memory() - originals["memory"]
     assert grown < 300_000, f"{grown} KiB more memory"

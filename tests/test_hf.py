@@ -1,4 +1,4 @@
-"""formats/hf.py against transformers: every family, both spellings of the config, damaged and odd files."""
+"""formats/hf.py against transformers: every family, both spellings of the config, odd files."""
 import copy
 import json
 import shutil
@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_logits_equal
 
 import model
+from conftest import assert_logits_equal
 from formats import hf, meta_write
 
 transformers = pytest.importorskip("transformers")

@@ -14,6 +14,7 @@ from contextlib import nullcontext, redirect_stdout
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, TINY, command, failure
 
 import adapter
 import data
@@ -22,7 +23,6 @@ import fast
 import model
 import pissa
 import train
-from conftest import ROOT, TINY, command, failure
 from formats import hf, meta_write
 from support import options
 
@@ -159,15 +159,17 @@ def test_loss_in_chunks(monkeypatch, trained):
 
 def test_padding_is_not_computed(examples, tmp_path):
     """Every linear layer sees as many tokens as there are; with --no-packing, more."""
-    seen, batch = [], examples[:8]
-    for flag in ([], ["--no-packing"]):
+    def computed(*flags):
         net, rows = prepared("pissa"), []
         net.model.layers[0].mlp.up_proj.register_forward_hook(
             lambda _, x, y: rows.append(y.shape[:2].numel()))
-        args = parse("--ckpt", "tiny", "--out", tmp_path, "--steps", 1, *flag)
+        args = parse("--ckpt", "tiny", "--out", tmp_path, "--steps", 1, *flags)
         train.train(net, batch, args, nullcontext())
-        seen.append(sum(rows))
-    assert seen[0] == sum(len(ids) - 1 for ids, _ in batch) < seen[1]
+        return sum(rows)
+
+    batch = examples[:8]
+    assert computed() == sum(len(ids) - 1 for ids, _ in batch) < computed("--no-packing")
+
 
 @pytest.mark.parametrize("micro", [1, 3, 8])
 def test_the_loop_averages_over_tokens(examples, tmp_path, micro):
@@ -280,17 +282,14 @@ def test_clipping_and_weight_decay_reach_the_optimiser(examples, tmp_path, monke
                                rtol=1e-3, atol=1e-6)
 
 
-def test_checkpointing_changes_nothing(examples, tmp_path, flags):
+def test_checkpointing_changes_nothing(tmp_path, flags, monkeypatch):
     """Recomputed activations are the same activations: bit for bit, in a whole run."""
-    logs = []
+    logs, recomputed, real = [], [], fast.Recompute.backward
+    monkeypatch.setattr(fast.Recompute, "backward", lambda *a: recomputed.append(1) or real(*a))
     for extra in ([], ["--checkpointing"]):
         out = tmp_path / str(len(logs))
-        recomputed = []
-        with pytest.MonkeyPatch.context() as patch:
-            real = fast.Recompute.backward
-            patch.setattr(fast.Recompute, "backward",
-                          lambda *a: recomputed.append(1) or real(*a))
-            command(train.main, *flags, "--steps", 2, "--out", out, *extra)
+        recomputed.clear()
+        command(train.main, *flags, "--steps", 2, "--out", out, *extra)
         assert bool(recomputed) == bool(extra)
         logs.append([(r["loss"], r["grad_norm"]) for r in read_lines(out / "log.jsonl")])
     assert logs[0] == logs[1]
@@ -298,23 +297,22 @@ def test_checkpointing_changes_nothing(examples, tmp_path, flags):
 
 @pytest.mark.parametrize("method", ["pissa", "lora", "full"])
 @pytest.mark.parametrize("extra", [[], ["--no-packing"], ["--checkpointing"]], ids=str)
-def test_plain_changes_nothing(flags, tmp_path, method, extra):
+def test_plain_changes_nothing(flags, tmp_path, monkeypatch, method, extra):
     """Without fast.py's forms, which are not called once: the same losses to rounding.
 
     The rate is at most 1e-3: AdamW's first step has the size of the rate, however small a gradient
     is, so that LoRA's 1e-2 turns rounding into 1e-5.
     """
-    logs = []
+    logs, calls = [], []
+    for form in (fast.LowRank, fast.Rotate, fast.SwiGLU, fast.ChunkedLoss, fast.Recompute):
+        monkeypatch.setattr(form, "forward", staticmethod(
+            lambda *a, forward=form.forward: calls.append(1) or forward(*a)))
     for mode in ([], ["--plain"]):
-        out, calls = tmp_path / str(len(logs)), []
-        with pytest.MonkeyPatch.context() as patch:
-            for form in (fast.LowRank, fast.Rotate, fast.SwiGLU, fast.ChunkedLoss, fast.Recompute):
-                forward = form.forward
-                patch.setattr(form, "forward", staticmethod(
-                    lambda *a, forward=forward: calls.append(1) or forward(*a)))
-            command(train.main, *flags, "--method", method, "--lr",
-                    min(1e-3, LEARNING_RATE[method]), "--steps", 3, "--niter", "exact",
-                    "--out", out, *extra, *mode)
+        out = tmp_path / str(len(logs))
+        calls.clear()
+        command(train.main, *flags, "--method", method, "--lr",
+                min(1e-3, LEARNING_RATE[method]), "--steps", 3, "--niter", "exact", "--out", out,
+                *extra, *mode)
         assert bool(calls) != bool(mode)
         logs.append([r["loss"] for r in read_lines(out / "log.jsonl")])
     assert logs[1] == pytest.approx(logs[0], rel=1e-6)
@@ -513,7 +511,7 @@ def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
     assert same_state(changed, net.state_dict()) != set(changed)
     assert next(iter(model.open_checkpoint(there)[1].values()))().dtype == torch.bfloat16
     assert command(evaluation.main, *eval_command(text), "--max-new-tokens", 2).strip()
-    monkeypatch.setattr(train, "evaluate", lambda *_: pytest.fail("it should have been said before"))
+    monkeypatch.setattr(train, "evaluate", lambda *_: pytest.fail("it should be said before"))
     (folder / "model.safetensors").unlink()
     torch.save(net.state_dict(), folder / "pytorch_model.bin")
     for name in ("safetensors", "safetensors.torch"):
