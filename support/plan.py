@@ -228,7 +228,7 @@ def flops(job):
     attention = 2 * c.n_layers * job.length * c.n_heads * c.head_dim * job.attended / job.tokens
     first = every[:3]           # layer 0's q, k and v: no layer before them wants a gradient of x
     spared = -W - head if job.full else sum(2 * a * b for a, b in first) + 2 * job.rank * sum(
-        a for (a, _), name in zip(first, pissa.TARGETS) if name in job.targets)
+        a for (a, _), name in zip(first, pissa.TARGETS[:3], strict=True) if name in job.targets)
     last = 2 * c.n_layers * c.dim * (c.ffn_dim + job.rank) * (
         "down_proj" in job.targets and not job.full and not job.compiled)
     return {"forward": W + pairs + head + attention, "attention": attention,

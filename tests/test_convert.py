@@ -695,7 +695,8 @@ def test_sentencepiece_tokenizer(tmp_path, which):
         assert getattr(again, name)() == getattr(sp, name)()
     assert len(again) == len(sp)
     tok = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "out")
-    for text in ["Hello world", "naïve café 日本語 👍🏽", "12345 a\nb"]:    # they differ in spaces in a row
+    # They differ in spaces in a row.
+    for text in ["Hello world", "naïve café 日本語 👍🏽", "12345 a\nb"]:
         assert tok(text)["input_ids"] == [1, *sp.encode(text)], ascii(text)
     assert (tok.bos_token, tok.eos_token, tok.unk_token) == ("<s>", "</s>", "<unk>")
 
