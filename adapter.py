@@ -38,7 +38,7 @@ from formats import peft
 from support.files import written
 
 FACTS, EXTRAS = "pissa.json", "pissa"                                # EXTRAS.safetensors or .bin
-LORA = {"method": "lora", "bits": 16, "subtracted": False}
+LORA = {"method": "lora", "bits": 16, "subtracted": False, "own_pair": False}
 ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than on the machine that "
                      "trained them. Another dtype or kind of device can be the reason. Outputs "
                      "differ a little")
@@ -52,14 +52,16 @@ def facts(net):
     """What `save` writes to pissa.json of an injected `net`: a dict.
 
     bits: of the frozen weights, 16 (any float dtype) or 4. double_quant: see nf4.py. subtracted:
-    whether frozen is W - A_0 B_0. rank, and for people: method, niter, seed ...
+    whether a pair was subtracted from W; own_pair: whether that is not (A_0, B_0). rank, and for
+    people: method, niter, seed ...
     """
     layers = pissa.layers(net)
     if not layers:
         raise ValueError("nothing to save: the model has no adapter")
     m, Qs = layers[0][1], quantised(net)
     found = {**getattr(net, "pissa", {}), "rank": m.A.shape[1], "bits": 4 if Qs else 16,
-             "subtracted": m.A0 is not None}
+             "subtracted": m.A0 is not None,
+             "own_pair": m.subtracted is not None and m.subtracted[0] is not m.A0}
     return found | ({"double_quant": m.frozen.scale is not None,
                      "codes": codes({n: Q.checksum() for n, Q in Qs.items()})} if Qs else {})
 
@@ -89,16 +91,21 @@ def read_facts(directory):
         return peft.old_facts(config, directory) or {**LORA, "rank": config.get("r")}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not (found["bits"] in (16, 4) and found["subtracted"] in (True, False)
-                and type(found["rank"]) is int and (found["bits"] == 16 or "codes" in found)):
-            raise ValueError(f"bits, subtracted, rank or codes of {found}"[:200])
+        bits, r = found["bits"], found["rank"] * (1 + found["subtracted"])
+        if (bits not in (16, 4) or {found["subtracted"], found["own_pair"]} - {True, False}
+                or type(r) is not int or not isinstance(found["weights"], str)
+                or bits == 4 and not {"double_quant", "codes"} <= set(found)):
+            raise ValueError(f"{found}"[:200])
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: damaged, or of a newer version ({e!r})") from None
     files = [p for p in sorted(directory.glob(f"{peft.WEIGHTS}.*")) if p.suffix != ".tmp"]
-    if [found.get("weights")] != [checksum(p, p.stat().st_mtime_ns) for p in files]:
+    if files and [found["weights"]] != [checksum(p, p.stat().st_mtime_ns) for p in files]:
         warnings.warn(f"{directory}: another tool has rewritten the weights, so this is a plain "
                       "LoRA now", stacklevel=2)
         return {**LORA, "rank": config.get("r")}
+    if not config.get("r") == float(config["lora_alpha"]) == r:
+        raise ValueError(f"{directory}/adapter_config.json: r is {config.get('r')}, lora_alpha is "
+                         f"{config['lora_alpha']}, but {FACTS} tells of {r}")
     return found
 
 
@@ -174,7 +181,7 @@ def read_adapter(directory):
         extras = peft.read_tensors(directory, found["seen"])
     for name, (A, B) in pairs.items():
         Aq, Bq = (extras.get(f"{name}.{k}_q") for k in "AB")
-        r, needed = A.shape[1] // 2, found.get("has_pair", "seen" in found)
+        r, needed = A.shape[1] // 2, found.get("own_pair", "seen" in found)
         if needed and (Aq is None or Bq is None or Aq.shape != (A.shape[0], r)
                        or Bq.shape != (r, B.shape[1])):
             raise ValueError(f"{directory}: A_q and B_q of {name} are missing, or have another "
@@ -253,9 +260,8 @@ def save(net, directory):
             A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
         pairs[name] = A, B
         extras[f"{name}.fingerprint"] = m.fingerprint.bfloat16()
-        if m.subtracted and m.subtracted[0] is not m.A0:
+        if found["own_pair"]:
             extras[f"{name}.A_q"], extras[f"{name}.B_q"] = m.subtracted
-    found["has_pair"] = any(k.endswith(".A_q") for k in extras)
     write(directory, pairs, found, extras, "CAUSAL_LM" if hasattr(net, "lm_head") else None)
 
 

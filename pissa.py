@@ -207,11 +207,11 @@ def find_linears(net, targets, rank=1):
         raise ValueError(f"no module is called {', '.join(sorted(nothing))}; the linear layers "
                          f"here are {', '.join(sorted(there)) or 'none'}")
     for n, m in named.items():
-        parent = net.get_submodule(n.rpartition(".")[0])
-        # A subclass may read its weight in ways of its own; that parent reads it without a call.
-        if type(m) is not nn.Linear or isinstance(parent, nn.TransformerEncoderLayer):
-            raise ValueError(f"{n} is a {type(m).__name__} of a {type(parent).__name__}, not an "
-                             "nn.Linear that is called")
+        if type(m) is not nn.Linear:      # a subclass may read its weight in ways of its own
+            raise ValueError(f"{n} is a {type(m).__name__}, not an nn.Linear")
+        if isinstance(net.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise ValueError(f"{n} is part of an nn.TransformerEncoderLayer, which reads its "
+                             "weight without calling it")
         if not 1 <= rank <= min(m.weight.shape):
             raise ValueError(f"{n}: rank {rank} is not between 1 and {min(m.weight.shape)}, the "
                              f"smaller side of its {m.in_features} x {m.out_features} matrix")

@@ -40,7 +40,7 @@ def test_peft_loads_ours(pair, tmp_path, method):
     theirs, ours = pair
     tokens = draw(2, 30)
     before = theirs(tokens).logits
-    pissa.inject(ours, 4, method, progress=False)
+    pissa.inject(ours, 4, method, progress=False, keep_base=True)
     assert_logits_equal(ours(tokens), before)
     train(ours, lambda: ours(tokens).square().mean())
     adapter.save(ours, tmp_path / "adapter")
@@ -108,7 +108,7 @@ def test_other_peoples_modules(tmp_path, build, method):
     net, call, targets = build()
     base = copy.deepcopy(net)
     before = call(net).detach()
-    pissa.inject(net, 4, method, targets, progress=False)
+    pissa.inject(net, 4, method, targets, progress=False, keep_base=True)
     assert_logits_equal(call(net).detach(), before)
     trained = {n.rpartition(".")[2] for n, p in net.named_parameters() if p.requires_grad}
     assert trained == {"A", "B"}
