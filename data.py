@@ -6,15 +6,15 @@ Fine-tuning on instructions sees one example as
     └──────────────────── prompt: read, no loss ───────────────────────────┘     └─ learnt ──┘
 
 1. Prompt and response are tokenised apart and joined. Tokenised together, a token could straddle
-   the border and the mask would have to guess; apart, it is exact. Generation starts from the same
-   `prompt_ids`, so evaluation meets what training has seen.
+   the border, and the mask would have to guess. Generation starts from the same `prompt_ids`, so
+   the model is evaluated on the prompts it was trained on.
 2. EOS is part of the response: a model that never learns it never stops.
 3. The shuffle is a function of (seed, epoch) and nothing else: same seed, same batches.
-4. Labels are shifted here, once: labels[t] is token t+1, or -100, which `cross_entropy` skips,
-   where there is nothing to learn.
-5. Micro-batches are padded on the right. Attention is causal: a real token never looks right, so
-   it never sees padding. Each says which of its tokens are real: model.py packs these into one row,
-   where every example still has a row of attention and positions to itself.
+4. Labels are shifted here, once. labels[t] is token t + 1, or -100 if there is nothing to learn:
+   `cross_entropy` skips that.
+5. Micro-batches are padded on the right. Attention is causal, so a token of text never sees the
+   padding to its right. Each micro-batch says where its text is. model.py packs the text into one
+   row, in which every example keeps its own positions and attends only to itself.
 """
 import json
 import re
@@ -22,7 +22,7 @@ from fractions import Fraction
 
 import torch
 
-from formats.tokenizer import Tokenizer  # noqa: F401 (data.Tokenizer is public)
+from formats.tokenizer import Tokenizer  # noqa: F401 (as data.Tokenizer)
 
 # The Alpaca template, in the words that the PiSSA paper's scripts use.
 PROMPT = ("Below is an instruction that describes a task. "
@@ -49,7 +49,7 @@ def read(path, fields=None):
     examples = []
     with open(path, "rb") as file:  # bytes: an error in the encoding then has a line number too
         for number, line in enumerate(file, 1):
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):  # blank, but for a byte order mark
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):  # blank, or a byte order mark alone
                 continue
             where = f"{path}:{number}"
             record = _record(line, where)
@@ -73,7 +73,7 @@ def _record(line, where):
     except UnicodeDecodeError:
         raise ValueError(f"{where}: not UTF-8; convert the file (see iconv)") from None
     except ValueError as e:
-        reason = str(e).replace("line 1 ", "")  # json counts lines too; the file's are what helps
+        reason = str(e).replace("line 1 ", "")  # json counts lines, too; we name the file's
         raise ValueError(f"{where}: not JSON ({reason}); {remedy}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object; {remedy}")
@@ -97,9 +97,9 @@ def _string(record, name, where):
 # From (prompt, response) to batches ---------------------------------------------------------------
 
 def prompt_ids(prompt, tok, begin=""):
-    """What the model reads before it answers; for plain text (prompt "") one id to start from.
+    """The ids that the model reads before it answers; for plain text (prompt "") one id to start.
 
-    begin: the first words of the answer, where they are given, such as STEPS.
+    begin: the first words of the answer, if they are given, such as STEPS.
     """
     if not prompt:
         return [tok.start] + tok.encode(begin)
@@ -141,15 +141,15 @@ def _shuffle(items, seed):
 
 
 def micro_batches(batch, cells, pad=0):
-    """Cut a batch of (ids, n_prompt) into (tokens, labels, real), each of at most `cells` tokens.
+    """Cut a batch of (ids, n_prompt) into a list of (tokens, labels, where_text).
 
     tokens, labels: (b, T) int64, b T <= cells with padding (a longer example is alone in its own).
-    real: (P,) int64, where among the b T tokens there is text.
-    Examples of like length share a micro-batch, so little is padding; the gradient does not change
-    with the cut, since the training loss is a mean over the learnt tokens of the whole batch. The
-    longest come first: if memory does not suffice, it runs out early and not after an hour.
+    where_text: (P,) int64, the positions of text among the b T, counted row by row.
+    Examples of similar length share a micro-batch, so little is padding. The gradient does not
+    depend on the cut, since the training loss is a mean over the learnt tokens of the whole batch.
+    The longest come first: if memory does not suffice, it runs out early and not after an hour.
     """
-    batch, cut, i = sorted(batch, key=lambda example: -len(example[0])), [], 0
+    batch, made, i = sorted(batch, key=lambda example: -len(example[0])), [], 0
     while i < len(batch):
         T = len(batch[i][0]) - 1  # the last token is only ever a label
         group = batch[i:i + max(1, cells // T)]
@@ -158,10 +158,10 @@ def micro_batches(batch, cells, pad=0):
             tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
             labels[row, n_prompt - 1:len(ids) - 1] = torch.tensor(ids[n_prompt:])
         lengths = torch.tensor([len(ids) - 1 for ids, _ in group])
-        real = (torch.arange(T) < lengths[:, None]).flatten().nonzero()[:, 0]
-        cut.append((tokens, labels, real))
+        where_text = (torch.arange(T) < lengths[:, None]).flatten().nonzero()[:, 0]
+        made.append((tokens, labels, where_text))
         i += len(group)
-    return cut
+    return made
 
 
 # Final answers of maths problems ------------------------------------------------------------------
@@ -175,7 +175,7 @@ def final_answer(text):
 
     It is the first number after the first "####" (GSM8K), else after the first "The answer is:"
     (MetaMath), else after the first "The answer is". First, not last: a model that misses its EOS
-    runs on, invents more questions and answers those; its own answer is the one before them.
+    runs on, invents more questions and answers those. The answer to ours stands before them.
     Units do not count: "$5", "5%" and "5 apples" are all 5.
     """
     text = text.lower().split("### instruction:")[0].replace("−", "-").replace("$", "")
@@ -188,9 +188,10 @@ def final_answer(text):
 def paper_answer(text):
     """The whole number (str) that the PiSSA authors' scripts read in a response; None if none.
 
-    It is the first number after the last "The answer is: ", rounded as round() does, halves to
-    even; a/b is divided, but for a/0, which is a. Such a number has one comma, point or slash at
-    most, a comma anywhere: "1,234,567" reads as 1234. Kept as it is, to compare with the paper.
+    It is the first number after the last "The answer is: ", rounded by round(), halves to even.
+    A fraction a/b is divided, except a/0, which reads as a. Such a number has at most one comma,
+    point or slash, and the comma may be anywhere: "1,234,567" reads as 1234. That is a mistake of
+    their script, kept here to compare with the paper.
     """
     _, marker, tail = text.rpartition("The answer is: ")
     found = re.search(r"[-+]?\d*[.,/]?\d+", tail) if marker else None
@@ -199,14 +200,14 @@ def paper_answer(text):
     above, slash, below = found[0].replace(",", "").partition("/")
     try:
         return str(round(int(above) / int(below) if slash and below != "0" else float(above)))
-    except (ValueError, ArithmeticError):  # /4, 4/00, and what is too large for a float
+    except (ValueError, ArithmeticError):  # /4, 4/00, and numbers too large for a float
         return None
 
 
 def references(examples, where):
     """The final answers of the responses of (prompt, response); ValueError for one without."""
     answers = [final_answer(response) for _, response in examples]
-    for n, (answer, (_, response)) in enumerate(zip(answers, examples), 1):
+    for n, (answer, (_, response)) in enumerate(zip(answers, examples, strict=True), 1):
         if not same_answer(answer, answer):  # None, or 1/0
             raise ValueError(f"{where}: record {n}: the reference answer names no number after "
                              f"'####' or 'The answer is': {response[:60]!r}")
@@ -220,7 +221,7 @@ def same_answer(a, b):
 
 
 def _fraction(text):
-    if not NUMBER.fullmatch(text or ""):  # which also keeps out 1e999999999, a number of 400 MB
+    if not NUMBER.fullmatch(text or ""):  # this also refuses 1e999999999, a number of 400 MB
         return None
     above, _, below = text.replace(",", "").partition("/")
     try:

@@ -4,19 +4,21 @@
     python eval.py --ckpt tiny --adapter runs/demo/adapter --accuracy checkpoints/tiny/test.jsonl
     python eval.py --ckpt tiny --ppl some_text.txt
 
-With an adapter, --prompt shows the base model's completion beside the adapted one; not where the
-adapter belongs to weights in four bits, since the base may be too large. Where --accuracy was
-interrupted, the same command goes on.
+With an adapter, --prompt shows the base model's completion beside the adapted one. An adapter of
+weights in four bits is shown alone, since its base may be too large. If --accuracy was interrupted,
+run the same command again: it resumes.
 """
-import argparse
+import sys
+
+from support import options
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:      # answered before torch is loaded
+    options.for_eval(__doc__)
+
 import hashlib
 import json
 import math
-import sys
-import warnings
 from pathlib import Path
-
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # nothing here needs it
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +28,18 @@ import adapter
 import data
 import model
 import pissa
+from support import report
 from support.files import written
 
-# Of each protocol: what follows the template, --max-new-tokens, and the rule of the answer.
+# Of each protocol: the text after the template, the function that reads an answer, and its rule.
 PROTOCOLS = {
-    "strict": ("", 256, data.final_answer, "the first number after '####' or 'The answer is'"),
-    "paper": (data.STEPS, 1024, data.paper_answer,
-              "the rounded number after the last 'The answer is: '")}
+    "strict": ("", data.final_answer, "the first number after '####' or 'The answer is'"),
+    "paper": (data.STEPS, data.paper_answer, "the rounded number after the last 'The answer is: '")}
 
 
 def describe(protocol, max_new_tokens, stop=()):
     """The line that says how an accuracy was measured."""
-    begin, _, _, rule = PROTOCOLS[protocol]
+    begin, _, rule = PROTOCOLS[protocol]
     return (f"protocol {protocol}: data.PROMPT{begin and f' + {begin!r}'}, greedy, at most "
             f"{max_new_tokens} new tokens{f', stop at {stop}' if stop else ''}; {rule} must equal "
             "the reference")
@@ -60,7 +62,7 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
         rows = order[start:start + batch]
         new = model.generate(net, [ids[i] for i in rows], max_new_tokens, eos=tok.stops, stop=ended,
                              **sampling)
-        for i, text in zip(rows, map(tok.decode, new)):
+        for i, text in zip(rows, map(tok.decode, new), strict=True):
             out[i] = text[:min((text.find(s) for s in stop if s in text), default=None)].strip()
     return out
 
@@ -73,7 +75,7 @@ def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch
     before. log: a file that gets [index, prediction] of the others, batch by batch.
     A reference without a final answer: ValueError.
     """
-    begin, _, read, _ = PROTOCOLS[protocol]
+    begin, read, _ = PROTOCOLS[protocol]
     answers, rows = data.references(examples, "accuracy"), dict(done)
     todo = sorted(set(range(len(examples))) - set(rows), key=lambda i: (len(examples[i][0]), i))
     bar = tqdm(range(0, len(todo), batch), desc=desc, unit="batch", leave=False)
@@ -81,7 +83,7 @@ def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch
         now = todo[start:start + batch]
         texts = complete(net, tok, [examples[i][0] for i in now], max_new_tokens=max_new_tokens,
                          batch=batch, begin=begin, stop=stop)
-        for i, text in zip(now, texts):
+        for i, text in zip(now, texts, strict=True):
             answer, reference = read(text), answers[i]
             rows[i] = {"prompt": examples[i][0], "response": text, "answer": answer,
                        "reference": reference, "correct": data.same_answer(answer, reference)}
@@ -95,22 +97,22 @@ def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch
 def perplexity(net, tok, text, length=512, stride=None):
     """(exp of the mean loss per token, tokens, windows) of a text.
 
-    Every `stride` tokens (default: `length`) a window of BOS (or, where a model has none, EOS: as
-    in lm-evaluation-harness) and `length` tokens begins. A token counts in the first window that
-    has it, so past the first one it sees length - stride or more.
+    Every `stride` tokens (default: `length`) a window begins: BOS and `length` tokens. A model
+    without BOS gets EOS instead, as in lm-evaluation-harness. A token counts in the first window
+    that has it. So past the first window it sees length - stride tokens or more.
     """
     ids, stride = tok.encode(text), stride or length
     if not ids or stride > length:
         raise ValueError(f"--stride {stride} is more than --length {length}: tokens would be left "
                          "out" if ids else "the text is empty")
-    device, total, seen = net.lm_head.weight.device, 0.0, 0
+    device, total, counted = net.lm_head.weight.device, 0.0, 0
     starts = range(0, max(0, len(ids) - length) + stride, stride)   # the last one reaches the end
     for start in tqdm(starts, desc="perplexity", leave=False, delay=1):
         window = torch.tensor([[tok.start] + ids[start:start + length]], device=device)  # (1, T+1)
-        new = start + window.shape[1] - 1 - seen                    # tokens not counted before
+        new = start + window.shape[1] - 1 - counted                 # tokens not counted before
         logits = net(window[:, :-1])[0, -new:]                                          # (new, V)
         total += F.cross_entropy(logits, window[0, -new:], reduction="sum").item()
-        seen += new
+        counted += new
     return math.exp(total / len(ids)), len(ids), len(starts)
 
 
@@ -131,62 +133,12 @@ def write_lines(path, rows):
             print(json.dumps(row, ensure_ascii=False), file=file)
 
 
-def check_ranges(parser, args, **ranges):
-    """Refuse an option outside its (low, high), both included; NaN is outside of any."""
-    for name, (low, high) in ranges.items():
-        value, limit = getattr(args, name), f" and at most {high:g}" if high < math.inf else ""
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low:g}{limit}, not {value}")
-
-
-def arguments():
-    """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, usage="python eval.py [--option value ...]",
-                                formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog="Not here: multiple-choice benchmarks, MATH.")
-    add = p.add_argument
-    add("--ckpt", default="tiny", help="directory, or a name under checkpoints/")
-    add("--adapter", help="adapter directory, as train.py or PEFT wrote it")
-    add("--prompt", help="an instruction to answer")
-    add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
-    add("--protocol", choices=list(PROTOCOLS), default="strict",
-        help="how --accuracy asks and scores; paper: as the PiSSA authors' scripts do")
-    add("--ppl", metavar="TEXT", help="a text file")
-    add("--fields", help="field names of the jsonl, e.g. question,answer")
-    add("--limit", type=int, help="only the first so many problems")
-    add("--out", help="file for --accuracy's predictions (default: by the adapter)")
-    add("--max-new-tokens", type=int, help="default: 256, or 1024 by protocol paper")
-    add("--stop", action="append", default=[], help="text that ends a response; repeatable")
-    add("--temperature", type=float, default=0.0, help="of --prompt; 0: greedy")
-    add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="sample among so much probability")
-    add("--seed", type=int, default=0)
-    add("--batch", type=int, default=64, help="prompts decoded together")
-    add("--length", type=int, help="window of --ppl (default: 512, or the model's limit if less)")
-    add("--stride", type=int, help="from one window to the next (default: --length)")
-    add("--device", help="default: cuda if there is one, else cpu")
-    args, at_least_1 = p.parse_args(), (1, math.inf)
-    check_ranges(p, args, limit=at_least_1, max_new_tokens=at_least_1, batch=at_least_1,
-                 length=at_least_1, stride=at_least_1, temperature=(0, 1e6), top_k=(0, 2**31 - 1),
-                 top_p=(1e-9, 1), seed=(0, 2**63 - 1))
-    if not (args.prompt or args.accuracy or args.ppl):
-        p.error("nothing to do: give --prompt, --accuracy or --ppl")
-    for name, text in ("--prompt", args.prompt or "-"), *(("--stop", s) for s in args.stop):
-        if not text or text.encode(errors="replace").decode() != text:
-            p.error(f"{name} is {'not valid UTF-8' if text else 'empty'}")
-    if args.out:
-        path = Path(args.out)
-        if path.is_dir() or not path.name or path.parent.exists() and not path.parent.is_dir():
-            p.error(f"--out {path} is not a file that can be written")
-        if args.accuracy and path.exists() and path.samefile(args.accuracy):
-            p.error(f"--out {path} is the file of problems")
-    args.max_new_tokens = args.max_new_tokens or PROTOCOLS[args.protocol][1]
-    return args
-
-
 def resume(part, header, count):
-    """{index: prediction} that an interrupted run with this header left in `part`, kept there."""
-    # Half a line, where it was interrupted, has no end: it does not count, and is not kept.
+    """{index: prediction} that an interrupted run with this header left in `part`, kept there.
+
+    A damaged file: ValueError.
+    """
+    # The last line may be half a line, without an end. It does not count, and is not kept.
     lines = part.read_text("utf-8", "replace").split("\n")[:-1] if part.exists() else []
     same = lines[:1] == [json.dumps(header, ensure_ascii=False)]
     if lines:
@@ -202,6 +154,16 @@ def resume(part, header, count):
     return done
 
 
+def content_hash(net, directory, asked):
+    """A hash of the weights (some 256 entries of each), the adapter's files and the problems."""
+    h = hashlib.sha256(json.dumps([str(net.lm_head.weight.dtype), asked]).encode())
+    for name, p in net.named_parameters():
+        h.update(f"{name} {tuple(p.shape)} {pissa.sampled(p).tolist()}".encode())
+    for file in sorted(Path(directory).glob("adapter_*")) if directory else []:
+        h.update(file.read_bytes())
+    return h.hexdigest()
+
+
 def show_accuracy(net, tok, examples, args):
     """--accuracy: the protocol, the score with its standard error, and a file of predictions."""
     how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
@@ -212,11 +174,8 @@ def show_accuracy(net, tok, examples, args):
     out = Path(args.out or folder / f"{name}.jsonl")
     part = out.with_name(out.name + ".part")
     asked = [(data.prompt_ids(prompt, tok), reference) for prompt, reference in examples]
-    weights = pissa.fingerprint([name for name, _ in net.named_parameters()], net.get_parameter)
-    content = hashlib.sha256(json.dumps([weights, str(net.lm_head.weight.dtype), asked]).encode())
-    for file in sorted(Path(args.adapter).glob("adapter_*")) if args.adapter else []:
-        content.update(file.read_bytes())
-    header = {"ckpt": args.ckpt, "adapter": args.adapter, **how, "sha256": content.hexdigest()}
+    header = {"ckpt": args.ckpt, "adapter": args.adapter, **how,
+              "sha256": content_hash(net, args.adapter, asked)}
     done = resume(part, header, len(examples))
     with open(part, "a", encoding="utf-8") as log:
         score, rows = accuracy(net, tok, examples, batch=args.batch, done=done, log=log, **how)
@@ -228,8 +187,8 @@ def show_accuracy(net, tok, examples, args):
 
 
 def main():
-    """Read everything, load the model, then do whatever was asked for."""
-    args = arguments()
+    """Read the files, load the model, then do what the command line asks for."""
+    args = options.for_eval(__doc__)
     examples = data.read(args.accuracy, args.fields)[:args.limit] if args.accuracy else []
     data.references(examples, args.accuracy)
     try:
@@ -247,13 +206,13 @@ def main():
     if args.adapter and not quantised:
         adapt(net)
     if args.prompt:
-        options = {k: getattr(args, k) for k in ("max_new_tokens", "stop", "temperature", "top_k",
-                                                 "top_p", "seed")}
-        if args.adapter and not quantised:        # of a quantised one, the base may be too large
+        how = {k: getattr(args, k) for k in ("max_new_tokens", "stop", "temperature", "top_k",
+                                             "top_p", "seed")}
+        if args.adapter and not quantised:            # the base of a quantised one may be too large
             with pissa.disabled(net):
-                print(f"--- base\n{complete(net, tok, [args.prompt], **options)[0]}")
+                print(f"--- base\n{complete(net, tok, [args.prompt], **how)[0]}")
             print(f"--- with {args.adapter}")
-        print(complete(net, tok, [args.prompt], **options)[0])
+        print(complete(net, tok, [args.prompt], **how)[0])
     if args.accuracy:
         show_accuracy(net, tok, examples, args)
     if args.ppl:
@@ -263,24 +222,5 @@ def main():
               f"stride {args.stride or length})")
 
 
-def run(main, name):
-    """main(), with one line and exit code 1 in place of a traceback for what is no bug of ours."""
-    try:
-        main()
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"{name}: {str(e).splitlines()[0]} Lower --batch or --micro-batch, use "
-                 "--checkpointing, a smaller --rank or --max-length")
-    except RuntimeError as e:
-        if "can't allocate memory" not in str(e):
-            raise
-        sys.exit(f"{name}: out of memory: lower --batch, --micro-batch or --max-new-tokens")
-    except OSError as e:
-        sys.exit(f"{name}: {e.filename}: {e.strerror.lower()}" if e.filename else f"{name}: {e}")
-    except ValueError as e:
-        sys.exit(f"{name}: {e}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted")
-
-
 if __name__ == "__main__":
-    run(main, "eval.py")
+    report.run(main, "eval.py")

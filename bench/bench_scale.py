@@ -25,10 +25,10 @@ from torch import nn
 
 import model
 import pissa
-import plan
 import train
 from bench import stamped
 from bench.steps import CUDA, DEVICE, SEVEN, TOY, clock, fill, gib, injected
+from support import plan
 
 # What is varied, and where the rest stands meanwhile; in full, and for a trial.
 FULL = SimpleNamespace(
@@ -61,8 +61,8 @@ def measured(figure, planned):
 
 def step(net, method, rank, rows, length, checkpointing, compiled=False, steps=4):
     """Seconds, measured and planned peak of steps of one micro-batch, as train.py takes them."""
-    job = plan.Job(net.config, method, rank, rows=rows, length=length, checkpointing=checkpointing,
-                   compiled=compiled, accumulate=False)
+    job = plan.job_of(net.config, method, rank, rows=rows, length=length,
+                      checkpointing=checkpointing, compiled=compiled, accumulate=False)
     net.checkpointing = checkpointing
     if compiled:
         train.compile_layers(net)
@@ -92,7 +92,7 @@ def sevens(size):
     for (method, rows), rank in zip((("lora", 8), ("qpissa", 1)), size.sevens):
         net = network(size.seven, method, rank)
         if method == "qpissa":
-            job = plan.Job(size.seven, method, rank)
+            job = plan.job_of(size.seven, method, rank)
             yield {"method": method, "rank": rank, "layers": size.seven.n_layers,
                    **measured("loading_gib", plan.memory(job)[2]["loading"])}
         for checkpointing, compiled in (False, False), (True, False), (False, True):

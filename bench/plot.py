@@ -14,7 +14,7 @@ from pathlib import Path
 
 import model
 from formats import meta_write
-from plan import Job, flops_in_all, memory
+from support.plan import flops_in_all, job_of, memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -134,7 +134,7 @@ def step_table():
     """A step in bfloat16 beside PEFT's, and what of the GPU's arithmetic it uses."""
     result, rows = read("step_h200"), []
     for name, cells in zip(result["step"]["times as fast"], step_rows(result["step"])):
-        job = Job(model.Config(), "lora", result["rank"], rows=1 if "1 row" in name else 8,
+        job = job_of(model.Config(), "lora", result["rank"], rows=1 if "1 row" in name else 8,
                   checkpointing="checkpointing" in name, compiled="compiled" in name)
         rate = flops_in_all(job) * result["step"][name]["tokens_per_second"]
         rows.append([*cells, f"{rate / 1e12:.0f}"])
@@ -384,13 +384,13 @@ def plan_rows():
     small, large, rows = read("nf4_h200"), read("nf4_70b_h200"), []
     for name, config, part in ("Llama-2-7B", model.Config(), small["memory"]), (
             "Llama-3-70B", model.Config(8192, 80, 64, 8, 128256, 28672), large["seventy"]):
-        rows.append((f"{name}, qpissa, rank 64, loading", Job(config, "qpissa", 64),
+        rows.append((f"{name}, qpissa, rank 64, loading", job_of(config, "qpissa", 64),
                      part["model"]["peak_gib"], "loading"))
     if not (RESULTS / "scale_h200.json").exists():
         return rows
     result = read("scale_h200")
     for r in result["seven"] + result["step"]:
-        job = Job(model.Config(n_layers=r["layers"]), r["method"], r["rank"], accumulate=False)
+        job = job_of(model.Config(n_layers=r["layers"]), r["method"], r["rank"], accumulate=False)
         what = f"Llama-2-7B, {r['layers']} layers, {r['method']}, rank {r['rank']}, "
         if "loading_gib" in r:
             rows.append((what + "loading", job, r["loading_gib"], "loading"))

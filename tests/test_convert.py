@@ -24,10 +24,9 @@ from conftest import failure as run_failure
 import adapter
 import convert
 import eval as evaluation
-import gguf_file
-import hf
 import model
 import pissa
+from formats import hf, meta_write
 
 pytest.importorskip("safetensors")
 
@@ -60,11 +59,11 @@ COMPANIONS = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}', "me
 def write_base(folder, layout, net):
     """A checkpoint with all that goes with one, and with some files that do not."""
     if layout == "hf":
-        config = hf.config_json(net.config, net.lm_head.weight.dtype, my_note="kept", n=7)
+        config = hf.config_json(vars(net.config), net.lm_head.weight.dtype, my_note="kept", n=7)
         hf.save_folder(folder, config, net.named_parameters(), shard_bytes=100_000)
         assert len(list(folder.glob("model-*.safetensors"))) > 1
     else:
-        model.save(net, folder)
+        meta_write.save(net, folder)
     for name, text in COMPANIONS.items():
         (folder / name).write_bytes(text)
     (folder / "README.md").write_text("of the base")
@@ -157,7 +156,7 @@ def test_one_rounding(tmp_path, dtype, source, key):
     text = command("merge", tmp_path / "adapter", tmp_path / "out", "--ckpt", tmp_path / "base",
                    "--dtype", dtype, "--layout", "hf")
     target = source if dtype == "source" else getattr(torch, dtype)
-    old, pairs = read(tmp_path / "base"), adapter.read_adapter(tmp_path / "adapter")[1]
+    old, pairs = read(tmp_path / "base"), adapter.read_adapter(tmp_path / "adapter").pairs
     for name, W in read(tmp_path / "out").items():
         expected = old[name].float()
         if pair := pairs.get(name.removesuffix(".weight")):
@@ -295,10 +294,9 @@ def test_merge_refuses(tmp_path, base, trained, change, message):
 
 def test_layers_that_are_not_linear(tmp_path, base):
     """The embedding has the shape of a matrix, but an adapter on it means something else."""
-    from adapter import write_adapter
     for name, shape in (("model.embed_tokens", (48, 101)), ("model.norm", (1, 48))):
         pair = torch.ones(shape[0], 2), torch.ones(2, shape[1])
-        write_adapter(tmp_path / "adapter", {name: pair}, None, None)
+        adapter.write(tmp_path / "adapter", {name: pair}, None, {})
         assert f"the model has no linear layer {name}" in failure(
             "merge", tmp_path / "adapter", tmp_path / "out", "--ckpt", base)
 
@@ -345,7 +343,7 @@ def test_another_checkpoint_is_replaced(tmp_path, base, trained, tokens, to):
 def test_end_ids_of_config_json_are_kept(tmp_path):
     """In Meta's layout there is no config.json, where some models name what ends a text."""
     net = small_net()
-    hf.save_folder(tmp_path / "a", hf.config_json(net.config, eos_token_id=[2, 0]),
+    hf.save_folder(tmp_path / "a", hf.config_json(vars(net.config), eos_token_id=[2, 0]),
                    net.named_parameters())
     convert.write_checkpoint(tmp_path / "b", tmp_path / "a", net.config, net.named_parameters(),
                              torch.float32, "meta")
@@ -422,7 +420,7 @@ def test_help(argv):
 def test_compress(tmp_path, trained):
     """The error of all matrices together and of the worst one, from the matrices themselves."""
     text = command("compress", tmp_path / "adapter", tmp_path / "small", "--rank", 3)
-    big, small = (adapter.read_adapter(tmp_path / d)[1] for d in ("adapter", "small"))
+    big, small = (adapter.read_adapter(tmp_path / d).pairs for d in ("adapter", "small"))
     lost = {n: (big[n][0] @ big[n][1] - small[n][0] @ small[n][1]).norm().item() for n in big}
     whole = {n: (A @ B).norm().item() for n, (A, B) in big.items()}
     overall = math.hypot(*lost.values()) / math.hypot(*whole.values())
@@ -443,7 +441,7 @@ def test_compressed_logits(tmp_path, tokens):
     adapter.save(net, tmp_path / "adapter")
     text = command("compress", tmp_path / "adapter", tmp_path / "small", "--rank", 5)
     error = float(re.search(r"\(Frobenius\) ([\d.]+)%", text)[1]) / 100
-    A, B = adapter.read_adapter(tmp_path / "adapter")[1]["lm_head"]
+    A, B = adapter.read_adapter(tmp_path / "adapter").pairs["lm_head"]
     small = adapter.load(small_net(), tmp_path / "small")
     difference = (small(tokens) - net(tokens)).norm().item()
     hidden = net.hidden(tokens).flatten(0, 1)
@@ -505,7 +503,7 @@ def permuted(W, heads):
     return W.reshape(heads, 2, W.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(W.shape)
 
 
-def write_gguf(path, net, family="llama", quantise=None, tensors={}, **keys):
+def write_gguf(path, net, family="llama", quantise=None, tensors=None, **keys):
     """A GGUF of `net`. keys, tensors: more than that, or others; None: not at all."""
     gguf = pytest.importorskip("gguf")
     c = net.config
@@ -527,7 +525,7 @@ def write_gguf(path, net, family="llama", quantise=None, tensors={}, **keys):
             ".".join(name.split(".")[-2:]))
         name = functools.reduce(lambda n, k: n.replace(k, NAMES[k]), NAMES, name)
         state[name] = permuted(W.numpy(), heads) if heads and family == "llama" else W.numpy()
-    for name, W in {**state, **tensors}.items():
+    for name, W in {**state, **(tensors or {})}.items():
         if W is None:
             continue
         if quantise and W.ndim == 2:
@@ -697,8 +695,9 @@ def test_sentencepiece_tokenizer(tmp_path, which):
         assert getattr(again, name)() == getattr(sp, name)()
     assert len(again) == len(sp)
     tok = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "out")
-    for text in ["Hello world", "naïve café 日本語 👍🏽", "12345 a\nb"]:   # not: spaces in a row, in
-        assert tok(text)["input_ids"] == [1, *sp.encode(text)], ascii(text)   # which they differ
+    # They differ in spaces in a row.
+    for text in ["Hello world", "naïve café 日本語 👍🏽", "12345 a\nb"]:
+        assert tok(text)["input_ids"] == [1, *sp.encode(text)], ascii(text)
     assert (tok.bos_token, tok.eos_token, tok.unk_token) == ("<s>", "</s>", "<unk>")
 
 
@@ -821,8 +820,9 @@ def test_only_the_package_makes_gguf_needed(monkeypatch):
     """Without gguf and safetensors the other commands, and train.py, are as they were."""
     for name in ("gguf", "numpy", "safetensors", "safetensors.torch", "tokenizers", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)
-    for script in ("convert.py", "gguf_file.py", "train.py"):
-        runpy.run_path(str(ROOT / script))
+    for script, names in (("convert.py", {"merge", "compress"}), ("train.py", {"train", "loss_of"}),
+                          ("formats/gguf.py", {"open_gguf"})):
+        assert names <= runpy.run_path(str(ROOT / script)).keys()
 
 
 # --- a real model

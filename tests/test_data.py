@@ -175,11 +175,11 @@ def test_batches_are_a_function_of_seed_and_epoch():
 
 def test_micro_batch_by_hand():
     batch = [([1, 10, 2], 1), ([1, 20, 21, 30, 2], 3)]
-    [(tokens, labels, real)] = data.micro_batches(batch, 8, pad=9)
+    [(tokens, labels, where_text)] = data.micro_batches(batch, 8, pad=9)
     assert tokens.tolist() == [[1, 20, 21, 30], [1, 10, 9, 9]]
     assert labels.tolist() == [[-100, -100, 30, 2], [10, 2, -100, -100]]
-    assert real.tolist() == [0, 1, 2, 3, 4, 5]
-    assert tokens.dtype == labels.dtype == real.dtype == torch.int64
+    assert where_text.tolist() == [0, 1, 2, 3, 4, 5]
+    assert tokens.dtype == labels.dtype == where_text.dtype == torch.int64
     assert [t.tolist() for t, *_ in data.micro_batches(batch, 7)] == [[[1, 20, 21, 30]], [[1, 10]]]
 
 
@@ -194,9 +194,9 @@ def random_batch(n, seed=0):
 def test_micro_batches_hold_every_example_once(cells):
     batch, seen = random_batch(33), []
     untouched = [(list(ids), n) for ids, n in batch]
-    for tokens, labels, real in data.micro_batches(batch, cells, pad=0):
+    for tokens, labels, where_text in data.micro_batches(batch, cells, pad=0):
         assert tokens.shape == labels.shape and (tokens.numel() <= cells or len(tokens) == 1)
-        assert real.tolist() == [i for i, t in enumerate(tokens.flatten().tolist()) if t]
+        assert where_text.tolist() == [i for i, t in enumerate(tokens.flatten().tolist()) if t]
         for row, label in zip(tokens.tolist(), labels.tolist()):
             length = len(row) - row.count(0)
             assert row[length:] == [0] * (len(row) - length)

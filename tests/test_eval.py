@@ -12,15 +12,16 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT, TINY, hugging_face
+from conftest import command as run_command
+from conftest import failure as run_failure
 
 import adapter
 import data
 import eval as evaluation
 import model
 import pissa
-from conftest import ROOT, TINY, hugging_face
-from conftest import command as run_command
-from conftest import failure as run_failure
+from formats import meta_write
 
 EXAMPLES = data.read(TINY / "test.jsonl")[:20]
 
@@ -241,10 +242,10 @@ def test_perplexity_is_its_definition(net, tok, monkeypatch, length, stride, fir
     """Every token once, in the first window that holds it, after BOS and what precedes it there."""
     assert tok.start == tok.bos == 1 and tok.eos == 2
     monkeypatch.setattr(tok, "start", first)         # 2: as for a model without BOS
-    ids, total = tok.encode(TEXT), 0.0
+    ids, total, before = tok.encode(TEXT), 0.0, None
     for i, token in enumerate(ids):
         start = max(0, math.ceil((i + 1 - length) / stride)) * stride
-        if i == 0 or start != before:
+        if start != before:
             window = [first] + ids[start:start + length]
             log_p = torch.log_softmax(net(torch.tensor([window]))[0].double(), -1)
             before = start
@@ -401,8 +402,8 @@ def test_ppl_command(net, tok, tmp_path, saved):
     text = "Nora had 14 shells. She found 8 more — at café “Sol”.\n" * 5
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     other = adapter.load(model.load("tiny", "cpu"), saved)
-    more = ["--adapter", saved, "--stride", 30]
-    for which, stride, more in ((net, 50, []), (other, 30, more)):
+    adapted = ["--adapter", saved, "--stride", 30]
+    for which, stride, more in ((net, 50, []), (other, 30, adapted)):
         printed = command("--ppl", tmp_path / "text.txt", "--length", 50, *more)
         value, count, windows = evaluation.perplexity(which, tok, text, 50, stride)
         assert printed == (f"perplexity {value:.4f} per token ({count} tokens, {windows} windows "
@@ -492,7 +493,7 @@ def other_adapter(base, saved):
 def other_base(base, saved):
     net = model.load(base, "cpu")
     net.model.norm.weight.data *= 1.1
-    model.save(net, base)
+    meta_write.save(net, base)
 
 
 @pytest.mark.parametrize("change, more, anew", [

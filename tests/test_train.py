@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -15,15 +14,17 @@ from contextlib import nullcontext, redirect_stdout
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, TINY, command, failure
 
 import adapter
 import data
 import eval as evaluation
-import hf
+import fast
 import model
 import pissa
 import train
-from conftest import ROOT, TINY, command, failure
+from formats import hf, meta_write
+from support import options
 
 LEARNING_RATE = {"pissa": 2e-3, "lora": 1e-2, "full": 5e-4}      # each method at a good one
 
@@ -31,7 +32,7 @@ LEARNING_RATE = {"pissa": 2e-3, "lora": 1e-2, "full": 5e-4}      # each method a
 def parse(*argv):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
         patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-        return train.arguments()
+        return options.for_train(train.__doc__)
 
 
 def read_lines(path):
@@ -112,8 +113,8 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(examples, cells, method,
     params = [p for p in net.parameters() if p.requires_grad]
     learnt = sum(len(ids) - n for ids, n in batch)
     total = 0.0
-    for tokens, labels, real in data.micro_batches(batch, cells):
-        loss = train.loss_sum(net, tokens, labels, real if packed else None) / learnt
+    for tokens, labels, where_text in data.micro_batches(batch, cells):
+        loss = train.loss_sum(net, tokens, labels, where_text if packed else None) / learnt
         loss.backward()
         total += loss.item()
     got = [p.grad.clone() for p in params]
@@ -144,7 +145,7 @@ def test_loss_in_chunks(monkeypatch, trained):
     tokens, labels = torch.randint(3, 2000, (2, 3, 11), generator=torch.Generator().manual_seed(1))
     labels[0, :7], sizes = -100, []
     expected = F.cross_entropy(net(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
-    monkeypatch.setattr(train, "CHUNK", 4 * net.config.vocab_size + 1)
+    monkeypatch.setattr(fast, "CHUNK", 4 * net.config.vocab_size + 1)
     hook = net.lm_head.register_forward_hook(lambda _, x, y: sizes.append(len(y)))
     got = train.loss_sum(net, tokens, labels)
     assert sizes == [4] * 6 + [2]
@@ -158,15 +159,17 @@ def test_loss_in_chunks(monkeypatch, trained):
 
 def test_padding_is_not_computed(examples, tmp_path):
     """Every linear layer sees as many tokens as there are; with --no-packing, more."""
-    seen, batch = [], examples[:8]
-    for flag in ([], ["--no-packing"]):
+    def computed(*flags):
         net, rows = prepared("pissa"), []
         net.model.layers[0].mlp.up_proj.register_forward_hook(
             lambda _, x, y: rows.append(y.shape[:2].numel()))
-        args = parse("--ckpt", "tiny", "--out", tmp_path, "--steps", 1, *flag)
+        args = parse("--ckpt", "tiny", "--out", tmp_path, "--steps", 1, *flags)
         train.train(net, batch, args, nullcontext())
-        seen.append(sum(rows))
-    assert seen[0] == sum(len(ids) - 1 for ids, _ in batch) < seen[1]
+        return sum(rows)
+
+    batch = examples[:8]
+    assert computed() == sum(len(ids) - 1 for ids, _ in batch) < computed("--no-packing")
+
 
 @pytest.mark.parametrize("micro", [1, 3, 8])
 def test_the_loop_averages_over_tokens(examples, tmp_path, micro):
@@ -279,20 +282,41 @@ def test_clipping_and_weight_decay_reach_the_optimiser(examples, tmp_path, monke
                                rtol=1e-3, atol=1e-6)
 
 
-def test_checkpointing_changes_nothing(examples, tmp_path, flags):
+def test_checkpointing_changes_nothing(tmp_path, flags, monkeypatch):
     """Recomputed activations are the same activations: bit for bit, in a whole run."""
-    logs = []
+    logs, recomputed, real = [], [], fast.Recompute.backward
+    monkeypatch.setattr(fast.Recompute, "backward", lambda *a: recomputed.append(1) or real(*a))
     for extra in ([], ["--checkpointing"]):
         out = tmp_path / str(len(logs))
-        recomputed = []
-        with pytest.MonkeyPatch.context() as patch:
-            real = model.Recompute.backward
-            patch.setattr(model.Recompute, "backward",
-                          lambda *a: recomputed.append(1) or real(*a))
-            command(train.main, *flags, "--steps", 2, "--out", out, *extra)
+        recomputed.clear()
+        command(train.main, *flags, "--steps", 2, "--out", out, *extra)
         assert bool(recomputed) == bool(extra)
         logs.append([(r["loss"], r["grad_norm"]) for r in read_lines(out / "log.jsonl")])
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora", "full"])
+@pytest.mark.parametrize("extra", [[], ["--no-packing"], ["--checkpointing"]], ids=str)
+def test_plain_changes_nothing(flags, tmp_path, monkeypatch, method, extra):
+    """Without fast.py's forms, which are not called once: the same losses to rounding.
+
+    The rate is at most 1e-3: AdamW's first step has the size of the rate, however small a gradient
+    is, so that LoRA's 1e-2 turns rounding into 1e-5.
+    """
+    logs, calls = [], []
+    for form in (fast.LowRank, fast.Rotate, fast.SwiGLU, fast.ChunkedLoss, fast.Recompute):
+        monkeypatch.setattr(form, "forward", staticmethod(
+            lambda *a, forward=form.forward: calls.append(1) or forward(*a)))
+    for mode in ([], ["--plain"]):
+        out = tmp_path / str(len(logs))
+        calls.clear()
+        command(train.main, *flags, "--method", method, "--lr",
+                min(1e-3, LEARNING_RATE[method]), "--steps", 3, "--niter", "exact", "--out", out,
+                *extra, *mode)
+        assert bool(calls) != bool(mode)
+        logs.append([r["loss"] for r in read_lines(out / "log.jsonl")])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-6)
+    assert not fast.PLAIN
 
 
 def test_compile_changes_nothing(flags, tmp_path, monkeypatch):
@@ -353,8 +377,17 @@ def test_run_leaves_its_files(run, flags, tok, files):
 
 
 def test_run_draws_the_loss(run):
-    pytest.importorskip("matplotlib")
-    assert (run[0] / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    """The picture has the size that was asked for, and the blue line falls as the losses do."""
+    image = pytest.importorskip("matplotlib.image").imread(run[0] / "loss.png")
+    assert image.shape == (420, 720, 4)                                  # 6 x 3.5 inches, 120 dpi
+    blue = torch.tensor(image[..., 2] - image[..., 0] > 0.3)             # matplotlib's first colour
+    columns = blue.any(0).nonzero()[:, 0]
+    assert 500 < columns[-1] - columns[0] < 720
+    rows = torch.arange(420.0)[:, None]
+    height = -((rows * blue).sum(0) / blue.sum(0))[columns]              # of the line, going up
+    losses = torch.tensor([r["loss"] for r in read_lines(run[0] / "log.jsonl")])
+    at_steps = height[torch.linspace(2, len(height) - 3, len(losses)).long()]
+    assert torch.corrcoef(torch.stack([at_steps, losses]))[0, 1] > 0.98
 
 
 def test_run_starts_at_the_base_model(run, tok, files):
@@ -465,7 +498,7 @@ def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
     """From Hugging Face's layout: that layout, the rest of its config.json, and its files."""
     pytest.importorskip("safetensors")
     net, folder = model.load("tiny", "cpu"), tmp_path / "base"
-    hf.save_folder(folder, hf.config_json(net.config, my_note="kept"), net.named_parameters())
+    hf.save_folder(folder, hf.config_json(vars(net.config), my_note="kept"), net.named_parameters())
     (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     (folder / "generation_config.json").write_text("{}")
     flags = [*flags, "--ckpt", folder, "--method", "full", "--steps", 1, "--out", tmp_path / "run"]
@@ -478,7 +511,7 @@ def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
     assert same_state(changed, net.state_dict()) != set(changed)
     assert next(iter(model.open_checkpoint(there)[1].values()))().dtype == torch.bfloat16
     assert command(evaluation.main, *eval_command(text), "--max-new-tokens", 2).strip()
-    monkeypatch.setattr(train, "look", lambda *_: pytest.fail("it should have been said before"))
+    monkeypatch.setattr(train, "evaluate", lambda *_: pytest.fail("it should be said before"))
     (folder / "model.safetensors").unlink()
     torch.save(net.state_dict(), folder / "pytorch_model.bin")
     for name in ("safetensors", "safetensors.torch"):
@@ -490,8 +523,9 @@ def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
 def test_lora_is_a_plain_lora(flags, tmp_path):
     command(train.main, *flags, "--method", "lora", "--steps", 1, "--seed", 5, "--out", tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 8 and config["pissa"]["method"] == "lora"
-    assert config["pissa"]["seed"] == 5
+    assert config["r"] == 8
+    facts = adapter.read_facts(tmp_path / "adapter")
+    assert facts["method"] == "lora" and facts["seed"] == 5
     net = adapter.load(model.load("tiny", "cpu"), tmp_path / "adapter")
     assert all(m.A.shape[1] == 8 and m.A0 is None for _, m in pissa.layers(net))
 
@@ -500,7 +534,8 @@ def test_targets_and_val_data(flags, files, tmp_path):
     text = command(train.main, *flags, "--steps", 1, "--targets", "q_proj,v_proj", "--niter",
                    "exact", "--val-data", files / "test.jsonl", "--out", tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["q_proj", "v_proj"] and config["pissa"]["niter"] is None
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert adapter.read_facts(tmp_path / "adapter")["niter"] is None
     assert "32 examples, 6 for validation" in text and "12 matrices at rank 8" in text
 
 
@@ -513,9 +548,8 @@ def test_without_validation_examples(flags, tmp_path):
 
 def test_a_model_that_is_not_the_base_is_refused(flags, tmp_path, monkeypatch):
     """A residual that was not installed, the classic mistake: W_res = W, A B on top of it."""
-    real = pissa.METHODS["pissa"]
-    monkeypatch.setitem(pissa.METHODS, "pissa",
-                        lambda W, *rest: (W.clone(), *real(W, *rest)[1:]))
+    real = pissa.init_pissa
+    monkeypatch.setattr(pissa, "init_pissa", lambda W, options: (W.clone(), *real(W, options)[1:]))
     with pytest.raises(ValueError, match="not the base model"):
         command(train.main, *flags, "--steps", 1, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -538,10 +572,8 @@ def test_demo(files, tmp_path):
 
 
 def test_demo_from_any_directory(tmp_path, monkeypatch):
-    """The module is read again there, as a process would."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    args = runpy.run_path(str(ROOT / "train.py"))["arguments"]()
+    args = parse()
     assert len(data.read(args.data)) == 4000 and len(data.read(args.test_data)) == 500
 
 
@@ -562,7 +594,7 @@ def wide_checkpoint(tmp_path_factory, tok):
     net = model.init_weights(model.Llama(model.Config(
         dim=1024, n_layers=1, n_heads=8, n_kv_heads=1, vocab_size=tok.vocab_size, ffn_dim=256,
         tied=True)))
-    model.save(net.bfloat16(), folder)
+    meta_write.save(net.bfloat16(), folder)
     (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     return folder
 

