@@ -94,9 +94,10 @@ def product(x, frozen, A, B, bias):
 
 def linear(x, frozen, bias):
     """x W + bias; W is a tensor (out, in), or a module that multiplies by itself like nf4.NF4."""
-    if isinstance(frozen, nn.Module):
-        return frozen(x) if bias is None else frozen(x) + bias.to(x.dtype)
-    return F.linear(x, frozen, bias)
+    if isinstance(frozen, torch.Tensor):
+        return F.linear(x, frozen, bias)
+    y = frozen(x)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class PissaLinear(nn.Module):

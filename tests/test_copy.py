@@ -103,8 +103,6 @@ def test_without_fast(tmp_path, as_it_is):
         ".git", "runs", "fast.py", "tests", "bench", "__pycache__", ".venv*"))
     for name in ("model.py", "pissa.py", "train.py"):
         (tree / name).write_text(stripped(ROOT / name))
-        assert "fast" not in re.sub(r"faster|fastest|fast\.py|`.*`|#.*", "",
-                                    (tree / name).read_text()), name
     assert losses(tmp_path / "run", tree) == pytest.approx(as_it_is, rel=1e-6)
 
 
