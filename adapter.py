@@ -18,10 +18,8 @@ Nothing here asks for a method by name: a method of your own is saved and loaded
 
     pissa.inject(net, rank=64); ...train...; adapter.save(net, "there"); adapter.load(base, "there")
 """
-import functools
 import hashlib
 import json
-import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ import nf4
 import pissa
 import qpissa
 from formats import peft
-from support.files import written
+from support.files import sha256, written
 
 FACTS, EXTRAS = "pissa.json", "pissa"                                # EXTRAS.safetensors or .bin
 LORA = {"method": "lora", "bits": 16, "subtracted": False, "own_pair": False}
@@ -99,24 +97,14 @@ def read_facts(directory):
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: damaged, or of a newer version ({e!r})") from None
     files = [p for p in sorted(directory.glob(f"{peft.WEIGHTS}.*")) if p.suffix != ".tmp"]
-    if files and [found["weights"]] != [checksum(p, p.stat().st_mtime_ns) for p in files]:
+    if files and [found["weights"]] != [sha256(p) for p in files]:
         warnings.warn(f"{directory}: another tool has rewritten the weights, so this is a plain "
-                      "LoRA now", stacklevel=2)
+                      "LoRA now", stacklevel=1)             # 1: said once, however often it is read
         return {**LORA, "rank": config.get("r")}
     if not config.get("r") == float(config["lora_alpha"]) == r:
         raise ValueError(f"{directory}/adapter_config.json: r is {config.get('r')}, lora_alpha is "
                          f"{config['lora_alpha']}, but {FACTS} tells of {r}")
     return found
-
-
-@functools.cache
-def checksum(path, changed):
-    """SHA-256 of a file, of which `changed` is the time of its last change."""
-    h = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            h.update(block)
-    return h.hexdigest()
 
 
 def is_quantised(directory):
@@ -144,7 +132,7 @@ class Saved:
                              f"model's is {W.shape[1]} x {W.shape[0]}")
         if not W.is_meta and (a := self.extras.get(f"{name}.fingerprint")) is not None:
             a, b = a.float(), pissa.sampled(W).float()
-            if a.shape != b.shape or bool(((a - b).abs() > a.abs() * 2**-8 + 2**-24).any()):
+            if a.shape != b.shape or not ((a - b).abs() <= a.abs() * 2**-8 + 2**-24).all():
                 raise ValueError(f"{self.directory} was made on another base model: {name} differs")
         return W
 
@@ -207,7 +195,7 @@ def write(directory, pairs, found, extras, task_type=None):
         except Exception as e:    # each writer raises its own kind if, say, the disk is full
             raise OSError(f"{directory}: not written ({str(e)[:100]})") from None
         if found:
-            texts[FACTS] = {**found, "weights": checksum(weights, time.time_ns())}
+            texts[FACTS] = {**found, "weights": sha256(weights)}
         for name, content in texts.items():
             new(name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stale = [peft.WEIGHTS + other, EXTRAS + other, *(f"pissa_quantised_from{s}" for s in
@@ -216,7 +204,7 @@ def write(directory, pairs, found, extras, task_type=None):
         (directory / name).unlink(missing_ok=True)
 
 
-def compress(directory, out, rank=None):
+def compress(directory: str | Path, out: str | Path, rank: int | None = None) -> dict:
     """Cut a saved adapter down to `rank` (default half, 2r -> r) and write it to `out` as a LoRA.
 
     The best approximation of Delta W = M N takes two thin QRs and a small SVD, never the full
@@ -247,7 +235,7 @@ def compress(directory, out, rank=None):
 
 # -------------------------------------------------------------------------------------- a network
 
-def save(net, directory):
+def save(net: nn.Module, directory: str | Path) -> None:
     """Write the adapter of an injected `net` as a PEFT LoRA, of rank 2r if A_0 and B_0 exist.
 
     The LoRA is Delta W, to be added to W. A quantised model computes Q + A B instead. On the
@@ -265,7 +253,7 @@ def save(net, directory):
     write(directory, pairs, found, extras, "CAUSAL_LM" if hasattr(net, "lm_head") else None)
 
 
-def load(net, directory, *, read=None, keep_base=False):
+def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False) -> nn.Module:
     """Put an adapter on `net`, in place: one of ours, to use or to train on, or a LoRA of PEFT's.
 
     An adapter already on `net` is removed first, which needs keep_base=True when it was put there.

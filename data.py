@@ -170,7 +170,7 @@ def micro_batches(batch, cells, pad=0):
 NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
 
-def final_answer(text):
+def final_answer(text: str) -> str | None:
     """The number a response ends on, as a str without commas; None if it names none.
 
     It is the first number after the first "####" (GSM8K), else after the first "The answer is:"
@@ -214,7 +214,7 @@ def references(examples, where):
     return answers
 
 
-def same_answer(a, b):
+def same_answer(a: str | None, b: str | None) -> bool:
     """Equal as rational numbers: "1,234" and "1234.0", "1/2" and "0.5". None equals nothing."""
     a, b = _fraction(a), _fraction(b)
     return a is not None and a == b

@@ -18,6 +18,7 @@ H heads, G key/value heads, K head width (mostly D / H), V vocabulary.
 from dataclasses import dataclass
 from functools import partial
 from math import inf, pi
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ class Attention(nn.Module):
         return self.o_proj(y)                                                     # (B, T, D)
 
 
-@faster(fast.SwiGLU.apply, compiled=True)
+@faster(fast.SwiGLU.apply)
 def swiglu(gate, up):
     """silu(gate) * up, where silu(g) = g sigmoid(g) (arXiv 2002.05202)."""
     return F.silu(gate) * up
@@ -179,7 +180,7 @@ class Llama(nn.Module):
             x = checkpointed(layer, x, *rest) if again else layer(x, *rest)
         return self.model.norm(x)
 
-    def forward(self, tokens, **kwargs):
+    def forward(self, tokens: torch.Tensor, **kwargs) -> torch.Tensor:
         """Logits, (B, T) int64 -> (B, T, V) float32. Keyword arguments as in `hidden`."""
         return self.lm_head(self.hidden(tokens, **kwargs)).float()
 
@@ -261,8 +262,8 @@ def init_weights(net, seed=0, std=0.02):
 # ------------------------------------------------------------------------------------- generation
 
 @torch.inference_mode()
-def generate(net, prompts, max_new_tokens=64, *, temperature=0.0, top_k=0, top_p=1.0, eos=(),
-             stop=None, seed=0):
+def generate(net: Llama, prompts: list[list[int]], max_new_tokens: int = 64, *, temperature=0.0,
+             top_k=0, top_p=1.0, eos=(), stop=None, seed=0) -> list[list[int]]:
     """Continue token lists; returns the new ids of each, without the EOS that ended it.
 
     prompts: non-empty lists of ids, of any lengths: one batch, padded on the left.
@@ -311,7 +312,7 @@ def recorded(step, tokens, last):
     return step
 
 
-def sample(logits, temperature, top_k, top_p, generator):
+def sample(logits: torch.Tensor, temperature, top_k, top_p, generator) -> torch.Tensor:
     """One token per row, (B, V) float32 -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -395,7 +396,7 @@ def has_bfloat16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def load(ckpt, device=None, dtype=None, prepare=None):
+def load(ckpt: str | Path, device=None, dtype: torch.dtype | None = None, prepare=None) -> Llama:
     """Read a LLaMA in Meta's raw layout or in Hugging Face's. Returns a `Llama`.
 
     ckpt: a directory, or a name under checkpoints/. device: default the GPU if there is one. dtype:

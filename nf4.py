@@ -78,7 +78,7 @@ def nearest(x, halfway, block):
 # ---------------------------------------------------------------------- quantise, and back again
 
 @torch.no_grad()
-def quantize(W, double=True):
+def quantize(W: torch.Tensor, double: bool = True) -> "NF4":
     """An NF4 of a tensor W of any shape and floating dtype. double: quantise the absmax, too.
 
     Raises ValueError for NaN or Inf in W, or numbers that are not floats.
@@ -192,7 +192,7 @@ class NF4(nn.Module):
         return super()._apply(moved, recurse)
 
     @torch.no_grad()
-    def dequantize(self, dtype=None):
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor of the original shape, in the original dtype or another."""
         parts = [p if p is None else p.detach().flatten()
                  for p in (self.codes, self.absmax, self.scale, self.mean)]

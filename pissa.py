@@ -19,11 +19,9 @@ step of 2e-5 would vanish in bfloat16.
     A_0, B_0    A0, B0       A and B at initialisation, in host memory
     A_q, B_q    subtracted   what was subtracted from W to get W_res or Q (A_0 and B_0 without Q)
 
-    pissa.inject(net, rank=64); ...train...; adapter.save(net, "there"); adapter.load(base, "there")
-
 Delete the lines `import fast`, `from fast import faster` and `@faster(...)`: only speed changes.
 """
-import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -38,6 +36,8 @@ from fast import faster
 from svd import finite, full_float32, grouped_svd, randomized_svd
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+METHODS = {"pissa": __name__, "lora": __name__, "qpissa": "qpissa", "qlora": "qpissa",
+           "loftq": "qpissa"}                      # name: the file that holds init_NAME
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Options:
     quant_iters: int = 5
     double_quant: bool = True
     last_svd: bool = True
-    ahead: dict = field(default_factory=dict)      # the linears that come next, for fast.in_groups
-    ready: dict = field(default_factory=dict)      # what that has decomposed already
+    left: dict = field(default_factory=dict)       # linears still to be replaced, this one first
+    ready: dict = field(default_factory=dict)      # {name: (A, B)} that fast.in_groups has made
 
 
 # ------------------------- a method: weight (out, in), options -> frozen, A, B, (A_q, B_q) or None
@@ -104,8 +104,8 @@ class PissaLinear(nn.Module):
     """y = x W_res + (x A) B + bias, in place of an nn.Linear. Only A and B are trained.
 
     A0, B0, subtracted and original (W, if it was kept) lie in host memory: plain attributes do not
-    move with the module. fingerprint: 256 entries of W. The frozen weight is not called "weight" in
-    a state_dict, so no program can take it for W.
+    move with the module. fingerprint: 256 entries of W. A state_dict says "frozen", not "weight",
+    so no program can take it for W.
     """
     weight = property(lambda self: self.frozen, doc="`frozen`, read-only.")
 
@@ -115,7 +115,6 @@ class PissaLinear(nn.Module):
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
         self.bias, self.W = linear.bias, None        # W: on the device of frozen, inside `disabled`
         self.A0, self.B0, self.subtracted, self.original = A0, B0, subtracted, original
-        self.is_residual = A0 is not None or isinstance(frozen, nn.Module)      # frozen is not W
         self.fingerprint = sampled(linear.weight)
 
     @classmethod
@@ -136,11 +135,10 @@ class PissaLinear(nn.Module):
         return product(x, self.frozen, self.A, self.B, self.bias)
 
     def base(self):
-        """W (out, in) before the adapter; ValueError if it was not kept."""
-        if self.is_residual and self.original is None:
-            raise ValueError("the base weights were not kept: inject, or load the adapter, with "
-                             "keep_base=True")
-        return self.original if self.is_residual else self.frozen.detach()
+        """W (out, in) as it was before; ValueError if it was not kept."""
+        if self.original is None and (self.A0 is not None or isinstance(self.frozen, nn.Module)):
+            raise ValueError("the base weights were not kept: inject or load with keep_base=True")
+        return self.frozen.detach() if self.original is None else self.original
 
     def extra_repr(self):
         return f"in={self.A.shape[0]}, out={self.B.shape[1]}, rank={self.A.shape[1]}"
@@ -154,8 +152,10 @@ def sampled(W):
 
 # ------------------------------------------------------------------------------------- the network
 
-def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, read=None,
-           quant_iters=5, double_quant=True, last_svd=True, keep_base=False, progress=True):
+def inject(net: nn.Module, rank: int, method: str | Callable = "pissa", targets=TARGETS,
+           niter: int | None = 5, seed: int = 0, *, read: Callable | None = None,
+           quant_iters=5, double_quant=True, last_svd=True, keep_base=False,
+           progress=True) -> nn.Module:
     """Replace the target linears of `net` by PissaLinear, in place, and freeze everything else.
 
     rank: 1 ... the smaller side of the smallest target. method: a key of METHODS, or a function
@@ -164,23 +164,18 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, read=
     of 0.07 % (SmolLM2, ranks 16 to 128). seed: of all random numbers. quant_iters, last_svd,
     double_quant: see qpissa.py, nf4.py. keep_base: keep W in host memory, for `disabled`, `remove`.
     read: a function from a module's name to its W, if `net` is on the meta device: each W is asked
-    for once and freed before the next. Raises ValueError before anything changes, except for NaN or
-    Inf in what `read` returns.
+    for once and freed before the next. ValueError before anything changes, except for NaN or Inf in
+    what `read` returns.
     """
-    linears, generators, start = find_linears(net, targets, rank), {}, time.perf_counter()
-    for name, m in linears.items():
-        if not (read or finite(m.weight)):
-            raise ValueError(f"{name}: the weight holds NaN or Inf")
-    options, init = Options(rank, niter, None, quant_iters, double_quant, last_svd, linears), method
-    if not callable(method):
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-        init = getattr(import_module(METHODS[method]), f"init_{method}")
-    called = method if init is not method else getattr(method, "__name__", "own method")
-    net.requires_grad_(False)
-    for name in tqdm(names := list(linears), called, unit="matrix", leave=False,
-                     disable=not progress):
-        linear = linears.pop(name)               # the only reference: the last W is freed by now
+    if not callable(method) and method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    init = method if callable(method) else getattr(import_module(METHODS[method]), "init_" + method)
+    called, generators = getattr(method, "__name__", str(method)), {}
+    linears = find_linears(net, targets, rank)
+    options = Options(rank, niter, None, quant_iters, double_quant, last_svd, linears)
+    bar = tqdm(list(linears), called, unit="matrix", leave=False, disable=not progress)
+    for name in bar:
+        linear = linears[name]                       # the last one is freed here, with its W
         if read:
             linear.weight = nn.Parameter(read(name), requires_grad=False)
             if not finite(linear.weight):
@@ -188,26 +183,31 @@ def inject(net, rank, method="pissa", targets=TARGETS, niter=5, seed=0, *, read=
         device = linear.weight.device
         options.generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
         net.set_submodule(name, PissaLinear.from_linear(linear, init, options, keep_base))
+        del linears[name]
+    net.requires_grad_(False)
+    for _, m in layers(net):
+        m.A.requires_grad_(), m.B.requires_grad_()
     net.pissa = {"method": called, "rank": rank, "niter": niter, "seed": seed,
                  "quant_iters": quant_iters, "last_svd": last_svd}
     if progress:
-        print(f"{called}: {len(names)} matrices at rank {rank} in "
-              f"{time.perf_counter() - start:.1f} s")
+        print(f"{called}: {bar.total} matrices at rank {rank} in "
+              f"{bar.format_dict['elapsed']:.1f} s")
     return net
 
 
 def find_linears(net, targets, rank=1):
-    """{name: nn.Linear} of the modules whose leaf name is among `targets`; ValueError for a name
-    that no module has, a module that is no nn.Linear, and a rank that one cannot have."""
-    targets = [targets] if isinstance(targets, str) else targets
-    named = {n: m for n, m in net.named_modules() if n and n.rpartition(".")[2] in targets}
+    """{name: nn.Linear} of the modules whose leaf name is among `targets`. ValueError for a name
+    that no module has, another kind of module, a rank out of range, and NaN or Inf."""
+    targets = {targets} if isinstance(targets, str) else set(targets)
+    leaves = {n: n.rpartition(".")[2] for n, _ in net.named_modules() if n}
     if layers(net):
         raise ValueError("the model is injected already: merge(net) or remove(net) first")
-    if nothing := set(targets) - {n.rpartition(".")[2] for n in named}:
-        there = {n.rpartition(".")[2] for n, m in net.named_modules() if type(m) is nn.Linear}
+    if nothing := targets - set(leaves.values()):
+        there = {leaf for n, leaf in leaves.items() if type(net.get_submodule(n)) is nn.Linear}
         raise ValueError(f"no module is called {', '.join(sorted(nothing))}; the linear layers "
                          f"here are {', '.join(sorted(there)) or 'none'}")
-    for n, m in named.items():
+    found = {n: net.get_submodule(n) for n, leaf in leaves.items() if leaf in targets}
+    for n, m in found.items():
         if type(m) is not nn.Linear:      # a subclass may read its weight in ways of its own
             raise ValueError(f"{n} is a {type(m).__name__}, not an nn.Linear")
         if isinstance(net.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer):
@@ -216,7 +216,9 @@ def find_linears(net, targets, rank=1):
         if not 1 <= rank <= min(m.weight.shape):
             raise ValueError(f"{n}: rank {rank} is not between 1 and {min(m.weight.shape)}, the "
                              f"smaller side of its {m.in_features} x {m.out_features} matrix")
-    return named
+        if not (m.weight.is_meta or finite(m.weight)):
+            raise ValueError(f"{n}: the weight holds NaN or Inf")
+    return found
 
 
 def layers(net):
@@ -225,7 +227,7 @@ def layers(net):
 
 
 @contextmanager
-def disabled(net):
+def disabled(net: nn.Module):
     """`with disabled(net):` the base model, bit for bit. Needs keep_base=True, and room for W."""
     on = [m for _, m in layers(net) if m.W is None]
     try:
@@ -237,12 +239,12 @@ def disabled(net):
             m.W = None
 
 
-def merge(net):
+def merge(net: nn.Module) -> nn.Module:
     """nn.Linear again, with what was learnt: W_res + A B, rounded once to the dtype of W."""
     return to_linears(net, lambda m: residual(as_tensor(m.frozen), -m.A.detach(), m.B.detach()))
 
 
-def remove(net):
+def remove(net: nn.Module) -> nn.Module:
     """nn.Linear again, without what was learnt: the base model, bit for bit. Needs keep_base=True
     if `frozen` is not W."""
     for _, m in layers(net):
@@ -262,12 +264,8 @@ def to_linears(net, weight):
     for name in dict(layers(net)):                    # names, so that each m is freed at once
         m = net.get_submodule(name)
         W = weight(m).to(m.frozen.device, m.frozen.dtype)
-        linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+        linear = nn.Linear(*reversed(W.shape), bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), m.bias
         net.set_submodule(name, linear)
     net.__dict__.pop("pissa", None)
     return net
-
-
-METHODS = {"pissa": __name__, "lora": __name__, "qpissa": "qpissa", "qlora": "qpissa",
-           "loftq": "qpissa"}                         # name: the file that holds init_NAME

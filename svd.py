@@ -48,7 +48,7 @@ def full_float32():
 
 @torch.no_grad()
 @full_float32()
-def randomized_svd(W, rank, *, oversample=32, niter=5, generator=None):
+def randomized_svd(W: torch.Tensor, rank: int, *, oversample=32, niter=5, generator=None):
     """U (m, r), S (r,), Vh (r, n): the leading `rank` singular triplets of W, S descending.
 
     W: (m, n), any floating dtype, computed in float32 (float64 stays float64), or a batch of them.

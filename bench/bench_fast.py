@@ -122,10 +122,10 @@ def other_work(args, net, record):
     def decomposition():
         linears = pissa.find_linears(net, pissa.TARGETS)
         start = steps.clock()
+        options.left = linears
         for name in list(linears):
-            options.ahead = linears
-            W = linears.pop(name).weight.detach()
-            pissa.principal(W, options)
+            pissa.principal(linears[name].weight.detach(), options)
+            del linears[name]
         return {"seconds": steps.clock() - start}
 
     options = pissa.Options(args.rank)
