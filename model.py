@@ -75,7 +75,7 @@ def rope_tables(config, positions):
 def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + K/2]) of every head, in float32. x: (B, T, H, K)."""
     y = x.float()                        # (a, b) -> (a cos - b sin, b cos + a sin); rolled: (b, a)
-    return (y * cos + y.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 @faster(fast.attend, compiled=True)
