@@ -175,7 +175,7 @@ class Llama(nn.Module):
         tokens, rope, mask, caches, packed = begin(self, tokens, cache, start, pad, where_text)
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)
         again = self.checkpointing and torch.is_grad_enabled()
-        for layer, memory in zip(self.model.layers, caches):
+        for layer, memory in zip(self.model.layers, caches, strict=True):
             rest = rope, mask, memory, packed
             x = checkpointed(layer, x, *rest) if again else layer(x, *rest)
         return self.model.norm(x)
@@ -284,7 +284,7 @@ def generate(net: Llama, prompts: list[list[int]], max_new_tokens: int = 64, *, 
     generator = torch.Generator(device).manual_seed(seed)
     T, B = max(map(len, prompts)), len(prompts)
     left = [T - len(p) for p in prompts]                                     # padding of each row
-    tokens = torch.tensor([p[:1] * n + p for n, p in zip(left, prompts)], device=device)   # (B, T)
+    tokens = torch.tensor([p[:1] * (T - len(p)) + p for p in prompts], device=device)    # (B, T)
     pad = torch.tensor(left, device=device) if any(left) else None
     cache, out, live = net.new_cache(B, T + max_new_tokens), [[] for _ in prompts], set(range(B))
 

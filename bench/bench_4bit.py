@@ -22,8 +22,23 @@ import torch
 import model
 import nf4
 import pissa
-from bench.steps import (CUDA, SEVENTY, TURNS, attempt, clock, fill, gib, graphs, injected,
-                         random_matrix, record, run_parts, sizes, step, trained)
+from bench.steps import (
+    CUDA,
+    SEVENTY,
+    TURNS,
+    attempt,
+    clock,
+    fill,
+    gib,
+    graphs,
+    injected,
+    random_matrix,
+    record,
+    run_parts,
+    sizes,
+    step,
+    trained,
+)
 from train import loss_sum
 
 SHAPES = [(4096, 4096), (4096, 11008), (8192, 28672)]

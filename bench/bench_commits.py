@@ -32,7 +32,8 @@ rows = json.loads(args.file.read_text())["step"]
 keys = "step_seconds", "peak_gib", "loss_first", "loss_last"
 print(json.dumps({n: {k: r[k] for k in keys} for n, r in rows.items() if "step_seconds" in r}))
 """
-PARTS = {"step": STEP.replace("BITS", "16"), "step, four bits": STEP.replace("BITS", "4"), "svd": """
+PARTS = {"step": STEP.replace("BITS", "16"),
+         "step, four bits": STEP.replace("BITS", "4"), "svd": """
 import time, torch
 from bench import bench_svd
 from svd import grouped_svd

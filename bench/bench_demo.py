@@ -97,7 +97,7 @@ def main():
     rates = {m: [lr for lr in rates[m] if (m, lr) not in failed] for m in rates}
     best, key = {}, "val_loss" if args.train else "accuracy"
     for m in filter(rates.get, rates):
-        def mean(key, lr):
+        def mean(key, lr, m=m):
             return statistics.mean(r[key] for r in rows if (r["method"], r["lr"]) == (m, lr))
         lr = (min if args.train else max)(rates[m], key=lambda lr: mean(key, lr))
         best[m] = {"lr": lr, "val_loss": mean("val_loss", lr)}

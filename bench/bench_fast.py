@@ -4,8 +4,9 @@
     python -m bench.bench_fast --tiny                                      # anywhere, a trial
 
 Llama-2-7B's shape, rank 128, bfloat16, random weights and tokens, LoRA (which needs no SVD). Every
-row is a step of 8 x 512 tokens, unless its name says otherwise: the median of eight, in milliseconds,
-and the peak memory. `all fast` comes first and last: the two tell how far figures can be trusted.
+row is a step of 8 x 512 tokens, unless its name says otherwise: the median of eight, in
+milliseconds, and the peak memory. `all fast` comes first and last: the two tell how far figures can
+be trusted.
 """
 import argparse
 import gc
@@ -43,7 +44,8 @@ def measure(args, net, rows=8, where_text=None):
     seconds = []
     for _ in range(11):
         start = steps.clock()
-        loss = train.loss_sum(net, tokens[:, :-1], tokens[:, 1:], where_text) / tokens[:, 1:].numel()
+        loss = train.loss_sum(net, tokens[:, :-1], tokens[:, 1:], where_text)
+        loss = loss / tokens[:, 1:].numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()

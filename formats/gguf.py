@@ -229,7 +229,7 @@ def byte_level(info, tokens, types, bos, eos, path):
     if not merges:
         raise ValueError(f"{path}: tokenizer.ggml.merges is missing")
     # If an embedding table is padded to a round size, its unused rows have tokens, too.
-    vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
+    vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
     if len(vocab) + types.count(UNUSED) != len(tokens):
         raise ValueError(f"{path}: two tokens have the same text")
     for merge in merges:
@@ -280,7 +280,7 @@ def sentencepiece_model(info, tokens, types, ids, path):
     if "tokenizer.ggml.precompiled_charsmap" in info:
         raise ValueError(f"{path}: tokenizer.ggml.precompiled_charsmap is not known here")
     proto = sentencepiece_model_pb2.ModelProto()
-    for token, score, kind in zip(tokens, scores, types):      # a piece never holds a plain space
+    for token, score, kind in zip(tokens, scores, types, strict=True):     # no spaces in a piece
         proto.pieces.add(piece=token.replace(" ", "\u2581"), score=score, type=kind)
     spec, space = proto.trainer_spec, proto.normalizer_spec
     spec.model_type, spec.byte_fallback, spec.vocab_size = spec.BPE, BYTE in types, len(tokens)

@@ -256,7 +256,8 @@ def save_folder(directory, config, tensors, shard_bytes=5_000_000_000):
         for i, file in enumerate(files):
             (tmp / f"{i}.part").rename(tmp / file)
         if len(shards) > 1:
-            weight_map = {name: file for names, file in zip(shards, files) for name in names}
+            weight_map = {name: file for names, file in zip(shards, files, strict=True)
+                          for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         text = json.dumps(config, indent=2, ensure_ascii=False)

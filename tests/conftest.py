@@ -5,6 +5,7 @@ import runpy
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,15 +15,24 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest  # noqa: E402
 import sentencepiece  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
 import data  # noqa: E402
 import fast  # noqa: E402
 import model  # noqa: E402
+import pissa  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "checkpoints" / "tiny"
 SHARED = ROOT.parent / "shared" / "data"
 SMALL = model.Config(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=101, ffn_dim=128)
+MLP_TARGETS, DTYPES = ("fc1", "fc2"), (torch.float32, torch.bfloat16, torch.float16)
+QUANTISED = [("qlora", {}), ("qlora", dict(double_quant=False)), ("loftq", {}),
+             ("loftq", dict(quant_iters=1)), ("loftq", dict(last_svd=False)), ("qpissa", {}),
+             ("qpissa", dict(double_quant=False)), ("qpissa", dict(quant_iters=1)),
+             ("qpissa", dict(quant_iters=3, last_svd=False))]
+QUANTISED_IDS = [" ".join([m, *(f"{k}={v}" for k, v in o.items())]) for m, o in QUANTISED]
 
 
 def small_net(seed=0, **changes):
@@ -37,6 +47,64 @@ def small_net(seed=0, **changes):
             U, S, Vh = torch.linalg.svd(m.weight.detach(), full_matrices=False)
             m.weight.data = (U * (3 / torch.arange(1, len(S) + 1))) @ Vh
     return net.requires_grad_(False)
+
+
+def mlp(dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.add_module("fc1", nn.Linear(40, 60, bias=bias))
+    net.add_module("act", nn.ReLU())
+    net.add_module("fc2", nn.Linear(60, 30, bias=bias))
+    return net.to(dtype)
+
+
+def quiet(net, rank=4, method="pissa", *args, keep_base=True, **kwargs):
+    return pissa.inject(net, rank, method, *args, progress=False, keep_base=keep_base, **kwargs)
+
+
+def layer_of(linear, rank, method="pissa", **options):
+    """The PissaLinear that a method makes of an nn.Linear."""
+    init = getattr(import_module(pissa.METHODS[method]), f"init_{method}")
+    return pissa.PissaLinear.from_linear(linear, init, pissa.Options(rank, **options))
+
+
+def relative_error(W, layer):
+    """|W - (frozen + A B)| / |W|, Frobenius norms, W (out, in)."""
+    return ((W - pissa.as_tensor(layer.frozen) - (layer.A @ layer.B).T).norm() / W.norm()).item()
+
+
+def optimise(net, tokens, steps, lr=1e-2, optimizer=None):
+    """A few AdamW steps on next-token prediction; the losses and the optimizer."""
+    logits = (lambda x: net(x).logits) if hasattr(net, "generation_config") else net
+    params = [p for p in net.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, optimizer
+
+
+def with_weights(net, weight):
+    """small_net() with weight(W, m) instead of W, for the PissaLinears m of `net`."""
+    plain = small_net()
+    for name, m in pissa.layers(net):
+        W = plain.get_submodule(name).weight
+        W.copy_(weight(W, m))
+    return plain
+
+
+def rounded_base(W, m):
+    """Q + A_0 B_0: W, up to what rounding lost."""
+    return pissa.as_tensor(m.frozen) + (0 if m.A0 is None else (m.A0 @ m.B0).T)
+
+
+def changed(W, m):
+    """W + Delta W."""
+    return W + (m.A @ m.B).T - (0 if m.A0 is None else (m.A0 @ m.B0).T)
 
 
 def hugging_face(net):

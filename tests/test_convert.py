@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, SHARED, TINY, assert_logits_equal, hugging_face, small_net
-from conftest import command as run_command
-from conftest import failure as run_failure
 
 import adapter
 import convert
 import eval as evaluation
 import model
 import pissa
+from conftest import ROOT, SHARED, TINY, assert_logits_equal, hugging_face, small_net
+from conftest import command as run_command
+from conftest import failure as run_failure
 from formats import hf, meta_write
 
 pytest.importorskip("safetensors")

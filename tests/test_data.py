@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_tokenizer
 from torch.nn.functional import cross_entropy
 
 import data
+from conftest import train_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real material, where a checkout has it
 GSM8K = SHARED / "gsm8k"

@@ -3,12 +3,12 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_logits_equal
-from test_hf import draw, twin
 
 import adapter
 import model
 import pissa
+from conftest import assert_logits_equal
+from test_hf import draw, twin
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

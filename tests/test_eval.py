@@ -12,15 +12,15 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TINY, hugging_face
-from conftest import command as run_command
-from conftest import failure as run_failure
 
 import adapter
 import data
 import eval as evaluation
 import model
 import pissa
+from conftest import ROOT, TINY, hugging_face
+from conftest import command as run_command
+from conftest import failure as run_failure
 from formats import meta_write
 
 EXAMPLES = data.read(TINY / "test.jsonl")[:20]

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
 
 import data
+from conftest import ROOT, TINY
 from examples import look
 
 EXAMPLES = ROOT / "examples"

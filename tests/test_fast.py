@@ -102,7 +102,7 @@ def test_rotate_in_one_kernel(monkeypatch):
         raise RuntimeError("no triton\nat all")
 
     monkeypatch.setattr(fast, "KERNEL", [no_compiler])
-    with pytest.warns(UserWarning, match="RoPE could not be compiled, and takes longer: no triton$"):
+    with pytest.warns(UserWarning, match="could not be compiled, and takes longer: no triton$"):
         function(draw(2, 7, 3, 16).requires_grad_())
     assert fast.KERNEL == [fast.rotate_eager]
     assert_same(both_ways(function, [draw(2, 7, 3, 16)], False), 1e-6)

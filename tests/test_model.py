@@ -348,11 +348,14 @@ def test_large_rotations_are_compiled_a_few_times(packed, checkpointing, targets
     assert 1 <= len(graphs) <= 6, len(graphs)             # beyond 8 torch gives up
 
 
-def test_rotations_if_nothing_can_be_compiled(monkeypatch):
+@pytest.mark.parametrize("early", [True, False])
+def test_rotations_if_nothing_can_be_compiled(monkeypatch, early):
     def broken(*args):
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(fast, "KERNEL", [broken])
+    if early:                                # torch.compile itself refuses, on some Pythons
+        monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(fast, "KERNEL", [] if early else [broken])
     x, rope = torch.randn(1, 9, 3, 8), model.rope_tables(SMALL, torch.arange(9)[None])
     with pytest.warns(UserWarning, match="RoPE could not be compiled.*no C compiler"):
         y = fast.rotate_fused(x, *rope)

@@ -222,7 +222,7 @@ def test_backward_of_a_network_keeps_what_it_keeps_in_lora(tokens):
     for method in ("lora", "qpissa", "qlora"):
         net = small_net(**sizes).bfloat16()
         pissa.inject(net, 4, method, niter=0, progress=False, keep_base=False)
-        extra[method] = saved(lambda: net(tokens), net)[0]
+        extra[method] = saved(lambda net=net: net(tokens), net)[0]
         held[method] = sum(t.nbytes for _, m in pissa.layers(net) for n, t in
                            (*m.named_parameters(), *m.named_buffers()) if n not in "AB")
     assert extra["lora"] == extra["qpissa"] == extra["qlora"]

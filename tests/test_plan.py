@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, failure, register_flash, small_net
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +21,7 @@ import nf4
 import pissa
 import train
 from bench import plot
+from conftest import ROOT, SMALL, command, failure, register_flash, small_net
 from formats import meta_write
 from support import plan, report
 from svd import grouped_svd

@@ -21,8 +21,8 @@ tiktoken = pytest.importorskip("tiktoken")
 
 LLAMA2 = SHARED / "llama2_tokenizer"
 TEXTS = ["Hello world", "  two  spaces ", "a\nb\n\n\tc", "naïve — 数学 🙂",
-         "{braces} <s> </s> <unk>", "1,234.50", "", "<|begin_of_text|>a<|eot_id|>", "x<|im_end|><|end_of_text|>",
-         "IT'S it's", "1234 12341234"]
+         "{braces} <s> </s> <unk>", "1,234.50", "", "<|begin_of_text|>a<|eot_id|>",
+         "x<|im_end|><|end_of_text|>", "IT'S it's", "1234 12341234"]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>"]                    # ids 0 to 3 of `bpe`
 # How Llama 3 cuts a text before it merges bytes: Meta's models/llama3/tokenizer.py.
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"

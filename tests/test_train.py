@@ -14,7 +14,6 @@ from contextlib import nullcontext, redirect_stdout
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, command, failure
 
 import adapter
 import data
@@ -23,6 +22,7 @@ import fast
 import model
 import pissa
 import train
+from conftest import ROOT, TINY, command, failure
 from formats import hf, meta_write
 from support import options
 

@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-import data  # noqa: E402
 import english  # noqa: E402
-import model  # noqa: E402
 import stories  # noqa: E402
+
+import data  # noqa: E402
+import model  # noqa: E402
 from formats import meta_write  # noqa: E402
 
 CONFIG = model.Config(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=2048, ffn_dim=688,
