@@ -373,9 +373,10 @@ def as_on_a_gpu(monkeypatch):
     return calls
 
 
-def test_weights_of_one_shape_are_decomposed_together(as_on_a_gpu):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_one_shape_are_decomposed_together(as_on_a_gpu, dtype):
     """The same factors as one by one, within rounding, in memory of their own."""
-    linears = pissa.find_linears(small_net(), pissa.TARGETS)
+    linears = pissa.find_linears(small_net().to(dtype), pissa.TARGETS)
     options = pissa.Options(4, left=linears)
     for name in list(linears):
         W = linears[name].weight.detach()
@@ -383,7 +384,7 @@ def test_weights_of_one_shape_are_decomposed_together(as_on_a_gpu):
         del linears[name]
         for got, want in zip((A, B), pissa.principal.plain(W, pissa.Options(4)), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-            assert got.is_contiguous()
+            assert got.is_contiguous() and got.dtype == torch.float32
     assert sum(as_on_a_gpu) == 14 and len(as_on_a_gpu) < 7 and not options.ready
     net = nn.ModuleDict({"W": nn.Linear(40, 60)})
     layer = quiet(net, targets="W").W
