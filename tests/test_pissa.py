@@ -3,6 +3,7 @@ import copy
 import math
 import re
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -426,6 +427,24 @@ def test_groups_and_a_method_that_decomposes_some(as_on_a_gpu):
     for m in (m for _, m in pissa.layers(net) if m.A0 is not None):
         A, B = pissa.principal.plain(m.base(), pissa.Options(4))
         torch.testing.assert_close(m.A @ m.B, A @ B, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", [
+    dict(niter=None), pytest.param(dict(rank=2), marks=pytest.mark.xfail(
+        strict=True, reason="fast.in_groups keeps what is ready by name alone"))], ids=str)
+def test_groups_and_a_method_that_asks_for_something_else(as_on_a_gpu, change):
+    """Every other matrix at another rank, or by an exact SVD: each gets what it asks for."""
+    asked = []
+
+    def mixed(weight, options):
+        more = replace(options, **change) if len(asked) % 2 else options
+        asked.append((weight, replace(more, generator=None), pissa.principal(weight, more)))
+        return pissa.init_pissa(weight, options)
+
+    pissa.inject(small_net(), 4, mixed, progress=False)
+    for W, options, found in asked:
+        for got, want in zip(found, pissa.principal.plain(W, options), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_inject_in_groups(as_on_a_gpu):
