@@ -493,7 +493,7 @@ def headline_table():
             ("A and B of SmolLM2, rank 16, CPU", "svd_smollm2_cpu", "16", "ours (default)",
              "PEFT's", "svd_lowrank(niter=4)")):
         a, b = (read(name)["ranks"][rank][method] for method in (mine, theirs))
-        cells = compared(f"{what}: time, excess error", "{:.2f} s", min, a["seconds"],
+        cells = compared(f"{what}: time, excess", "{:.2f} s", min, a["seconds"],
                          {f"{whose} SVD": b["seconds"]})
         rows.append([cells[0], *(f"{cell}, {r['excess_max']:.0e}"
                                  for cell, r in zip(cells[1:], (a, b)))])
@@ -504,12 +504,16 @@ def headline_table():
         cells = compared(what, "{:.3f} s", min, a["step_seconds"], {"PEFT": b["step_seconds"]})
         rows.append([cells[0], *(f"{cell}, {r['peak_gib']:.1f} GiB"
                                  for cell, r in zip(cells[1:], (a, b)))])
-    for what, name, start in (("7B, GPU", "generate_h200", "Llama-2-7B"),
-                              ("SmolLM2, CPU", "generate_cpu", "smollm2")):
-        rate = next(r["tokens_per_second"] for r in read(name)["rows"]
-                    if r["model"].startswith(start) and r["batch"] == 1)
-        rows.append(compared(f"tokens/s of one answer, {what}", "{:.0f}", max, rate["ours"],
-                             {"transformers": rate["transformers"]}))
+    large = read("nf4_70b_h200")
+    exact = [r["extrapolated_so_far_seconds"] for r in large["exact"].values()][-1]
+    rows.append(["QPiSSA of 70B, 1 GPU: time to make it, peak of a step",
+                 f"**{large['seventy']['decomposition']['seconds']:.0f} s**, "
+                 f"{large['seventy']['1 x 512, checkpointing']['peak_gib']:.1f} GiB",
+                 f"with exact SVDs {exact / 3600:.1f} h"])
+    rate = next(r["tokens_per_second"] for r in read("generate_h200")["rows"]
+                if r["model"].startswith("Llama-2-7B") and r["batch"] == 1)
+    rows.append(compared("tokens/s of one answer, 7B, GPU", "{:.0f}", max, rate["ours"],
+                         {"transformers": rate["transformers"]}))
     return table(["", "here", "beside it"], rows)
 
 

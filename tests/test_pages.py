@@ -1,5 +1,7 @@
 """What README says of files is so: they exist, are as long as it says, and can be copied alone."""
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -122,3 +124,27 @@ def test_check_and_help_write_nothing(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         plot.main()
     assert stopped.value.code == 0
+
+
+@pytest.mark.slow
+def test_demo_and_the_answer_to_a_prompt(tmp_path):
+    """The quick start ends as README shows, and its prompt is answered as README says."""
+    shutil.copytree(ROOT, tree := tmp_path / "tree", ignore=shutil.ignore_patterns(
+        ".git", "runs", ".venv*", "__pycache__"))
+    prompt = re.search(r"--prompt (\"Tom .*?\")", README)[1]
+    first, last = re.search(r'the answer to the first one is "(.*)" and "(.*)"\.', README).groups()
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+
+    def printed(command):
+        return subprocess.run(command, cwd=tree, shell=True, env=env, capture_output=True,
+                              text=True, check=True).stdout
+
+    out = printed(f"{sys.executable} train.py")
+    loss, accuracy = (float(re.search(pattern, out)[1]) for pattern in (
+        r"validation loss .* -> ([\d.]+)", r"-> ([\d.]+)%"))
+    shown = re.search(r"<!-- demo-output -->(.*?)<!-- end -->", README, re.S)[1]
+    assert loss == pytest.approx(float(re.search(r"3\.6769 -> ([\d.]+)", shown)[1]), rel=0.2)
+    assert accuracy == pytest.approx(float(re.search(r"-> ([\d.]+)%", shown)[1]), abs=2)
+    out = printed(f"{sys.executable} eval.py --ckpt tiny --adapter runs/demo/adapter --device cpu "
+                  f"--prompt {prompt}")
+    assert out.endswith(f"{first}\n{last}\n")
