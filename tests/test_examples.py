@@ -39,6 +39,7 @@ def numbers(out, name):
             if line.split()[:1] == [name]]
 
 
+@pytest.mark.long
 def test_40_lines(tmp_path):
     """Only torch, 40 lines, a generator for all random numbers, and what the docstring claims."""
     script = EXAMPLES / "pissa_in_40_lines.py"
@@ -54,6 +55,7 @@ def test_40_lines(tmp_path):
     assert pissa2[4] > 1.1 * lora2[4]                              # task 2: LoRA wins
 
 
+@pytest.mark.long
 def test_your_loop(tmp_path):
     out = printed("your_loop.py", tmp_path)
     differences = dict(re.findall(r"^(step 0|loaded|merged): outputs differ by ([\d.e+-]+\d)", out,
@@ -122,6 +124,7 @@ def test_look_refuses(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_without_matplotlib(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     done = subprocess.run([sys.executable, EXAMPLES / "look.py", "--only", "singular_values"],

@@ -174,6 +174,7 @@ def test_kept_is_what_autograd_saves(name):
     assert counted == plan.memory(job)[1]["kept for backward"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("method", ["pissa", "qlora"])
 def test_kept_by_compiled_layers(method, gpu, monkeypatch):
@@ -356,6 +357,7 @@ def test_command_without_weights_or_data(llama2):
         assert "(loading: 13.5)" in text                                   # matrices one by one
 
 
+@pytest.mark.long
 def test_the_readme_shows_what_is_printed():
     assert plot.plan_output() in (ROOT / "README.md").read_text()
     assert plot.plan_table() in (ROOT / "README.md").read_text()
