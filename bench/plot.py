@@ -1,8 +1,11 @@
-"""The README's tables and figure, from bench/results/*.json: python -m bench.plot
+"""The tables and pictures of README.md, bench/RESULTS.md and docs/, from bench/results/*.json.
 
-Rewrites what stands between <!-- NAME --> and <!-- end --> in README.md (and in checkpoints/tiny/
-README.md), and the pictures in bench/figures/. Nothing there is typed by hand.
+    python -m bench.plot                # writes what stands between <!-- NAME --> and <!-- end -->
+    python -m bench.plot --check        # writes nothing; exit status 1 if something is out of date
+
+Nothing there is typed by hand.
 """
+import argparse
 import json
 import os
 import re
@@ -18,6 +21,8 @@ from support.plan import flops_in_all, job_of, memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+PAGES = [ROOT / name for name in ("README.md", "bench/RESULTS.md", "docs/memory.md",
+                                  "checkpoints/tiny/README.md")]
 COLOURS = {"pissa": "#c0392b", "lora": "#2471a3", "full": "#7f8c8d", "qpissa": "#c0392b",
            "qlora": "#2471a3", "loftq": "#1e8449"}
 
@@ -422,7 +427,7 @@ def plan_table():
     if len(rows) == 2:
         return text
     return text + source(read("scale_h200")) + (
-        "\n\n![Time and memory against rank, length and depth](bench/figures/scale.png)")
+        "\n\n![Time and memory against rank, length and depth](../bench/figures/scale.png)")
 
 
 def plan_output():
@@ -447,26 +452,111 @@ def tiny_text():
             f"{p['held_out_loss']['stories']} generated.")
 
 
-def main():
-    """Every table into its place."""
-    parts = {"demo": demo_table(), "svd": svd_table(), "svd-cpu": svd_table("svd_smollm2_cpu"),
-             "train": train_table(), "tiny": tiny_text(), "demo-output": demo_output(),
-             "gsm8k": gsm8k_table(), "generate": generate_table(), "nf4": nf4_table(),
-             "large": large_table(), "quantised-training": quantised_training_table(),
-             "quant": quant_table(), "plan": plan_table(), "plan-output": plan_output(),
-             "step": step_table(), "step-cpu": step_cpu_table(), "packing": packing_table()}
-    for path in (ROOT / "README.md", ROOT / "checkpoints" / "tiny" / "README.md"):
-        text = path.read_text()
-        for name, part in parts.items():
-            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-                          lambda m: f"{m[1]}{part}\n{m[2]}", text, flags=re.S)
-        path.write_text(text)
+def headline_table():
+    """README's one table: what was measured, ours beside the best of others, good or bad."""
+    gsm8k, demo, four = read("gsm8k_h200"), read("demo_h200"), read("gsm8k4bit_h200")
+    step, quant = read("step_h200")["step"], quant_rows(read("quant_smollm2_cpu"), 16)
+    svd = {name: read(name)["ranks"] for name in ("svd_h200", "svd_smollm2_cpu")}
+    seven = next(r for r in read("generate_h200")["rows"] if "7B" in r["model"] and r["batch"] == 1)
+
+    def best(result, key, form, *methods):
+        found = {m: statistics.mean(by_rate(result, m, key)[result["best"][m]["lr"]])
+                 for m in methods}
+        return [form.format(found.pop(methods[0])),
+                ", ".join(f"{m} {form.format(v)}" for m, v in found.items())]
+
+    def against(ours, theirs, key, form):
+        return [form.format(step[ours][key]), f"PEFT {form.format(step[theirs][key])}"]
+
+    gpu, cpu = svd["svd_h200"]["128"], svd["svd_smollm2_cpu"]["16"]
+    ours, theirs = "ours (grouped)", "svd_lowrank(niter=16)"
+    slow, quick = "ours (default)", "svd_lowrank(niter=4)"
+    T5 = {m: f"{quant[m][8, 5]['all'][0]:.1%}" for m in ("QPiSSA", "LoftQ")}
+    rows = [
+        ["SmolLM2-135M on GSM8K, validation loss", *best(gsm8k, "val_loss", "{:.3f}", "pissa",
+                                                          "lora", "full")],
+        ["the demo, accuracy", *best(demo, "accuracy", "{:.1%}", "pissa", "lora", "full")],
+        ["SmolLM2-135M on GSM8K in four bits, validation loss",
+         *best(four, "val_loss", "{:.3f}", "qpissa", "loftq", "qlora")],
+        ["error of nf4 removed, rank 16, 5 turns, SmolLM2", T5["QPiSSA"], f"LoftQ {T5['LoftQ']}"],
+        ["224 decompositions of 7B, rank 128, GPU (excess error)",
+         *(f"{n}{gpu[m]['seconds']:.2f} s ({gpu[m]['excess_max']:.0e})"
+           for n, m in (("", ours), ("authors' setting ", theirs)))],
+        ["210 decompositions of SmolLM2, rank 16, CPU (excess error)",
+         *(f"{n}{cpu[m]['seconds']:.2f} s ({cpu[m]['excess_max']:.0e})"
+           for n, m in (("", slow), ("PEFT's setting ", quick)))],
+        ["step of 7B, 8 x 512 tokens, rank 128", *against("ours", "PEFT, autocast",
+                                                          "step_seconds", "{:.3f} s")],
+        ["the same, compiled", *against("ours, compiled", "PEFT, autocast, compiled",
+                                        "step_seconds", "{:.3f} s")],
+        ["its peak memory, compiled", *against("ours, compiled", "PEFT, autocast, compiled",
+                                               "peak_gib", "{:.1f} GiB")],
+        ["generation, 7B, one prompt", f"{seven['tokens_per_second']['ours']:.0f} tokens/s",
+         f"transformers, eager {seven['tokens_per_second']['transformers']:.0f}"]]
+    return table(["", "here", "beside it"], rows)
+
+
+def commits_table():
+    """Two commits beside each other: medians, and new over old."""
+    result, rows = read("commits_h100"), []
+    units = {"step_seconds": ("step", "{:.4f} s"), "seconds": ("time", "{:.4f} s"),
+             "peak_gib": ("peak memory", "{:.2f} GiB")}
+    for name, figures in result["rows"].items():
+        for key, (what, form) in units.items():
+            if key in figures:
+                old, new = (statistics.median(figures[key][side]) for side in ("old", "new"))
+                rows.append([name, what, form.format(old), form.format(new), f"{new / old:.3f}"])
+    return table(["", "", result["old"], "new", "new / old"], rows) + source(result)
+
+
+def fast_table():
+    """A step with one operation in its plain form."""
+    result, rows = read("fast_h100"), []
+    for name, r in result["rows"].items():
+        rows.append([name, f"{r['ms']:.0f} ms" if "ms" in r else f"{r['seconds']:.2f} s"
+                     if "seconds" in r else f"{r['tokens_per_second']:.0f} tokens/s",
+                     f"{r['gib']:.1f} GiB" if "gib" in r else ""])
+    return table(["", "time or rate", "peak memory"], rows) + source(result)
+
+
+PARTS = {"demo": demo_table, "svd": svd_table, "svd-cpu": lambda: svd_table("svd_smollm2_cpu"),
+         "train": train_table, "tiny": tiny_text, "demo-output": demo_output,
+         "gsm8k": gsm8k_table, "generate": generate_table, "nf4": nf4_table,
+         "large": large_table, "quantised-training": quantised_training_table,
+         "quant": quant_table, "plan": plan_table, "plan-output": plan_output,
+         "step": step_table, "step-cpu": step_cpu_table, "packing": packing_table,
+         "headline": headline_table, "commits": commits_table, "fast": fast_table}
+
+
+def updated(page):
+    """The text of a page with its generated parts made anew. KeyError for an unknown name."""
+    return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)",
+                  lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", page.read_text(), flags=re.S)
+
+
+def pictures():
+    """Every figure in bench/figures/."""
     demo_figure()
     demo_figure("gsm8k_h200", "gsm8k_h200", log=False)
     quantised_figure()
     quant_figure()
-    if (RESULTS / "scale_h200.json").exists():
-        scale_figure()
+    scale_figure()
+
+
+def main():
+    """Write, or check, every page."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="write nothing, name what is out of date")
+    p.add_argument("--text", action="store_true", help="write the tables, not the pictures")
+    args = p.parse_args()
+    if args.check:
+        stale = [str(page.relative_to(ROOT)) for page in PAGES if updated(page) != page.read_text()]
+        sys.exit(f"out of date: {', '.join(stale)}; run python -m bench.plot" if stale else 0)
+    for page in PAGES:
+        page.write_text(updated(page))
+    if not args.text:
+        pictures()
 
 
 if __name__ == "__main__":

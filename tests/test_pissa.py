@@ -429,9 +429,7 @@ def test_groups_and_a_method_that_decomposes_some(as_on_a_gpu):
         torch.testing.assert_close(m.A @ m.B, A @ B, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("change", [
-    dict(niter=None), pytest.param(dict(rank=2), marks=pytest.mark.xfail(
-        strict=True, reason="fast.in_groups keeps what is ready by name alone"))], ids=str)
+@pytest.mark.parametrize("change", [dict(niter=None), dict(rank=2)], ids=str)
 def test_groups_and_a_method_that_asks_for_something_else(as_on_a_gpu, change):
     """Every other matrix at another rank, or by an exact SVD: each gets what it asks for."""
     asked = []
