@@ -1,7 +1,7 @@
 """Two commits beside each other, on one GPU in one run: is anything slower, or larger, than before?
 
     git worktree add old bc3224f
-    python -m bench.bench_commits --old old --out bench/results/commits_h100.json
+    python -m bench.bench_commits --old old --out bench/results/commits_h200.json
 
 By turns, old and new, each part in a process of its own: the training steps of bench_train (in 16
 bits and in four), grouped SVDs of Llama-2-7B's 224 matrices at rank 128, greedy generation of 7B's

@@ -1,6 +1,6 @@
 """What each fast form saves: the same work with one of them in its plain form, on one GPU.
 
-    python -m bench.bench_fast --out bench/results/fast_h100.json          # about six minutes
+    python -m bench.bench_fast --out bench/results/fast_h200.json          # about six minutes
     python -m bench.bench_fast --tiny                                      # anywhere, a trial
 
 Llama-2-7B's shape, rank 128, bfloat16, random weights and tokens, LoRA (which needs no SVD). Every

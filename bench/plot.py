@@ -379,9 +379,9 @@ def train_table():
 
 
 def demo_output():
-    """The end of what `python train.py` printed, as it was."""
+    """The end of what `python train.py` printed, from the last example on, as it was."""
     text = (RESULTS / "demo_output.txt").read_text()
-    return "```\n" + text[text.index("step 0:"):].rstrip() + "\n```"
+    return "```\n" + text[text.rindex("\n---") + 1:].rstrip() + "\n```"
 
 
 def plan_rows():
@@ -498,20 +498,25 @@ def headline_table():
 
 def commits_table():
     """Two commits beside each other: medians, and new over old."""
-    result, rows = read("commits_h100"), []
+    parts, rows = [read("commits_h200"), read("commits_more_h200")], []
     units = {"step_seconds": ("step", "{:.4f} s"), "seconds": ("time", "{:.4f} s"),
              "peak_gib": ("peak memory", "{:.2f} GiB")}
-    for name, figures in result["rows"].items():
-        for key, (what, form) in units.items():
-            if key in figures:
-                old, new = (statistics.median(figures[key][side]) for side in ("old", "new"))
-                rows.append([name, what, form.format(old), form.format(new), f"{new / old:.3f}"])
-    return table(["", "", result["old"], "new", "new / old"], rows) + source(result)
+    for name, figures in (row for part in parts for row in part["rows"].items()):
+        for key in figures.keys() & units.keys():
+            what, form = units[key]
+            old, new = (statistics.median(figures[key][side]) for side in ("old", "new"))
+            spread = ", ".join(form.format(v).split()[0] for v in figures[key]["new"])
+            rows.append([name, what, form.format(old), form.format(new), f"{new / old:.3f}",
+                         f"{', '.join(form.format(v).split()[0] for v in figures[key]['old'])} / "
+                         + spread])
+    rows.sort(key=lambda r: ("four bits" in r[0], r[1] != "step"))
+    return table(["", "", parts[0]["old"], "new", "new / old", "every turn, old / new"],
+                 rows) + "".join(map(source, parts))
 
 
 def fast_table():
     """A step with one operation in its plain form."""
-    result, rows = read("fast_h100"), []
+    result, rows = read("fast_h200"), []
     for name, r in result["rows"].items():
         rows.append([name, f"{r['ms']:.0f} ms" if "ms" in r else f"{r['seconds']:.2f} s"
                      if "seconds" in r else f"{r['tokens_per_second']:.0f} tokens/s",
