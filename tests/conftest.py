@@ -1,4 +1,5 @@
 """What several tests share: small models, the real ones where they are, a Hugging Face twin."""
+import copy
 import io
 import os
 import runpy
@@ -41,12 +42,20 @@ def small_net(seed=0, **changes):
     The decay matters: if the spectrum is flat at the cut, A B is ill-determined, and no two
     implementations can be expected to agree on it.
     """
+    if not changes:
+        return copy.deepcopy(small_net_once(seed))
     net = model.init_weights(model.Llama(model.Config(**{**vars(SMALL), **changes})), seed)
     for m in net.modules():
         if isinstance(m, torch.nn.Linear) and m is not net.lm_head:
             U, S, Vh = torch.linalg.svd(m.weight.detach(), full_matrices=False)
             m.weight.data = (U * (3 / torch.arange(1, len(S) + 1))) @ Vh
     return net.requires_grad_(False)
+
+
+@cache
+def small_net_once(seed):
+    """small_net(seed), which must not be changed: decomposing all its matrices takes a while."""
+    return small_net(seed, n_layers=SMALL.n_layers)
 
 
 def mlp(dtype=torch.float32, bias=True):
