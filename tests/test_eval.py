@@ -526,6 +526,7 @@ def test_going_on_or_starting_anew(tmp_path, monkeypatch, base, saved, change, m
 
 # --- mistakes
 
+@pytest.mark.long
 def test_a_mistake_is_one_line_on_stderr():
     """As a process: the rest of the mistakes are tried in this one."""
     run = subprocess.run([sys.executable, "eval.py", "--ckpt", "llama9-7b", "--prompt", "Hi"],

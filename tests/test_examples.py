@@ -110,6 +110,7 @@ def test_numbers_of_the_picture():
     assert lost_res < 0.9 * lost and wide_res < 0.9 * wide
 
 
+@pytest.mark.long
 def test_look_refuses(tmp_path):
     """One line for what a user may get wrong."""
     with pytest.raises(ValueError, match="fits 0 linear layers"):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
+from functools import cache
 
 import pytest
 import torch
@@ -71,12 +72,17 @@ def examples(tok, files):
     return data.encode(data.read(files / "train.jsonl"), tok, 512)[0]
 
 
-def prepared(method, seed=0):
-    """The tiny model, ready for training as main() makes it."""
+@cache
+def prepared_once(method, seed):
     net = model.load("tiny", "cpu")
     if method == "full":
         return net.requires_grad_(True)
     return pissa.inject(net, 8, method, seed=seed, progress=False)
+
+
+def prepared(method, seed=0):
+    """The tiny model, ready for training as main() makes it."""
+    return copy.deepcopy(prepared_once(method, seed))
 
 
 def fit(examples, out, method="pissa", steps=8, seed=0, net=None, **changes):
@@ -241,6 +247,7 @@ def test_learns_and_changes_only_what_it_should(examples, tmp_path, method):
         assert full_logits_loss(net, examples) < 0.75 * losses[0]
 
 
+@pytest.mark.long
 def test_the_seed_decides(examples, tmp_path):
     """Bit for bit. With --method full it draws only the order of the examples."""
     a, b, c = ([r["loss"] for r in fit(examples, tmp_path / str(i), "full", 2, seed)[1]]
@@ -456,6 +463,7 @@ def test_run_says_how_to_use_it(run):
     assert adapted.rstrip("\n") == summary["after"]["answers"][question]
 
 
+@pytest.mark.long
 def test_adapter_goes_on(run, flags, tok, files, tmp_path):
     """--adapter starts where the other run ended: the first loss is the saved adapter's."""
     first, _ = run
@@ -478,6 +486,7 @@ def test_adapter_goes_on(run, flags, tok, files, tmp_path):
     assert str(second / "adapter") in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adapter", ["rank of the file", "with --method full"])
 def test_adapter_and_other_flags(run, flags, tmp_path, adapter):
     """args.json tells the adapter's own method and rank; --method full has no use for one."""
@@ -492,6 +501,7 @@ def test_adapter_and_other_flags(run, flags, tmp_path, adapter):
     assert (args["rank"], args["method"]) == (8, "pissa")
 
 
+@pytest.mark.long
 def test_full_writes_a_checkpoint(flags, tok, files, tmp_path):
     """In Meta's layout, the tokenizer beside it: it loads like any other."""
     text = command(train.main, *flags, "--method", "full", "--lr", 5e-4, "--steps", 3,
@@ -510,6 +520,7 @@ def test_full_writes_a_checkpoint(flags, tok, files, tmp_path):
     assert command(evaluation.main, *eval_command(text), "--max-new-tokens", 2).strip()
 
 
+@pytest.mark.long
 def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
     """From Hugging Face's layout: that layout, the rest of its config.json, and its files."""
     pytest.importorskip("safetensors")
@@ -555,6 +566,7 @@ def test_targets_and_val_data(flags, files, tmp_path):
     assert "32 examples, 6 for validation" in text and "12 matrices at rank 8" in text
 
 
+@pytest.mark.long
 def test_without_validation_examples(flags, tmp_path):
     """A loss of 0.0000 would be a lie, and step 0 go unchecked."""
     text = command(train.main, *flags, "--val-fraction", 0, "--steps", 1, "--out", tmp_path)
@@ -628,6 +640,7 @@ def test_note_on_the_learning_rate(wide_checkpoint, flags, tmp_path, width, meth
     assert not noted or "2e-5" in notes[0] and f"{lr:g}" in notes[0]
 
 
+@pytest.mark.long
 def test_without_matplotlib(flags, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = command(train.main, *flags, "--steps", 1, "--out", tmp_path)
@@ -671,6 +684,7 @@ def test_ctrl_c_before_anything_was_learnt(flags, tmp_path, monkeypatch):
     assert failure("train.py", *flags, "--steps", 3, "--out", tmp_path).endswith("interrupted")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps, step", [(3, 2), (1, None)])
 def test_loss_that_is_not_finite(flags, tmp_path, steps, step):
     """One line with the remedy; also where the last step did it, and no further loss tells."""
@@ -705,6 +719,7 @@ def test_out_of_memory(flags, tmp_path, monkeypatch):
 
 # --- mistakes
 
+@pytest.mark.long
 def test_a_mistake_is_one_line_on_stderr(tmp_path):
     """As a process: the rest of the mistakes are tried in this one."""
     run = subprocess.run([sys.executable, "train.py", "--ckpt", "llama9-7b", "--out",
