@@ -77,12 +77,14 @@ def check_picture(path):
     assert 0.4 < white.mean() < 0.97 and len(colours) > 9
 
 
+@pytest.mark.long
 def test_singular_values(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     check_picture(look.singular_values(TINY, tmp_path, "layers.2.mlp.up_proj", rank=8))
     assert "layers.2.mlp.up_proj" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_gradients(tmp_path):
     """LoRA's A has no gradient at the first step; with PiSSA, both have."""
     pytest.importorskip("matplotlib")

@@ -192,7 +192,7 @@ def test_kept_by_compiled_layers(method, gpu, monkeypatch):
     assert kept < 0.75 * plan.memory(replace(job, compiled=False))[1]["kept for backward"]
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("accumulate", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize("name", JOBS)
 def test_the_peak_is_what_is_alive(name, accumulate):
     job = replace(JOBS[name], accumulate=accumulate, rows=4, length=128, text=450, learnt=200)

@@ -174,6 +174,7 @@ def test_loss_in_chunks(monkeypatch, trained):
     hook.remove()
 
 
+@pytest.mark.long
 def test_padding_is_not_computed(examples, tmp_path):
     """Every linear layer sees as many tokens as there are; with --no-packing, more."""
     def computed(*flags):
@@ -547,6 +548,7 @@ def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
         command(train.main, *flags)
 
 
+@pytest.mark.long
 def test_lora_is_a_plain_lora(flags, tmp_path):
     command(train.main, *flags, "--method", "lora", "--steps", 1, "--seed", 5, "--out", tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -557,6 +559,7 @@ def test_lora_is_a_plain_lora(flags, tmp_path):
     assert all(m.A.shape[1] == 8 and m.A0 is None for _, m in pissa.layers(net))
 
 
+@pytest.mark.long
 def test_targets_and_val_data(flags, files, tmp_path):
     text = command(train.main, *flags, "--steps", 1, "--targets", "q_proj,v_proj", "--niter",
                    "exact", "--val-data", files / "test.jsonl", "--out", tmp_path)
@@ -628,6 +631,7 @@ def wide_checkpoint(tmp_path_factory, tok):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width, method, lr, noted", [
     ("wide", "pissa", 2e-3, True), ("wide", "pissa", 1e-4, False), ("wide", "lora", 2e-3, False),
     ("tiny", "pissa", 2e-3, False)])
