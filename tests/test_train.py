@@ -335,7 +335,7 @@ def test_plain_changes_nothing(flags, tmp_path, monkeypatch, method, extra):
         calls.clear()
         command(train.main, *flags, "--method", method, "--lr",
                 min(1e-3, LEARNING_RATE[method]), "--steps", 3, "--niter", "exact", "--out", out,
-                *extra, *mode)
+                "--batch", 4, "--max-new-tokens", 1, *extra, *mode)
         assert bool(calls) != bool(mode)
         logs.append([r["loss"] for r in read_lines(out / "log.jsonl")])
     assert logs[1] == pytest.approx(logs[0], rel=1e-6)
