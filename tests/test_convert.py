@@ -675,7 +675,7 @@ def pieces(path):
                 "tokenizer.ggml.padding_token_id": None, "tokenizer.ggml.add_bos_token": None}
 
 
-@pytest.mark.parametrize("which", ["tiny", "llama2"])
+@pytest.mark.parametrize("which", ["tiny", pytest.param("llama2", marks=pytest.mark.long)])
 def test_sentencepiece_tokenizer(tmp_path, which):
     """Every id of the tokenizer.model whose pieces are in the file."""
     pytest.importorskip("google.protobuf")

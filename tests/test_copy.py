@@ -69,6 +69,7 @@ def test_copies_of_pissa_and_svd(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names, code", [
     (["svd.py"], "import torch, svd; print(svd.randomized_svd(torch.eye(50), 3)[1].sum().item())"),
     (["nf4.py"],

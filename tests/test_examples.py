@@ -77,12 +77,14 @@ def check_picture(path):
     assert 0.4 < white.mean() < 0.97 and len(colours) > 9
 
 
+@pytest.mark.long
 def test_singular_values(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     check_picture(look.singular_values(TINY, tmp_path, "layers.2.mlp.up_proj", rank=8))
     assert "layers.2.mlp.up_proj" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_gradients(tmp_path):
     """LoRA's A has no gradient at the first step; with PiSSA, both have."""
     pytest.importorskip("matplotlib")
@@ -110,6 +112,7 @@ def test_numbers_of_the_picture():
     assert lost_res < 0.9 * lost and wide_res < 0.9 * wide
 
 
+@pytest.mark.long
 def test_look_refuses(tmp_path):
     """One line for what a user may get wrong."""
     with pytest.raises(ValueError, match="fits 0 linear layers"):

@@ -24,7 +24,7 @@ QUANTISED = ["qpissa", "loftq", "qlora"]
 
 
 def quiet(net, method, rank=4, **options):
-    return pissa.inject(net, rank, method, progress=False, **options)
+    return pissa.inject(net, rank, method, progress=False, quant_iters=2, **options)
 
 
 def streamed(folder, method, dtype=torch.float32, **options):
