@@ -452,76 +452,106 @@ def tiny_text():
             f"{p['held_out_loss']['stories']} generated.")
 
 
+def compared(what, form, better, ours, others):
+    """A row of README's table: our figure, the others' by name, and the best of all in bold."""
+    best = better([ours, *others.values()])
+
+    def shown(value):
+        return f"**{form.format(value)}**" if value == best else form.format(value)
+
+    return [what, shown(ours), ", ".join(f"{name} {shown(v)}" for name, v in others.items())]
+
+
+def trained_rows():
+    """What fine-tuning reaches, every method at its own best rate."""
+    demo, gsm8k, four = read("demo_h200"), read("gsm8k_h200"), read("gsm8k4bit_h200")
+
+    def row(what, form, better, result, key, ours, *others, **more):
+        mean = {m: statistics.mean(by_rate(result, m, key)[result["best"][m]["lr"]])
+                for m in (ours, *others)}
+        return compared(f"{what} of {ours}", form, better, mean.pop(ours), mean | more)
+
+    return [row("the demo: accuracy", "{:.1%}", max, demo, "accuracy", "pissa", "lora", "full"),
+            row("SmolLM2 on GSM8K: accuracy", "{:.1%}", max, gsm8k, "accuracy", "pissa", "lora",
+                "full", untrained=gsm8k["base"]["accuracy"]),
+            row("SmolLM2 on GSM8K: validation loss", "{:.3f}", min, gsm8k, "val_loss", "pissa",
+                "lora", "full"),
+            row("the same in four bits: loss", "{:.3f}", min, four, "val_loss", "qpissa", "loftq",
+                "qlora")]
+
+
 def headline_table():
-    """README's one table: what was measured, ours beside the best of others, good or bad."""
-    gsm8k, demo, four = read("gsm8k_h200"), read("demo_h200"), read("gsm8k4bit_h200")
-    step, quant = read("step_h200")["step"], quant_rows(read("quant_smollm2_cpu"), 16)
-    svd = {name: read(name)["ranks"] for name in ("svd_h200", "svd_smollm2_cpu")}
-    seven = next(r for r in read("generate_h200")["rows"] if "7B" in r["model"] and r["batch"] == 1)
-
-    def best(result, key, form, *methods):
-        found = {m: statistics.mean(by_rate(result, m, key)[result["best"][m]["lr"]])
-                 for m in methods}
-        return [form.format(found.pop(methods[0])),
-                ", ".join(f"{m} {form.format(v)}" for m, v in found.items())]
-
-    def against(ours, theirs, key, form):
-        return [form.format(step[ours][key]), f"PEFT {form.format(step[theirs][key])}"]
-
-    gpu, cpu = svd["svd_h200"]["128"], svd["svd_smollm2_cpu"]["16"]
-    ours, theirs = "ours (grouped)", "svd_lowrank(niter=16)"
-    slow, quick = "ours (default)", "svd_lowrank(niter=4)"
-    T5 = {m: f"{quant[m][8, 5]['all'][0]:.1%}" for m in ("QPiSSA", "LoftQ")}
-    rows = [
-        ["SmolLM2-135M on GSM8K, validation loss", *best(gsm8k, "val_loss", "{:.3f}", "pissa",
-                                                          "lora", "full")],
-        ["the demo, accuracy", *best(demo, "accuracy", "{:.1%}", "pissa", "lora", "full")],
-        ["SmolLM2-135M on GSM8K in four bits, validation loss",
-         *best(four, "val_loss", "{:.3f}", "qpissa", "loftq", "qlora")],
-        ["error of nf4 removed, rank 16, 5 turns, SmolLM2", T5["QPiSSA"], f"LoftQ {T5['LoftQ']}"],
-        ["224 decompositions of 7B, rank 128, GPU (excess error)",
-         *(f"{n}{gpu[m]['seconds']:.2f} s ({gpu[m]['excess_max']:.0e})"
-           for n, m in (("", ours), ("authors' setting ", theirs)))],
-        ["210 decompositions of SmolLM2, rank 16, CPU (excess error)",
-         *(f"{n}{cpu[m]['seconds']:.2f} s ({cpu[m]['excess_max']:.0e})"
-           for n, m in (("", slow), ("PEFT's setting ", quick)))],
-        ["step of 7B, 8 x 512 tokens, rank 128", *against("ours", "PEFT, autocast",
-                                                          "step_seconds", "{:.3f} s")],
-        ["the same, compiled", *against("ours, compiled", "PEFT, autocast, compiled",
-                                        "step_seconds", "{:.3f} s")],
-        ["its peak memory, compiled", *against("ours, compiled", "PEFT, autocast, compiled",
-                                               "peak_gib", "{:.1f} GiB")],
-        ["generation, 7B, one prompt", f"{seven['tokens_per_second']['ours']:.0f} tokens/s",
-         f"transformers, eager {seven['tokens_per_second']['transformers']:.0f}"]]
+    """README's one table: ours beside the best of others, good or bad."""
+    step, quant = read("step_h200")["step"], quant_rows(read("quant_minilm_cpu"), 16)
+    avoided = {m: quant[m][8, 5]["all"][0] for m in ("QPiSSA", "LoftQ")}
+    rows = [*trained_rows(), compared(
+        "error of nf4 that QPiSSA avoids, MiniLM, rank 16", "{:.1%}", max, avoided["QPiSSA"],
+        {"LoftQ": avoided["LoftQ"]})]
+    for what, name, rank, mine, whose, theirs in (
+            ("A and B of 7B, rank 128, GPU", "svd_h200", "128", "ours (grouped)", "the authors'",
+             "svd_lowrank(niter=16)"),
+            ("A and B of SmolLM2, rank 16, CPU", "svd_smollm2_cpu", "16", "ours (default)",
+             "PEFT's", "svd_lowrank(niter=4)")):
+        a, b = (read(name)["ranks"][rank][method] for method in (mine, theirs))
+        cells = compared(f"{what}: time, excess error", "{:.2f} s", min, a["seconds"],
+                         {f"{whose} SVD": b["seconds"]})
+        rows.append([cells[0], *(f"{cell}, {r['excess_max']:.0e}"
+                                 for cell, r in zip(cells[1:], (a, b)))])
+    for what, mine, theirs in (
+            ("a step of 7B: time, peak memory", "ours", "PEFT, autocast"),
+            ("the same, compiled", "ours, compiled", "PEFT, autocast, compiled")):
+        a, b = step[mine], step[theirs]
+        cells = compared(what, "{:.3f} s", min, a["step_seconds"], {"PEFT": b["step_seconds"]})
+        rows.append([cells[0], *(f"{cell}, {r['peak_gib']:.1f} GiB"
+                                 for cell, r in zip(cells[1:], (a, b)))])
+    for what, name, start in (("7B, GPU", "generate_h200", "Llama-2-7B"),
+                              ("SmolLM2, CPU", "generate_cpu", "smollm2")):
+        rate = next(r["tokens_per_second"] for r in read(name)["rows"]
+                    if r["model"].startswith(start) and r["batch"] == 1)
+        rows.append(compared(f"tokens/s of one answer, {what}", "{:.0f}", max, rate["ours"],
+                             {"transformers": rate["transformers"]}))
     return table(["", "here", "beside it"], rows)
 
 
+def measured(name):
+    """{GPU: its result files NAME_....json}; empty before the first one is there."""
+    found = {}
+    for path in sorted(RESULTS.glob(f"{name}_*h?00.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["device"], []).append(result)
+    return found
+
+
 def commits_table():
-    """Two commits beside each other: medians, and new over old."""
-    parts, rows = [read("commits_h200"), read("commits_more_h200")], []
-    units = {"step_seconds": ("step", "{:.4f} s"), "seconds": ("time", "{:.4f} s"),
-             "peak_gib": ("peak memory", "{:.2f} GiB")}
-    for name, figures in (row for part in parts for row in part["rows"].items()):
-        for key in figures.keys() & units.keys():
-            what, form = units[key]
-            old, new = (statistics.median(figures[key][side]) for side in ("old", "new"))
-            spread = ", ".join(form.format(v).split()[0] for v in figures[key]["new"])
-            rows.append([name, what, form.format(old), form.format(new), f"{new / old:.3f}",
-                         f"{', '.join(form.format(v).split()[0] for v in figures[key]['old'])} / "
-                         + spread])
-    rows.sort(key=lambda r: ("four bits" in r[0], r[1] != "step"))
-    return table(["", "", parts[0]["old"], "new", "new / old", "every turn, old / new"],
-                 rows) + "".join(map(source, parts))
+    """Two commits beside each other on each GPU: medians, new over old, and every turn."""
+    units = {"step_seconds": ("step", "{:.4f}"), "seconds": ("time", "{:.4f}"),
+             "peak_gib": ("GiB", "{:.2f}")}
+    texts = []
+    for parts in measured("commits").values():
+        rows = []
+        for name, figures in (row for part in parts for row in part["rows"].items()):
+            for key, (what, form) in units.items():
+                if key in figures:
+                    old, new = (figures[key][side] for side in ("old", "new"))
+                    middle = statistics.median(old), statistics.median(new)
+                    rows.append([name, what, *map(form.format, middle),
+                                 f"{middle[1] / middle[0]:.3f}",
+                                 " / ".join(", ".join(map(form.format, v)) for v in (old, new))])
+        rows.sort(key=lambda r: ("four bits" in r[0], r[1] == "GiB"))
+        texts.append(table(["", "seconds or GiB", parts[0]["old"], "new", "new / old",
+                            "every turn, old / new"], rows) + "".join(map(source, parts)))
+    return "\n\n".join(texts) or "Not measured yet."
 
 
 def fast_table():
-    """A step with one operation in its plain form."""
-    result, rows = read("fast_h200"), []
-    for name, r in result["rows"].items():
-        rows.append([name, f"{r['ms']:.0f} ms" if "ms" in r else f"{r['seconds']:.2f} s"
-                     if "seconds" in r else f"{r['tokens_per_second']:.0f} tokens/s",
-                     f"{r['gib']:.1f} GiB" if "gib" in r else ""])
-    return table(["", "time or rate", "peak memory"], rows) + source(result)
+    """A step with one operation in its plain form, on each GPU."""
+    texts = []
+    for result in (r for parts in measured("fast").values() for r in parts):
+        rows = [[name, f"{r['ms']:.0f} ms" if "ms" in r else f"{r['seconds']:.2f} s"
+                 if "seconds" in r else f"{r['tokens_per_second']:.0f} tokens/s",
+                 f"{r['gib']:.1f} GiB" if "gib" in r else ""] for name, r in result["rows"].items()]
+        texts.append(table(["", "time or rate", "peak memory"], rows) + source(result))
+    return "\n\n".join(texts) or "Not measured yet."
 
 
 PARTS = {"demo": demo_table, "svd": svd_table, "svd-cpu": lambda: svd_table("svd_smollm2_cpu"),
