@@ -26,7 +26,7 @@ PLAIN = False                     # True inside `off`
 def faster(fast, compiled=False):
     """Decorator of a plain function: a call runs `fast` instead, which must return the same.
 
-    The plain function runs inside `off()`, if `fast` returns NotImplemented, and inside
+    The plain function runs inside `off()`, if `fast` returns None, and inside
     torch.compile, whose own fusion is better, unless compiled=True.
     """
     def decorate(plain):
@@ -35,7 +35,7 @@ def faster(fast, compiled=False):
             if PLAIN or not compiled and torch.compiler.is_compiling():
                 return plain(*args)
             y = fast(*args)
-            return plain(*args) if y is NotImplemented else y
+            return plain(*args) if y is None else y
 
         function.plain = plain
         return function
@@ -121,7 +121,7 @@ def in_groups(grouped_svd):
         name, first = next(iter(options.left.items()), (None, None))
         if not (first and pays_in_groups(weight) and first.weight.data_ptr() == weight.data_ptr()
                 and like(first.weight, weight)):
-            return NotImplemented
+            return None
         key, ready = (options.rank, options.niter), options.ready
         if options.niter is not None and (name, *key) not in ready:
             group = [((n, *key), m.weight.detach().T) for n, m in options.left.items()
@@ -130,7 +130,7 @@ def in_groups(grouped_svd):
                                   generator=options.generator)
             for (n, _), u, s, v in zip(group, *factors, strict=True):
                 ready[n] = (u * s.sqrt()).contiguous(), (s.sqrt()[:, None] * v).contiguous()
-        return ready.pop((name, *key), NotImplemented)
+        return ready.pop((name, *key), None)
 
     return principal
 
@@ -242,7 +242,7 @@ def attend(q, k, v, mask):
     B, H, T, K = q.shape
     G = k.shape[1]
     if mask is None and T > 1 or H == G:
-        return NotImplemented
+        return None
     q = q.reshape(B, G, -1, K)                                                # (B, G, H/G T, K)
     if mask is not None:                       # a row for each query head; for T = 1 without a copy
         mask = mask.expand(-1, -1, H // G, -1) if T == 1 else mask.repeat(1, 1, H // G, 1)
@@ -257,7 +257,7 @@ def attend_packed(attend, q, k, v, mask, where_text, starts, B, T, window):
     padded for it. A packed step takes 2.3 GiB less.
     """
     if not takes_flash(q):
-        return NotImplemented
+        return None
     from torch.nn.attention.varlen import varlen_attn  # takes a second, and only GPUs need it
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))                   # (P, H or G, K)
     y = varlen_attn(q, k, v, starts, starts, T, T, window_size=(window - 1, 0), **GROUPED)
@@ -380,7 +380,7 @@ def record(step, tokens, last):
     position. Recording writes there, and nothing reads it before its own token is written.
     """
     if tokens.device.type != "cuda":
-        return NotImplemented
+        return None
     tokens = torch.zeros_like(tokens)              # a graph reads and writes fixed addresses
     start = torch.full((1,), last, device=tokens.device)
     stream, graph = torch.cuda.Stream(tokens.device), torch.cuda.CUDAGraph()
