@@ -164,8 +164,8 @@ def inject(net: nn.Module, rank: int, method: str | Callable = "pissa", targets=
     of 0.07 % (SmolLM2, ranks 16 to 128). seed: of all random numbers. quant_iters, last_svd,
     double_quant: see qpissa.py, nf4.py. keep_base: keep W in host memory, for `disabled`, `remove`.
     read: a function from a module's name to its W, if `net` is on the meta device: each W is asked
-    for once and freed before the next. ValueError before anything changes, except for NaN or Inf in
-    what `read` returns.
+    for once and freed before the next. ValueError before anything changes, unless it is `read` or
+    the method that fails at a later matrix.
     """
     if not callable(method) and method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")

@@ -92,7 +92,7 @@ def open_gguf(path):
     def read(t):
         try:
             return torch.tensor(dequantize(t.data, t.tensor_type))
-        except NotImplementedError as e:
+        except RuntimeError as e:
             raise ValueError(f"{path}: {t.name}: {e}") from None
 
     # GGUF counts the axes from the last one.

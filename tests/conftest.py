@@ -1,4 +1,5 @@
 """What several tests share: small models, the real ones where they are, a Hugging Face twin."""
+import copy
 import io
 import os
 import runpy
@@ -31,7 +32,7 @@ MLP_TARGETS, DTYPES = ("fc1", "fc2"), (torch.float32, torch.bfloat16, torch.floa
 QUANTISED = [("qlora", {}), ("qlora", dict(double_quant=False)), ("loftq", {}),
              ("loftq", dict(quant_iters=1)), ("loftq", dict(last_svd=False)), ("qpissa", {}),
              ("qpissa", dict(double_quant=False)), ("qpissa", dict(quant_iters=1)),
-             ("qpissa", dict(quant_iters=3, last_svd=False))]
+             ("qpissa", dict(quant_iters=5, last_svd=False))]
 QUANTISED_IDS = [" ".join([m, *(f"{k}={v}" for k, v in o.items())]) for m, o in QUANTISED]
 
 
@@ -41,12 +42,20 @@ def small_net(seed=0, **changes):
     The decay matters: if the spectrum is flat at the cut, A B is ill-determined, and no two
     implementations can be expected to agree on it.
     """
+    if not changes:
+        return copy.deepcopy(small_net_once(seed))
     net = model.init_weights(model.Llama(model.Config(**{**vars(SMALL), **changes})), seed)
     for m in net.modules():
         if isinstance(m, torch.nn.Linear) and m is not net.lm_head:
             U, S, Vh = torch.linalg.svd(m.weight.detach(), full_matrices=False)
             m.weight.data = (U * (3 / torch.arange(1, len(S) + 1))) @ Vh
     return net.requires_grad_(False)
+
+
+@cache
+def small_net_once(seed):
+    """small_net(seed), which must not be changed: decomposing all its matrices takes a while."""
+    return small_net(seed, n_layers=SMALL.n_layers)
 
 
 def mlp(dtype=torch.float32, bias=True):
@@ -58,8 +67,10 @@ def mlp(dtype=torch.float32, bias=True):
     return net.to(dtype)
 
 
-def quiet(net, rank=4, method="pissa", *args, keep_base=True, **kwargs):
-    return pissa.inject(net, rank, method, *args, progress=False, keep_base=keep_base, **kwargs)
+def quiet(net, rank=4, method="pissa", *args, keep_base=True, quant_iters=2, **kwargs):
+    """`inject` that prints nothing and keeps W. Two turns in four bits are quicker than five."""
+    return pissa.inject(net, rank, method, *args, progress=False, keep_base=keep_base,
+                        quant_iters=quant_iters, **kwargs)
 
 
 def layer_of(linear, rank, method="pissa", **options):

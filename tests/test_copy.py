@@ -54,6 +54,7 @@ def run(folder, *argv):
     return done.stdout
 
 
+@pytest.mark.long
 def test_copies_of_pissa_and_svd(tmp_path):
     """With fast.py beside them, and without it and its lines: the same losses."""
     (tmp_path / "with").mkdir()
@@ -68,6 +69,7 @@ def test_copies_of_pissa_and_svd(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names, code", [
     (["svd.py"], "import torch, svd; print(svd.randomized_svd(torch.eye(50), 3)[1].sum().item())"),
     (["nf4.py"],
@@ -97,6 +99,7 @@ def as_it_is(tmp_path_factory):
     return losses(tmp_path_factory.mktemp("run"), ROOT)
 
 
+@pytest.mark.long
 def test_without_fast(tmp_path, as_it_is):
     """fast.py deleted, and every line about it in model.py, pissa.py and train.py."""
     tree = tmp_path / "tree"
@@ -107,6 +110,7 @@ def test_without_fast(tmp_path, as_it_is):
     assert losses(tmp_path / "run", tree) == pytest.approx(as_it_is, rel=1e-6)
 
 
+@pytest.mark.long
 def test_plain(tmp_path, as_it_is):
     """train.py --plain: fast.py is there, and not used."""
     assert losses(tmp_path / "run", ROOT, "--plain") == pytest.approx(as_it_is, rel=1e-6)

@@ -39,6 +39,7 @@ def numbers(out, name):
             if line.split()[:1] == [name]]
 
 
+@pytest.mark.long
 def test_40_lines(tmp_path):
     """Only torch, 40 lines, a generator for all random numbers, and what the docstring claims."""
     script = EXAMPLES / "pissa_in_40_lines.py"
@@ -54,6 +55,7 @@ def test_40_lines(tmp_path):
     assert pissa2[4] > 1.1 * lora2[4]                              # task 2: LoRA wins
 
 
+@pytest.mark.long
 def test_your_loop(tmp_path):
     out = printed("your_loop.py", tmp_path)
     differences = dict(re.findall(r"^(step 0|loaded|merged): outputs differ by ([\d.e+-]+\d)", out,
@@ -75,12 +77,14 @@ def check_picture(path):
     assert 0.4 < white.mean() < 0.97 and len(colours) > 9
 
 
+@pytest.mark.long
 def test_singular_values(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     check_picture(look.singular_values(TINY, tmp_path, "layers.2.mlp.up_proj", rank=8))
     assert "layers.2.mlp.up_proj" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_gradients(tmp_path):
     """LoRA's A has no gradient at the first step; with PiSSA, both have."""
     pytest.importorskip("matplotlib")
@@ -108,6 +112,7 @@ def test_numbers_of_the_picture():
     assert lost_res < 0.9 * lost and wide_res < 0.9 * wide
 
 
+@pytest.mark.long
 def test_look_refuses(tmp_path):
     """One line for what a user may get wrong."""
     with pytest.raises(ValueError, match="fits 0 linear layers"):
@@ -122,6 +127,7 @@ def test_look_refuses(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_without_matplotlib(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     done = subprocess.run([sys.executable, EXAMPLES / "look.py", "--only", "singular_values"],

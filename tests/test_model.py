@@ -326,7 +326,8 @@ def test_checkpointing_with_what_takes_no_part(net, tokens):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("targets", [pissa.TARGETS, ("q_proj", "v_proj")])
+@pytest.mark.parametrize("targets", [
+    pissa.TARGETS, pytest.param(("q_proj", "v_proj"), marks=pytest.mark.long)])
 def test_large_rotations_are_compiled_a_few_times(packed, checkpointing, targets, monkeypatch):
     """For many shapes, in forward, backward and recomputation."""
     graphs, net = [], small_net()

@@ -360,6 +360,7 @@ print(nf4.quantize(W).checksum(), nf4.quantize(W, double=False).checksum())
 """
 
 
+@pytest.mark.long
 def test_default_dtype_and_device_do_not_matter():
     """Neither where the levels are made, on import, nor where a matrix is rounded."""
     done = subprocess.run([sys.executable, "-c", DEFAULTS], capture_output=True, text=True,

@@ -21,7 +21,7 @@ import nf4
 import pissa
 import train
 from bench import plot
-from conftest import ROOT, SMALL, command, failure, register_flash, small_net
+from conftest import SMALL, command, failure, register_flash, small_net
 from formats import meta_write
 from support import plan, report
 from svd import grouped_svd
@@ -174,6 +174,7 @@ def test_kept_is_what_autograd_saves(name):
     assert counted == plan.memory(job)[1]["kept for backward"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("method", ["pissa", "qlora"])
 def test_kept_by_compiled_layers(method, gpu, monkeypatch):
@@ -191,7 +192,7 @@ def test_kept_by_compiled_layers(method, gpu, monkeypatch):
     assert kept < 0.75 * plan.memory(replace(job, compiled=False))[1]["kept for backward"]
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("accumulate", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize("name", JOBS)
 def test_the_peak_is_what_is_alive(name, accumulate):
     job = replace(JOBS[name], accumulate=accumulate, rows=4, length=128, text=450, learnt=200)
@@ -354,11 +355,6 @@ def test_command_without_weights_or_data(llama2):
     for flags in (("--device", "cpu", "--dtype", "bfloat16"), ("--niter", "exact")):
         text = command(train.main, "--ckpt", "llama2", "--rank", 64, "--plan", *flags)
         assert "(loading: 13.5)" in text                                   # matrices one by one
-
-
-def test_the_readme_shows_what_is_printed():
-    assert plot.plan_output() in (ROOT / "README.md").read_text()
-    assert plot.plan_table() in (ROOT / "README.md").read_text()
 
 
 def test_configs_and_adapters(tmp_path, stories, monkeypatch):

@@ -83,6 +83,7 @@ def test_alternation(net, dtype, method, last_svd, name):
     assert stopped or method == "qpissa"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["qpissa", "loftq"])
 def test_another_turn_makes_no_matrix_worse(method):
     """Of a whole network, whose matrices share a source of random numbers for their SVDs."""

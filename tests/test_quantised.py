@@ -24,7 +24,7 @@ QUANTISED = ["qpissa", "loftq", "qlora"]
 
 
 def quiet(net, method, rank=4, **options):
-    return pissa.inject(net, rank, method, progress=False, **options)
+    return pissa.inject(net, rank, method, progress=False, quant_iters=2, **options)
 
 
 def streamed(folder, method, dtype=torch.float32, **options):
@@ -126,13 +126,23 @@ def test_host_memory(smollm2_path):
 
 # --- the commands
 
-@pytest.fixture(scope="module", params=QUANTISED)
-def run(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """The start of a command line, with few examples."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    lines = (TINY / "train.jsonl").read_text().splitlines(keepends=True)[:64]
+    path.write_text("".join(lines))
+    return ["--ckpt", "tiny", "--data", path, "--val-fraction", 0.25]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(method, marks=pytest.mark.long)
+                                        for method in QUANTISED])
+def run(request, flags, tmp_path_factory):
     """(method, directory, output) of a short run of train.py."""
     method, out = request.param, tmp_path_factory.mktemp("quantised") / request.param
-    text = command(train.main, "--ckpt", "tiny", "--method", method, "--rank", 8, "--lr", 2e-3,
-                   "--batch", 8, "--steps", 6, "--max-new-tokens", 8, "--val-fraction", 0.02,
-                   "--quant-iters", 2, "--no-double-quant", "--out", out)
+    text = command(train.main, *flags, "--method", method, "--rank", 8, "--lr", 2e-3, "--batch", 8,
+                   "--steps", 6, "--max-new-tokens", 8, "--quant-iters", 2, "--no-double-quant",
+                   "--out", out)
     return method, out, text
 
 
@@ -153,17 +163,18 @@ def test_train(run):
     assert (info["quant_iters"], info["double_quant"]) == (2, False)
     tok, args = data.Tokenizer(TINY), json.loads((out / "args.json").read_text())
     examples = data.read(args["data"])
-    val = data.encode(data.split(examples, 0.02, 0)[1], tok, 512)[0]
+    val = data.encode(data.split(examples, 0.25, 0)[1], tok, 512)[0]
+    assert len(val) == 16
     total = sum(train.loss_sum(net, *pair).item() for pair in data.micro_batches(val, 1000))
     count = sum(len(ids) - n for ids, n in val)
     assert total / count == pytest.approx(summary["after"]["loss"], rel=1e-5)
 
 
-def test_going_on(run, tmp_path):
+def test_going_on(run, flags, tmp_path):
     """--adapter: the first loss is the last one of the run before."""
     method, out, _ = run
-    text = command(train.main, "--ckpt", "tiny", "--adapter", out / "adapter", "--steps", 1,
-                   "--batch", 4, "--max-new-tokens", 2, "--out", tmp_path)
+    text = command(train.main, *flags, "--adapter", out / "adapter", "--steps", 1, "--batch", 4,
+                   "--max-new-tokens", 2, "--out", tmp_path)
     after = json.loads((out / "summary.json").read_text())["after"]["loss"]
     assert f"going on with {out / 'adapter'}: {method}, rank 8" in text
     args = json.loads((tmp_path / "args.json").read_text())     # what was true, not the defaults

@@ -187,6 +187,7 @@ def test_integers():
         randomized_svd(torch.ones(5, 5, dtype=torch.int64), 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("setting", ["torch.set_float32_matmul_precision('medium')",
                                      "torch.backends.fp32_precision = 'bf16'",
                                      "torch.backends.cuda.matmul.fp32_precision = 'tf32'"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
+from functools import cache
 
 import pytest
 import torch
@@ -71,12 +72,17 @@ def examples(tok, files):
     return data.encode(data.read(files / "train.jsonl"), tok, 512)[0]
 
 
-def prepared(method, seed=0):
-    """The tiny model, ready for training as main() makes it."""
+@cache
+def prepared_once(method, seed):
     net = model.load("tiny", "cpu")
     if method == "full":
         return net.requires_grad_(True)
     return pissa.inject(net, 8, method, seed=seed, progress=False)
+
+
+def prepared(method, seed=0):
+    """The tiny model, ready for training as main() makes it."""
+    return copy.deepcopy(prepared_once(method, seed))
 
 
 def fit(examples, out, method="pissa", steps=8, seed=0, net=None, **changes):
@@ -104,12 +110,25 @@ def full_logits_loss(net, batch):
 
 # --- the loss
 
+@pytest.fixture(scope="module")
+def by_definition(examples):
+    """{method: (mean loss per learnt token of the first 4 examples, its gradients)}."""
+    found = {}
+    for method in ("pissa", "full"):
+        net = prepared(method)
+        loss = full_logits_loss(net, examples[:4])
+        params = [p for p in net.parameters() if p.requires_grad]
+        found[method] = loss.item(), torch.autograd.grad(loss, params)
+    return found
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", ["pissa", "full"])
-@pytest.mark.parametrize("cells", [1, 400, 10_000])
-def test_loss_and_gradient_are_those_of_the_whole_batch(examples, cells, method, packed):
+@pytest.mark.parametrize("cells", [1, 250, 10_000])
+def test_loss_and_gradient_are_those_of_the_whole_batch(examples, by_definition, cells, method,
+                                                        packed):
     """The mean over the tokens of a batch, however it is cut; every example by itself agrees."""
-    net, batch = prepared(method), examples[:8]
+    net, batch, (expected, gradients) = prepared(method), examples[:4], by_definition[method]
     params = [p for p in net.parameters() if p.requires_grad]
     learnt = sum(len(ids) - n for ids, n in batch)
     total = 0.0
@@ -117,11 +136,9 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(examples, cells, method,
         loss = train.loss_sum(net, tokens, labels, where_text if packed else None) / learnt
         loss.backward()
         total += loss.item()
-    got = [p.grad.clone() for p in params]
-    expected = full_logits_loss(net, batch)
-    assert total == pytest.approx(expected.item(), rel=1e-6)
-    for g, e in zip(got, torch.autograd.grad(expected, params)):
-        assert (g - e).norm() <= 1e-5 * e.norm()
+    assert total == pytest.approx(expected, rel=1e-6)
+    for p, e in zip(params, gradients, strict=True):
+        assert (p.grad - e).norm() <= 1e-5 * e.norm()
 
 
 def test_loss_sum_by_hand(tok):
@@ -157,6 +174,7 @@ def test_loss_in_chunks(monkeypatch, trained):
     hook.remove()
 
 
+@pytest.mark.long
 def test_padding_is_not_computed(examples, tmp_path):
     """Every linear layer sees as many tokens as there are; with --no-packing, more."""
     def computed(*flags):
@@ -171,20 +189,21 @@ def test_padding_is_not_computed(examples, tmp_path):
     assert computed() == sum(len(ids) - 1 for ids, _ in batch) < computed("--no-packing")
 
 
-@pytest.mark.parametrize("micro", [1, 3, 8])
-def test_the_loop_averages_over_tokens(examples, tmp_path, micro):
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_the_loop_averages_over_tokens(examples, by_definition, tmp_path, micro):
     """The loss and the gradient norm of the log do not depend on --micro-batch, and are those of
     the mean over tokens: not of a mean of means, which gives short answers more weight."""
-    _, (row,) = fit(examples[:8], tmp_path, steps=1, micro_batch=micro, clip=1e9)
-    net = prepared("pissa")
-    loss = full_logits_loss(net, examples[:8])
-    grads = torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])
-    norm = torch.stack([g.norm() for g in grads]).norm().item()
-    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    _, (row,) = fit(examples[:4], tmp_path, steps=1, micro_batch=micro, clip=1e9)
+    loss, gradients = by_definition["pissa"]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    assert row["loss"] == pytest.approx(loss, rel=1e-6)
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    with torch.no_grad():
-        of_means = sum(full_logits_loss(net, [e]).item() for e in examples[:8]) / 8
-    assert abs(of_means - row["loss"]) > 1e-3, "these examples cannot tell the two means apart"
+
+
+def test_these_examples_can_tell_the_two_means_apart(examples, by_definition):
+    net = model.load("tiny", "cpu").requires_grad_(False)
+    of_means = sum(full_logits_loss(net, [e]).item() for e in examples[:4]) / 4
+    assert abs(of_means - by_definition["pissa"][0]) > 1e-3
 
 
 def test_validation_loss(examples, flags):
@@ -215,6 +234,7 @@ def test_learning_rate_of_short_runs(steps, warmup, expected):
 
 # --- the loop
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["pissa", "lora", "full"])
 def test_learns_and_changes_only_what_it_should(examples, tmp_path, method):
     net = prepared(method)
@@ -228,9 +248,10 @@ def test_learns_and_changes_only_what_it_should(examples, tmp_path, method):
         assert full_logits_loss(net, examples) < 0.75 * losses[0]
 
 
+@pytest.mark.long
 def test_the_seed_decides(examples, tmp_path):
     """Bit for bit. With --method full it draws only the order of the examples."""
-    a, b, c = ([r["loss"] for r in fit(examples, tmp_path / str(i), "full", 3, seed)[1]]
+    a, b, c = ([r["loss"] for r in fit(examples, tmp_path / str(i), "full", 2, seed)[1]]
                for i, seed in enumerate((0, 0, 1)))
     assert a == b and a != c
 
@@ -272,9 +293,9 @@ def test_clipping_and_weight_decay_reach_the_optimiser(examples, tmp_path, monke
         return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    _, rows = fit(examples[:8], tmp_path / "a", steps=1, clip=0.5)
+    _, rows = fit(examples[:2], tmp_path / "a", steps=1, clip=0.5)
     assert clips == [pytest.approx(0.5, rel=1e-3)] and rows[0]["grad_norm"] > 1
-    a, b = (fit(examples[:8], tmp_path / str(d), steps=1, weight_decay=d)[0] for d in (0, 100))
+    a, b = (fit(examples[:2], tmp_path / str(d), steps=1, weight_decay=d)[0] for d in (0, 100))
     layer = "model.layers.0.mlp.up_proj.A"
     lr = LEARNING_RATE["pissa"]
     decayed = prepared("pissa").get_parameter(layer) * lr * 100
@@ -282,6 +303,7 @@ def test_clipping_and_weight_decay_reach_the_optimiser(examples, tmp_path, monke
                                rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_checkpointing_changes_nothing(tmp_path, flags, monkeypatch):
     """Recomputed activations are the same activations: bit for bit, in a whole run."""
     logs, recomputed, real = [], [], fast.Recompute.backward
@@ -295,6 +317,7 @@ def test_checkpointing_changes_nothing(tmp_path, flags, monkeypatch):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["pissa", "lora", "full"])
 @pytest.mark.parametrize("extra", [[], ["--no-packing"], ["--checkpointing"]], ids=str)
 def test_plain_changes_nothing(flags, tmp_path, monkeypatch, method, extra):
@@ -312,13 +335,14 @@ def test_plain_changes_nothing(flags, tmp_path, monkeypatch, method, extra):
         calls.clear()
         command(train.main, *flags, "--method", method, "--lr",
                 min(1e-3, LEARNING_RATE[method]), "--steps", 3, "--niter", "exact", "--out", out,
-                *extra, *mode)
+                "--batch", 4, "--max-new-tokens", 1, *extra, *mode)
         assert bool(calls) != bool(mode)
         logs.append([r["loss"] for r in read_lines(out / "log.jsonl")])
     assert logs[1] == pytest.approx(logs[0], rel=1e-6)
     assert not fast.PLAIN
 
 
+@pytest.mark.long
 def test_compile_changes_nothing(flags, tmp_path, monkeypatch):
     """torch.compile up to the generation of code, which takes minutes on a CPU: the layers are
     traced, whole, and give the same losses."""
@@ -440,6 +464,7 @@ def test_run_says_how_to_use_it(run):
     assert adapted.rstrip("\n") == summary["after"]["answers"][question]
 
 
+@pytest.mark.long
 def test_adapter_goes_on(run, flags, tok, files, tmp_path):
     """--adapter starts where the other run ended: the first loss is the saved adapter's."""
     first, _ = run
@@ -462,6 +487,7 @@ def test_adapter_goes_on(run, flags, tok, files, tmp_path):
     assert str(second / "adapter") in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adapter", ["rank of the file", "with --method full"])
 def test_adapter_and_other_flags(run, flags, tmp_path, adapter):
     """args.json tells the adapter's own method and rank; --method full has no use for one."""
@@ -476,6 +502,7 @@ def test_adapter_and_other_flags(run, flags, tmp_path, adapter):
     assert (args["rank"], args["method"]) == (8, "pissa")
 
 
+@pytest.mark.long
 def test_full_writes_a_checkpoint(flags, tok, files, tmp_path):
     """In Meta's layout, the tokenizer beside it: it loads like any other."""
     text = command(train.main, *flags, "--method", "full", "--lr", 5e-4, "--steps", 3,
@@ -494,6 +521,7 @@ def test_full_writes_a_checkpoint(flags, tok, files, tmp_path):
     assert command(evaluation.main, *eval_command(text), "--max-new-tokens", 2).strip()
 
 
+@pytest.mark.long
 def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
     """From Hugging Face's layout: that layout, the rest of its config.json, and its files."""
     pytest.importorskip("safetensors")
@@ -520,6 +548,7 @@ def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
         command(train.main, *flags)
 
 
+@pytest.mark.long
 def test_lora_is_a_plain_lora(flags, tmp_path):
     command(train.main, *flags, "--method", "lora", "--steps", 1, "--seed", 5, "--out", tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -530,6 +559,7 @@ def test_lora_is_a_plain_lora(flags, tmp_path):
     assert all(m.A.shape[1] == 8 and m.A0 is None for _, m in pissa.layers(net))
 
 
+@pytest.mark.long
 def test_targets_and_val_data(flags, files, tmp_path):
     text = command(train.main, *flags, "--steps", 1, "--targets", "q_proj,v_proj", "--niter",
                    "exact", "--val-data", files / "test.jsonl", "--out", tmp_path)
@@ -539,6 +569,7 @@ def test_targets_and_val_data(flags, files, tmp_path):
     assert "32 examples, 6 for validation" in text and "12 matrices at rank 8" in text
 
 
+@pytest.mark.long
 def test_without_validation_examples(flags, tmp_path):
     """A loss of 0.0000 would be a lie, and step 0 go unchecked."""
     text = command(train.main, *flags, "--val-fraction", 0, "--steps", 1, "--out", tmp_path)
@@ -557,6 +588,7 @@ def test_a_model_that_is_not_the_base_is_refused(flags, tmp_path, monkeypatch):
 
 # --- the demo
 
+@pytest.mark.long
 def test_demo(files, tmp_path):
     """Without --ckpt: the printed command means what is run, and what was given comes last."""
     text = command(train.main, "--steps", 1, "--test-data", files / "test.jsonl", "--out", tmp_path,
@@ -599,6 +631,7 @@ def wide_checkpoint(tmp_path_factory, tok):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width, method, lr, noted", [
     ("wide", "pissa", 2e-3, True), ("wide", "pissa", 1e-4, False), ("wide", "lora", 2e-3, False),
     ("tiny", "pissa", 2e-3, False)])
@@ -611,6 +644,7 @@ def test_note_on_the_learning_rate(wide_checkpoint, flags, tmp_path, width, meth
     assert not noted or "2e-5" in notes[0] and f"{lr:g}" in notes[0]
 
 
+@pytest.mark.long
 def test_without_matplotlib(flags, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = command(train.main, *flags, "--steps", 1, "--out", tmp_path)
@@ -620,6 +654,7 @@ def test_without_matplotlib(flags, tmp_path, monkeypatch):
 
 # --- interruptions
 
+@pytest.mark.long
 def test_ctrl_c_saves_what_was_learnt(flags, tok, files, tmp_path):
     # A shell's background jobs ignore SIGINT, and children inherit that: set it back.
     script = ("import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -653,6 +688,7 @@ def test_ctrl_c_before_anything_was_learnt(flags, tmp_path, monkeypatch):
     assert failure("train.py", *flags, "--steps", 3, "--out", tmp_path).endswith("interrupted")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps, step", [(3, 2), (1, None)])
 def test_loss_that_is_not_finite(flags, tmp_path, steps, step):
     """One line with the remedy; also where the last step did it, and no further loss tells."""
@@ -687,6 +723,7 @@ def test_out_of_memory(flags, tmp_path, monkeypatch):
 
 # --- mistakes
 
+@pytest.mark.long
 def test_a_mistake_is_one_line_on_stderr(tmp_path):
     """As a process: the rest of the mistakes are tried in this one."""
     run = subprocess.run([sys.executable, "train.py", "--ckpt", "llama9-7b", "--out",
