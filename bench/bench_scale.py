@@ -9,7 +9,7 @@ step   seconds and peak memory of a step against the rank, the length of one row
 init   seconds of pissa.inject against the rank, the width of a square matrix, how many there are
 
 The weights are random, and all rows are full; steps are those of train.train. --out is written
-after every measurement. `--tiny`: toy sizes, on a CPU too, where no memory is measured.
+after every measurement. `--tiny`: toy sizes, on a CPU, too; there no memory is measured.
 """
 import argparse
 import gc
@@ -30,7 +30,7 @@ from bench import stamped
 from bench.steps import CUDA, DEVICE, SEVEN, TOY, clock, fill, gib, injected
 from support import plan
 
-# What is varied, and where the rest stands meanwhile; in full, and for a trial.
+# What is varied, and the values of all else meanwhile: in full, and for a trial.
 FULL = SimpleNamespace(
     ranks=(1, 4, 16, 64, 256), lengths=(512, 1024, 2048, 4096, 8192), depths=(1, 2, 4, 8, 16),
     widths=(512, 1024, 2048, 4096, 8192), counts=(1, 2, 4, 8, 16), rank=64, width=4096,

@@ -431,7 +431,7 @@ def plan_table():
 
 
 def plan_output():
-    """What `--plan` prints where nothing but Llama-2-7B's params.json is there."""
+    """What `--plan` prints if only Llama-2-7B's params.json is there."""
     with tempfile.TemporaryDirectory() as there:
         (folder := Path(there) / "llama2-7b").mkdir()
         (folder / "params.json").write_text(json.dumps(meta_write.params_json(model.Config())))

@@ -255,7 +255,7 @@ def side(args, whose):
 def step(args):
     """Both sides, one after the other; how many times as fast ours is as the fastest of theirs.
 
-    PEFT compiles the whole network, without checkpointing and only in 16 bits; where it does not,
+    PEFT compiles the whole network, without checkpointing and only in 16 bits. Otherwise
     our compiled steps are set beside its eager ones.
     """
     theirs = PEFT if args.bits == 4 else PEFT_16
