@@ -30,6 +30,8 @@ from formats import hf, meta_write
 
 pytest.importorskip("safetensors")
 
+pytestmark = pytest.mark.long       # only ./check leaves these out
+
 
 def command(*argv, main=convert.main):
     """What convert.py prints with this command line."""

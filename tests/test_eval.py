@@ -91,6 +91,7 @@ def test_complete_is_the_greedy_answer(net, tok):
     assert evaluation.complete(net, tok, [prompt], max_new_tokens=10) == [expected] != [""]
 
 
+@pytest.mark.long
 def test_complete_keeps_the_order_in_any_batch(tok):
     """Prompts of many lengths, sorted inside, come back as they were given.
 
@@ -278,6 +279,7 @@ def test_perplexity_is_that_of_transformers(net, tok, length, stride):
     assert got == pytest.approx((sum(losses) / len(ids)).exp().item(), rel=1e-4)
 
 
+@pytest.mark.long
 def test_more_context_is_less_perplexity(net, tok):
     """Why a small stride is worth its time."""
     text = " ".join(answer for _, answer in EXAMPLES[:8])
@@ -339,6 +341,7 @@ def test_prompt_shows_the_base_beside_the_adapted(net, tok, saved):
     assert printed == f"--- base\n{base}\n--- with {saved}\n{adapted}\n"
 
 
+@pytest.mark.long
 def test_prompt_samples(net, tok):
     """--top-k 1 is greedy at any temperature; --stop ends the answer."""
     prompt = EXAMPLES[0][0]
@@ -388,6 +391,7 @@ def test_accuracy_options(tmp_path, monkeypatch, argv, tokens, stop):
     assert f"at most {tokens} new tokens{f', stop at {stop}' if stop else ''};" in printed
 
 
+@pytest.mark.long
 def test_accuracy_of_the_real_model(net, tok, saved):
     """Predictions go beside the adapter, and are those of the adapted model."""
     other = adapter.load(model.load("tiny", "cpu"), saved)

@@ -18,6 +18,8 @@ from test_hf import twin, weights
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
+pytestmark = pytest.mark.long       # only ./check leaves these out
+
 VALUES = [None, True, False, 0, -1, 1, 3, 7, 2**31, 10**9, 10**30, 0.5, 1e308, float("nan"),
           float("inf"), "", "x", "48", [], [1], {}, {"a": 1}, "full_attention", "../../x"]
 

@@ -14,6 +14,8 @@ from formats import hf, meta_write
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
+pytestmark = pytest.mark.long       # only ./check leaves these out
+
 SMALL = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
              vocab_size=101, rms_norm_eps=1e-6, initializer_range=0.2)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

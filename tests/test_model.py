@@ -179,6 +179,7 @@ def test_positions_restart(kind):
 
 
 @ways
+@pytest.mark.long
 def test_packing_is_compiled_once():
     """Other lengths and another number of texts are no reason to compile again and again."""
     net, graphs, counts = small_net().requires_grad_(), [], []
@@ -324,6 +325,7 @@ def test_checkpointing_with_what_takes_no_part(net, tokens):
     assert [g is None for g in found[1]].count(True) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("targets", [

@@ -341,6 +341,7 @@ def llama2(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.long
 def test_command_without_weights_or_data(llama2):
     text = command(train.main, "--ckpt", "llama2", "--rank", 64, "--data", "none.jsonl", "--plan")
     assert re.search(r"frozen matrices +6,476,005,376 +12\.06\n", text)

@@ -19,6 +19,8 @@ from formats.tokenizer import Tokenizer
 tokenizers = pytest.importorskip("tokenizers")
 tiktoken = pytest.importorskip("tiktoken")
 
+pytestmark = pytest.mark.long       # only ./check leaves these out
+
 LLAMA2 = SHARED / "llama2_tokenizer"
 TEXTS = ["Hello world", "  two  spaces ", "a\nb\n\n\tc", "naïve — 数学 🙂",
          "{braces} <s> </s> <unk>", "1,234.50", "", "<|begin_of_text|>a<|eot_id|>",

@@ -256,6 +256,7 @@ def test_the_seed_decides(examples, tmp_path):
     assert a == b and a != c
 
 
+@pytest.mark.long
 def test_steps_are_those_of_a_plain_loop(examples, tmp_path):
     """Three steps as a textbook writes them: all logits, one pass a batch, AdamW, clipping."""
     _, rows = fit(examples[:24], tmp_path, steps=3, micro_batch=3, warmup=0.5)
@@ -273,6 +274,7 @@ def test_steps_are_those_of_a_plain_loop(examples, tmp_path):
     assert [r["loss"] for r in rows] == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.long
 def test_epochs(examples, tmp_path, monkeypatch):
     """Without --steps every example is seen once an epoch, in another order each time."""
     seen, real = [], data.micro_batches
@@ -382,6 +384,7 @@ def split_of_run(tok, files):
     return [data.encode(side, tok, 512)[0] for side in sides]
 
 
+@pytest.mark.long
 def test_run_leaves_its_files(run, flags, tok, files):
     out, _ = run
     assert {"adapter", "args.json", "log.jsonl", "summary.json"} <= set(os.listdir(out))
@@ -400,6 +403,7 @@ def test_run_leaves_its_files(run, flags, tok, files):
     assert all(r["seconds"] > 0 and r["grad_norm"] > 0 for r in rows)
 
 
+@pytest.mark.long
 def test_run_draws_the_loss(run):
     """The picture has the size that was asked for, and the blue line falls as the losses do."""
     image = pytest.importorskip("matplotlib.image").imread(run[0] / "loss.png")
@@ -414,6 +418,7 @@ def test_run_draws_the_loss(run):
     assert torch.corrcoef(torch.stack([at_steps, losses]))[0, 1] > 0.98
 
 
+@pytest.mark.long
 def test_run_starts_at_the_base_model(run, tok, files):
     """The line of step 0 says that nothing has changed yet, and so it is."""
     injected, base = re.search(r"step 0: .*?(\d+\.\d+).*?(\d+\.\d+)", run[1]).groups()
@@ -421,6 +426,7 @@ def test_run_starts_at_the_base_model(run, tok, files):
     assert injected == base == f"{full_logits_loss(net, val).item():.4f}"
 
 
+@pytest.mark.long
 def test_run_summary_is_what_the_adapter_does(run, tok, files):
     """The adapter, on a fresh base, has the loss, the answers and the accuracy of summary.json."""
     out, text = run
@@ -453,6 +459,7 @@ def eval_command(text):
     return argv[argv.index("eval.py") + 1:]
 
 
+@pytest.mark.long
 def test_run_says_how_to_use_it(run):
     out, text = run
     summary = json.loads((out / "summary.json").read_text())
@@ -489,6 +496,7 @@ def test_adapter_goes_on(run, flags, tok, files, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("adapter", ["rank of the file", "with --method full"])
+@pytest.mark.long
 def test_adapter_and_other_flags(run, flags, tmp_path, adapter):
     """args.json tells the adapter's own method and rank; --method full has no use for one."""
     if adapter == "with --method full":
@@ -677,6 +685,7 @@ def test_ctrl_c_saves_what_was_learnt(flags, tok, files, tmp_path):
     assert full_logits_loss(net, split_of_run(tok, files)[1]) < 0.8 * read_lines(log)[0]["loss"]
 
 
+@pytest.mark.long
 def test_ctrl_c_before_anything_was_learnt(flags, tmp_path, monkeypatch):
     def ctrl_c(*args, **kwargs):
         raise KeyboardInterrupt
@@ -698,6 +707,7 @@ def test_loss_that_is_not_finite(flags, tmp_path, steps, step):
     assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.long
 def test_gradient_that_is_not_finite(flags, tmp_path, monkeypatch):
     """Clipping spreads it over all weights, under a finite loss: nothing of that is saved."""
     real = torch.nn.utils.clip_grad_norm_
