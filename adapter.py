@@ -21,7 +21,6 @@ Nothing here asks for a method by name: a method of your own is saved and loaded
 import hashlib
 import json
 import warnings
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +32,10 @@ import nf4
 import pissa
 import qpissa
 from formats import peft
-from support.files import sha256, written
+from support.files import replaced, restored, sha256
 
 FACTS, EXTRAS = "pissa.json", "pissa"                                # EXTRAS.safetensors or .bin
+OURS = "adapter_config.json", "adapter_model.*", "pissa.*", "pissa_quantised_from.*"
 LORA = {"method": "lora", "bits": 16, "subtracted": False, "own_pair": False}
 ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than on the machine that "
                      "trained them. Another dtype or kind of device can be the reason. Outputs "
@@ -83,7 +83,7 @@ def codes(sums):
 
 def read_facts(directory):
     """The facts of a saved adapter; of one that is not ours, those of a LoRA."""
-    directory = Path(directory)
+    directory = restored(directory)
     config, path = peft.read_config(directory), directory / FACTS
     if not path.is_file():
         return peft.old_facts(config, directory) or {**LORA, "rank": config.get("r")}
@@ -96,7 +96,7 @@ def read_facts(directory):
             raise ValueError(f"{found}"[:200])
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: damaged, or of a newer version ({e!r})") from None
-    files = [p for p in sorted(directory.glob(f"{peft.WEIGHTS}.*")) if p.suffix != ".tmp"]
+    files = sorted(directory.glob(f"{peft.WEIGHTS}.*"))
     if files and [found["weights"]] != [sha256(p) for p in files]:
         warnings.warn(f"{directory}: another tool has rewritten the weights, so this is a plain "
                       "LoRA now", stacklevel=1)             # 1: said once, however often it is read
@@ -145,16 +145,24 @@ class Saved:
         """frozen, A, B, A0, B0, subtracted for the base weight W (out, in), without any SVD."""
         dtype = torch.promote_types(W.dtype, torch.float32)
         (A, B), double = self.pairs[name], self.facts.get("double_quant")
+        bits = self.facts["bits"]
         if not self.facts["subtracted"]:
             A, B = (M.to(W.device, dtype) for M in (A, B))
-            return (nf4.quantize(W, double) if self.facts["bits"] == 4 else W), A, B, *[None] * 3
+            return frozen_of(W, None, bits, double), A, B, None, None, None
         r = A.shape[1] // 2
         A, A0, B, B0 = A[:, :r], A[:, r:].contiguous(), B[:r], -B[r:]
         subtracted = tuple(self.extras.get(f"{name}.{k}", M) for k, M in (("A_q", A0), ("B_q", B0)))
         A, B, Aq, Bq = (M.to(W.device, dtype) for M in (A, B, *subtracted))
-        frozen = (qpissa.rounded(W, Aq, Bq, double) if self.facts["bits"] == 4
-                  else pissa.residual(W, Aq, Bq))
-        return frozen, A, B, A0, B0, subtracted
+        return frozen_of(W, (Aq, Bq), bits, double), A, B, A0, B0, subtracted
+
+
+def frozen_of(W, subtracted, bits, double_quant):
+    """W (out, in), or Q in four bits, less a pair that is subtracted from it, unless that is None.
+    """
+    if bits == 4:
+        return (qpissa.rounded(W, *subtracted, double_quant) if subtracted
+                else nf4.quantize(W, double_quant))
+    return pissa.residual(W, *subtracted) if subtracted else W
 
 
 def read_adapter(directory):
@@ -178,30 +186,21 @@ def read_adapter(directory):
 
 
 def write(directory, pairs, found, extras, task_type=None):
-    """Write a directory: see `Saved`. Files appear when all are complete. OSError if they cannot
-    be written."""
-    save_file, suffix, other = peft.writer()
-    directory, texts = Path(directory), {"adapter_config.json": peft.config_json(pairs, task_type)}
-    directory.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        def new(name):
-            return stack.enter_context(written(directory / name))
-
+    """Write a directory: see `Saved`. It appears when it is complete. Files of others stay in it.
+    OSError if it cannot be written."""
+    save_file, suffix, _ = peft.writer()
+    texts = {"adapter_config.json": peft.config_json(pairs, task_type)}
+    with replaced(directory, OURS) as tmp:
         try:
-            weights = new(peft.WEIGHTS + suffix)
-            save_file(peft.tensors_of(pairs), weights)
+            save_file(peft.tensors_of(pairs), tmp / (peft.WEIGHTS + suffix))
             if found:
-                save_file({k: M.contiguous() for k, M in extras.items()}, new(EXTRAS + suffix))
+                save_file({k: M.contiguous() for k, M in extras.items()}, tmp / (EXTRAS + suffix))
         except Exception as e:    # each writer raises its own kind if, say, the disk is full
             raise OSError(f"{directory}: not written ({str(e)[:100]})") from None
         if found:
-            texts[FACTS] = {**found, "weights": sha256(weights)}
+            texts[FACTS] = {**found, "weights": sha256(tmp / (peft.WEIGHTS + suffix))}
         for name, content in texts.items():
-            new(name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    stale = [peft.WEIGHTS + other, EXTRAS + other, *(f"pissa_quantised_from{s}" for s in
-                                                     (suffix, other))]
-    for name in (*stale, *([] if found else [EXTRAS + suffix, FACTS])):
-        (directory / name).unlink(missing_ok=True)
+            (tmp / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def compress(directory: str | Path, out: str | Path, rank: int | None = None) -> dict:
@@ -235,15 +234,16 @@ def compress(directory: str | Path, out: str | Path, rank: int | None = None) ->
 
 # -------------------------------------------------------------------------------------- a network
 
-def save(net: nn.Module, directory: str | Path) -> None:
+def save(net: nn.Module, directory: str | Path, learnt: dict | None = None) -> None:
     """Write the adapter of an injected `net` as a PEFT LoRA, of rank 2r if A_0 and B_0 exist.
 
-    The LoRA is Delta W, to be added to W. A quantised model computes Q + A B instead. On the
-    full-precision W the outputs differ by what rounding W - A_q B_q to Q lost.
+    learnt: {"<module>.A": tensor, "<module>.B": tensor}, if other A and B than the present ones are
+    to be written. The LoRA is Delta W, to be added to W. A quantised model computes Q + A B
+    instead. On the full-precision W the outputs differ by what rounding W - A_q B_q to Q lost.
     """
-    found, pairs, extras = facts(net), {}, {}
+    found, pairs, extras, learnt = facts(net), {}, {}, learnt or {}
     for name, m in pissa.layers(net):
-        A, B = m.A.detach().cpu(), m.B.detach().cpu()
+        A, B = (learnt.get(f"{name}.{k}", getattr(m, k)).detach().cpu() for k in "AB")
         if m.A0 is not None:                           # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
             A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
         pairs[name] = A, B

@@ -29,8 +29,8 @@ from tqdm import tqdm
 import adapter
 import model
 import pissa
-from formats import gguf, hf, meta_write, tokenizer
-from support.files import CHECKPOINT_FILES, replaced
+from formats import CHECKPOINT_FILES, gguf, hf, meta_write, tokenizer
+from support.files import replaced
 from support.report import run
 
 # The files of a checkpoint besides weights and numbers: how text becomes tokens, and when to stop.

@@ -5,14 +5,14 @@
 
 Llama 1 to 3.2, Mistral, Qwen2 and their kin are this network with other numbers in `Config`.
 Module and parameter names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), because
-the paper's target modules and every adapter on disk use them. A line `@faster(...)` names a
-quicker form of the function below it. Delete these lines and fast.py, and only speed changes.
+the paper's target modules and every adapter on disk use them. `@faster(f)` names a quicker form of
+the function below it. Delete these lines and the two that import fast.py: only speed changes.
 
     net = model.load("llama2-7b")                        # a directory, or a name under checkpoints/
     logits = net(tokens)                                 # (B, T) int64 -> (B, T, V) float32
     ids = model.generate(net, [[1, 306, 4658]], max_new_tokens=64)
 
-Shapes: B batch, T new positions, S all positions so far, P positions that are text, D width,
+Shapes: B batch, T new positions, S all positions so far, P positions without padding, D width,
 H heads, G key/value heads, K head width (mostly D / H), V vocabulary.
 """
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Config:
     max_seq_len: int = 0           # positions it was trained for, 0: not stated; not used here
     head_dim: int = 0              # width of one attention head, 0: dim / n_heads
     qkv_bias: bool = False         # Qwen2: q, k and v have biases
-    sliding_window: int = 0        # Mistral v0.1: tokens one can see, itself included; 0: all
+    sliding_window: int = 0        # Mistral v0.1: how many tokens one sees; 0: all
     rope_scaling: dict | None = None    # {"rope_type": "linear" or "llama3", "factor": ..., ...}
 
     def __post_init__(self):
@@ -55,7 +55,7 @@ class Config:
 def rope_tables(config, positions):
     """cos and sin of position x frequency, each (B or 1, T, 1, K) float32 (arXiv 2104.09864).
 
-    Every angle stands twice, once for each member of a pair. The first sine has a minus.
+    [cos, cos] and [-sin, sin]: a half for each member of a pair, with the sign `rotate` needs.
     """
     k = torch.arange(0, config.head_dim, 2, device=positions.device)
     freqs = 1.0 / config.rope_theta ** (k.float() / config.head_dim)              # (K/2,)
@@ -82,10 +82,10 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """Attention of H query heads to G key/value heads, (B, H or G, T or S, K) -> (B, T, H K).
 
-    mask: (B or 1, 1, T, S), numbers to add to the scores. None: causal, which needs T = S, or one
-    new position (T = 1), which sees all S.
+    mask: (B or 1, 1, T, S), numbers to add to the scores. None: causal if T = S. One new position,
+    T = 1, sees all S.
     """
-    causal = True if mask is None and q.shape[2] > 1 else False      # torch.compile wants a literal
+    causal = True if mask is None and q.shape[2] > 1 else False   # a bool, not one of torch.compile
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                        enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(2)
@@ -103,16 +103,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, config.dim, bias=False)
 
-    def forward(self, x, rope, mask=None, cache=None, packed=None):
+    def forward(self, x, rope, mask=None, slot=None, packed=None):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim)                          # (B, T, H, K)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # k, v: G heads
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))
-        if cache is not None:                    # write to the cache, attend to what it holds now
-            kv, index, S = cache
+        if slot is not None:                # a KV cache: write to it, attend to what it holds now
+            kv, index, S = slot
             k = kv[0].index_copy_(2, index, k)[:, :, :S]                          # (B, G, S, K)
             v = kv[1].index_copy_(2, index, v)[:, :, :S]
-        y = (attend(q, k, v, mask) if packed is None
+        y = (attend(q, k, v, mask) if packed is None                # packed: see `attend_packed`
              else attend_packed(attend, q, k, v, mask, *packed))                  # (B, T, H K)
         return self.o_proj(y)                                                     # (B, T, D)
 
@@ -145,8 +145,8 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, rope, mask=None, cache=None, packed=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, packed)
+    def forward(self, x, rope, mask=None, slot=None, packed=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, slot, packed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -169,15 +169,15 @@ class Llama(nn.Module):
 
         cache: from `new_cache`. Then `tokens` are the positions start ... start + T - 1 of it.
         pad: (B,) int64, how many positions at the left of each row are padding, not text.
-        where_text: (P,) int64, ascending, without a cache: which of the B T positions are text. The
-        rest, at the right of each row, is padding. The P are packed into one row: (1, P, D).
+        where_text: (P,) int64, ascending, without cache and pad: what is text in tokens.flatten().
+        The rest, at the right of each row, is padding and is left out: the result is (1, P, D).
         """
-        tokens, rope, mask, caches, packed = begin(self, tokens, cache, start, pad, where_text)
+        tokens, rope, mask, slots, packed = begin(self, tokens, cache, start, pad, where_text)
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)
-        again = self.checkpointing and torch.is_grad_enabled()
-        for layer, memory in zip(self.model.layers, caches, strict=True):
-            rest = rope, mask, memory, packed
-            x = checkpointed(layer, x, *rest) if again else layer(x, *rest)
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for layer, slot in zip(self.model.layers, slots, strict=True):
+            rest = rope, mask, slot, packed
+            x = checkpointed(layer, x, *rest) if recompute else layer(x, *rest)
         return self.model.norm(x)
 
     def forward(self, tokens: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -185,18 +185,18 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden(tokens, **kwargs)).float()
 
     def new_cache(self, batch, length):
-        """An empty KV cache: per layer keys and values, each (batch, G, >= length, K)."""
+        """An empty KV cache: for each layer (2, batch, G, >= length, K), keys and values."""
         c, w = self.config, self.model.embed_tokens.weight
         length = -(-length // 64) * 64             # aligned: attention with a mask is faster then
         return [w.new_zeros(2, batch, c.n_kv_heads, length, c.head_dim) for _ in range(c.n_layers)]
 
 
 def begin(net, tokens, cache, start, pad, where_text):
-    """Skip this on first reading. What the layers need: (tokens, rope, mask, caches, packed).
+    """Skip this on first reading. What the layers need: (tokens, rope, mask, slots, packed).
 
     mask: (B or 1, 1, T, S), 0 or -inf; None if causal attention is enough. start: an int, or an
     int64 tensor (1,) on the device. No shape then depends on its value, as a CUDA graph requires.
-    caches: (keys and values, positions to write, S) of each layer. packed: for `attend_packed`.
+    slots: of each layer None, or (its cache, positions to write, S). packed: for `attend_packed`.
     """
     (B, T), device, window = tokens.shape, tokens.device, net.config.sliding_window
     index, fixed = start + torch.arange(T, device=device), type(start) is not int      # (T,)
@@ -218,8 +218,8 @@ def begin(net, tokens, cache, start, pad, where_text):
         packed = where_text, starts, B, T, window
         rope = [table[:, where_text % T] for table in rope]                       # (1, P, 1, K)
         tokens = tokens.flatten()[where_text][None]                               # (1, P)
-    caches = [None] * net.config.n_layers if cache is None else [(kv, index, S) for kv in cache]
-    return tokens, rope, mask, caches, packed
+    slots = [None] * net.config.n_layers if cache is None else [(kv, index, S) for kv in cache]
+    return tokens, rope, mask, slots, packed
 
 
 @faster(fast.attend_packed, compiled=True)
@@ -412,9 +412,9 @@ def load(ckpt: str | Path, device=None, dtype: torch.dtype | None = None, prepar
     with torch.device("meta"):
         net = Llama(config)
 
-    def read(name):
+    def read(name, leaf="weight"):
         tied = config.tied and name == "lm_head"
-        return tensors[f"{'model.embed_tokens' if tied else name}.weight"]().to(device, dtype)
+        return tensors[f"{'model.embed_tokens' if tied else name}.{leaf}"]().to(device, dtype)
 
     if prepare:
         prepare(net, read=read)

@@ -106,6 +106,7 @@ def quantize(W: torch.Tensor, double: bool = True) -> "NF4":
 
 
 WORDS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}   # of one number, of two
+KERNELS = {}                  # `unpack` for GPUs, compiled for each key
 
 
 def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
@@ -131,9 +132,6 @@ def spread(x, scale, block):
     if len(x) % block:
         return x * scale.repeat_interleave(block)[:len(x)]
     return (x.view(-1, block) * scale[:, None]).flatten()
-
-
-KERNELS = {}                  # `unpack` for GPUs, compiled for each key
 
 
 def kernel(parts, dtype):
@@ -195,6 +193,7 @@ class NF4(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor of the original shape, in the original dtype or another."""
         parts = [p if p is None else p.detach().flatten()
+                 .view(torch.uint8 if p.itemsize == 1 else p.dtype)    # sharded bytes are float8
                  for p in (self.codes, self.absmax, self.scale, self.mean)]
         parts += self.levels, self.absmax_levels, self.pairs
         dtype, fused = dtype or self.dtype, self.codes.is_cuda and not torch.compiler.is_compiling()

@@ -1,30 +1,32 @@
 # From "PiSSA from scratch, in pure PyTorch" (MIT licence).
 """PiSSA: train the principal singular components of a weight, freeze the rest (arXiv 2404.02948).
 
-LoRA (arXiv 2106.09685) adds A B to a frozen W, with noise in A and B = 0. So A has exactly zero
-gradient at step 0, and B's points where the noise does. PiSSA has the same shapes and the same
-cost, but starts from W itself. With the r leading singular triplets of W = U S V^T,
+LoRA (arXiv 2106.09685) adds A B to a frozen W, with noise in A and B = 0. At step 0 the gradient of
+A is exactly zero, and that of B depends on the noise. PiSSA has the same shapes and the same cost,
+but starts from W itself. With the r leading singular triplets of W = U S V^T,
 
     A = U_r S_r^1/2,    B = S_r^1/2 V_r^T,    W_res = W - A B,    y = x W_res + (x A) B + bias
 
-A and B are trained, W_res is frozen. At step 0, y = x W as before. But now the directions move that
-matter most to W. S is split evenly, so that A and B have equal norms and learn equally fast. LoRA's
-factor alpha / r is 1, because A B has the size of W already. A and B are float32 in any model: a
-step of 2e-5 would vanish in bfloat16.
+A and B are trained, W_res is frozen. At step 0, y = x W as before. But now the directions that
+matter most to W are the ones that move. S is split evenly, so that A and B have equal norms and
+learn equally fast. LoRA's factor alpha / r is 1, because A B has the size of W already. A and B are
+at least float32: a step of 2e-5, the learning rate, would vanish in bfloat16.
 
     paper       code         shape
-    W           weight       (in, out), y = x W; nn.Linear stores W^T, (out, in)
-    W_res, Q    frozen       (out, in), in the dtype of W; Q in four bits, an nf4.NF4
+    W           weight       in the code always W^T, (out, in), as nn.Linear stores it; y = x W
+    W_res       frozen       (out, in), in the dtype of W; in four bits (QPiSSA) an nf4.NF4
     A, B        A, B         (in, r), (r, out); float32, trained
     A_0, B_0    A0, B0       A and B at initialisation, in host memory
-    A_q, B_q    subtracted   what was subtracted from W to get W_res or Q (A_0 and B_0 without Q)
+    A_q, B_q    subtracted   the pair that was subtracted from W. In 16 bits it is A_0, B_0
 
-Delete the lines `import fast`, `from fast import faster` and `@faster(...)`: only speed changes.
+`@faster(f)` names a quicker form of the function below it. Delete the lines `import fast`,
+`from fast import faster` and `@faster(...)`: only speed changes.
 """
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +51,11 @@ class Options:
     quant_iters: int = 5
     double_quant: bool = True
     last_svd: bool = True
-    left: dict = field(default_factory=dict)       # linears still to be replaced, this one first
-    ready: dict = field(default_factory=dict)      # {name: (A, B)} that fast.in_groups has made
+    remaining: dict = field(default_factory=dict)  # {name: linear} to replace, this one first
+    ready: dict = field(default_factory=dict)      # what fast.in_groups has made of them, (A, B)
 
 
-# ------------------------- a method: weight (out, in), options -> frozen, A, B, (A_q, B_q) or None
+# ------ a method: weight (out, in), options -> frozen, A, B, (A_q, B_q) or None: frozen is weight
 
 def init_pissa(weight, options):
     """The principal components are trained, W_res is frozen (eq. 2 to 4)."""
@@ -71,9 +73,9 @@ def principal(weight, options):
 
 @full_float32()
 def residual(weight, A, B):
-    """W - A B, (out, in): computed in float32, then rounded once to the dtype of `weight`."""
-    W = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    return W.addmm_(B.T, A.T, alpha=-1).to(weight.dtype)
+    """(W - A B)^T, (out, in): computed in float32, then rounded once to the dtype of `weight`."""
+    W_T = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    return W_T.addmm_(B.T, A.T, alpha=-1).to(weight.dtype)                   # (A B)^T = B^T A^T
 
 
 def init_lora(weight, options):
@@ -93,7 +95,7 @@ def product(x, frozen, A, B, bias):
 
 
 def linear(x, frozen, bias):
-    """x W + bias; W is a tensor (out, in), or a module that multiplies by itself like nf4.NF4."""
+    """x W + bias. frozen: a tensor (out, in), or a module, such as nf4.NF4, that returns x W."""
     if isinstance(frozen, torch.Tensor):
         return F.linear(x, frozen, bias)
     y = frozen(x)
@@ -103,9 +105,9 @@ def linear(x, frozen, bias):
 class PissaLinear(nn.Module):
     """y = x W_res + (x A) B + bias, in place of an nn.Linear. Only A and B are trained.
 
-    A0, B0, subtracted and original (W, if it was kept) lie in host memory: plain attributes do not
-    move with the module. fingerprint: 256 entries of W. A state_dict says "frozen", not "weight",
-    so no program can take it for W.
+    A0, B0, subtracted and original (W, if kept) lie in host memory: plain attributes do not move
+    with the module. fingerprint: 256 entries of W. A state_dict has "frozen", not "weight", so no
+    program can load it as W. `weight` is for code that asks a layer for its dtype.
     """
     weight = property(lambda self: self.frozen, doc="`frozen`, read-only.")
 
@@ -113,7 +115,7 @@ class PissaLinear(nn.Module):
         super().__init__()
         self.frozen = frozen if isinstance(frozen, nn.Module) else nn.Parameter(frozen, False)
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
-        self.bias, self.W = linear.bias, None        # W: on the device of frozen, inside `disabled`
+        self.bias, self.W = linear.bias, None                 # W: set only inside `disabled(net)`
         self.A0, self.B0, self.subtracted, self.original = A0, B0, subtracted, original
         self.fingerprint = sampled(linear.weight)
 
@@ -135,7 +137,7 @@ class PissaLinear(nn.Module):
         return product(x, self.frozen, self.A, self.B, self.bias)
 
     def base(self):
-        """W (out, in) as it was before; ValueError if it was not kept."""
+        """W (out, in) as it was before: kept, or `frozen` if nothing was subtracted. ValueError."""
         if self.original is None and (self.A0 is not None or isinstance(self.frozen, nn.Module)):
             raise ValueError("the base weights were not kept: inject or load with keep_base=True")
         return self.frozen.detach() if self.original is None else self.original
@@ -160,44 +162,46 @@ def inject(net: nn.Module, rank: int, method: str | Callable = "pissa", targets=
 
     rank: 1 ... the smaller side of the smallest target. method: a key of METHODS, or a function
     like init_pissa. targets: leaf names of modules. niter: power iterations of the SVD, None for an
-    exact one; 3 take 75 % of the time of 5 and leave the residual 0.4 % above the optimum instead
-    of 0.07 % (SmolLM2, ranks 16 to 128). seed: of all random numbers. quant_iters, last_svd,
-    double_quant: see qpissa.py, nf4.py. keep_base: keep W in host memory, for `disabled`, `remove`.
-    read: a function from a module's name to its W, if `net` is on the meta device: each W is asked
-    for once and freed before the next. ValueError before anything changes, unless it is `read` or
-    the method that fails at a later matrix.
+    exact one. 3 take 75 % of the time of 5; the residual is 0.4 % above the optimum with 3, 0.07 %
+    with 5 (SmolLM2). seed: of all random numbers. quant_iters, last_svd, double_quant: see
+    qpissa.py, nf4.py. keep_base: keep W in host memory, for `disabled` and `remove`. read: a
+    function from a module's name to its W, if `net` is on the meta device: each W is asked for once
+    and freed before the next. ValueError: before anything changes, or from `read` or the method.
     """
     if not callable(method) and method not in METHODS:
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     init = method if callable(method) else getattr(import_module(METHODS[method]), "init_" + method)
-    called, generators = getattr(method, "__name__", str(method)), {}
+    method = getattr(method, "__name__", str(method))
     linears = find_linears(net, targets, rank)
-    options = Options(rank, niter, None, quant_iters, double_quant, last_svd, linears)
-    bar = tqdm(list(linears), called, unit="matrix", leave=False, disable=not progress)
+    options = Options(rank, niter, None, quant_iters, double_quant, last_svd, remaining=linears)
+    bar = tqdm(list(linears), method, unit="matrix", leave=False, disable=not progress)
     for name in bar:
-        linear = linears[name]                       # the last one is freed here, with its W
+        linear = linears[name]                       # the previous one is freed here, with its W
         if read:
             linear.weight = nn.Parameter(read(name), requires_grad=False)
             if not finite(linear.weight):
                 raise ValueError(f"{name}: the weight holds NaN or Inf")
-        device = linear.weight.device
-        options.generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+        options.generator = generator_of(name, seed, linear.weight.device)
         net.set_submodule(name, PissaLinear.from_linear(linear, init, options, keep_base))
-        del linears[name]
+        del linears[name]                            # and options.remaining[name]
     net.requires_grad_(False)
     for _, m in layers(net):
         m.A.requires_grad_(), m.B.requires_grad_()
-    net.pissa = {"method": called, "rank": rank, "niter": niter, "seed": seed,
+    net.pissa = {"method": method, "rank": rank, "niter": niter, "seed": seed,
                  "quant_iters": quant_iters, "last_svd": last_svd}
     if progress:
-        print(f"{called}: {bar.total} matrices at rank {rank} in "
-              f"{bar.format_dict['elapsed']:.1f} s")
+        print(f"{method}: {bar.n} matrices at rank {rank} in {bar.format_dict['elapsed']:.1f} s")
     return net
+
+
+def generator_of(name, seed, device):
+    """The random numbers of a matrix: they do not depend on which others are replaced."""
+    return torch.Generator(device).manual_seed((seed + crc32(name.encode())) % 2**63)
 
 
 def find_linears(net, targets, rank=1):
     """{name: nn.Linear} of the modules whose leaf name is among `targets`. ValueError for a name
-    that no module has, another kind of module, a rank out of range, and NaN or Inf."""
+    that no module has, a module that cannot be replaced, a rank out of range, NaN or Inf."""
     targets = {targets} if isinstance(targets, str) else set(targets)
     leaves = {n: n.rpartition(".")[2] for n, _ in net.named_modules() if n}
     if layers(net):
@@ -240,7 +244,7 @@ def disabled(net: nn.Module):
 
 
 def merge(net: nn.Module) -> nn.Module:
-    """nn.Linear again, with what was learnt: W_res + A B, rounded once to the dtype of W."""
+    """nn.Linear again, with what was learnt: W_res - (-A) B, rounded once to the dtype of W."""
     return to_linears(net, lambda m: residual(as_tensor(m.frozen), -m.A.detach(), m.B.detach()))
 
 
@@ -253,7 +257,7 @@ def remove(net: nn.Module) -> nn.Module:
 
 
 def as_tensor(frozen):
-    """A frozen weight as a tensor (out, in); one in four bits in float32 or more."""
+    """A frozen weight as a tensor (out, in). One in four bits is dequantised to float32 or more."""
     if isinstance(frozen, nn.Module):
         return frozen.dequantize(torch.promote_types(frozen.dtype, torch.float32))
     return frozen.detach()
@@ -261,7 +265,7 @@ def as_tensor(frozen):
 
 def to_linears(net, weight):
     """Replace every PissaLinear m by an nn.Linear with weight(m), in place."""
-    for name in dict(layers(net)):                    # names, so that each m is freed at once
+    for name in [name for name, _ in layers(net)]:    # names alone: each m is freed when replaced
         m = net.get_submodule(name)
         W = weight(m).to(m.frozen.device, m.frozen.dtype)
         linear = nn.Linear(*reversed(W.shape), bias=False, device="meta")

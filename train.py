@@ -4,8 +4,12 @@
     python train.py --ckpt llama2-7b --rank 64             # Meta's raw weights, a GPU
     python train.py --ckpt llama2-7b --data my.jsonl --lr 2e-5 --batch 128 --micro-batch 8
 
+    python train.py --resume --out runs/llama2-7b-pissa    # go on with a run that was interrupted
+    torchrun --nproc-per-node 8 train.py --ckpt llama2-7b  # several GPUs
+
 The defaults are the paper's (arXiv 2404.02948). A run leaves in --out: adapter/ (a PEFT LoRA; a
-checkpoint/ for --method full), log.jsonl (a line per step), loss.png, args.json, summary.json.
+checkpoint/ for --method full), log.jsonl (a line per step), val.jsonl (the measurements before and
+after), loss.png, args.json, summary.json, and states/, with which it can go on.
 """
 import sys
 
@@ -14,12 +18,12 @@ from support import options
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:      # answered before torch is loaded
     options.for_train(__doc__)
 
-import json
 import math
 import time
 from contextlib import nullcontext
 from functools import partial
-from itertools import count, islice
+from importlib import import_module
+from itertools import chain, count, islice
 
 import torch
 import torch._functorch.config
@@ -34,7 +38,7 @@ import pissa
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, complete, describe, load_model
 from fast import faster
-from support import report
+from support import parallel, report, resume
 
 # ---------------------------------------------------------------------------------------- the loss
 
@@ -73,10 +77,11 @@ def validation_loss(net, examples, args, autocast):
     """Mean loss per learnt token."""
     total, learnt = 0.0, 0
     longest = max((len(ids) for ids, _ in examples), default=0)
-    for tokens, labels, where_text in micro_batches(examples, longest, args):
+    for tokens, labels, where_text in parallel.deal(micro_batches(examples, longest, args)):
         with autocast:
             total += loss_sum(net, tokens, labels, where_text).item()
         learnt += int((labels != -100).sum())
+    total, learnt = parallel.add_numbers(total, learnt)
     return total / max(learnt, 1)
 
 
@@ -90,65 +95,74 @@ def learning_rate(step, steps, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def all_batches(examples, args):
-    """Every step's batch and its micro-batches, epoch after epoch, without end."""
+def all_batches(examples, args, steps):
+    """Each step's batch and its micro-batches, for a range of steps, epoch after epoch."""
     longest = max(len(ids) for ids, _ in examples)
-    for epoch in count():
-        for batch in data.batches(examples, args.batch, args.seed, epoch):
-            yield batch, micro_batches(batch, longest, args)
+    batches = chain.from_iterable(data.batches(examples, args.batch, args.seed, epoch)
+                                  for epoch in count())
+    for batch in islice(batches, steps.start, steps.stop):
+        yield batch, parallel.deal(micro_batches(batch, longest, args))
 
 
 def train(net, examples, args, autocast):
-    """The loop. Returns the rows of log.jsonl, and why it ended early or None."""
-    params = [p for p in net.parameters() if p.requires_grad]
+    """The loop. Returns the rows of log.jsonl, and None or the resume.Stop that ended it early."""
+    params = list(parallel.trained(net).values())
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
-    rows, log = [], open(args.out / "log.jsonl", "w")
-    bar = tqdm(range(steps), desc="train", unit="step")
-    batches = islice(all_batches(examples, args), steps)
-    ahead = next(batches)
-    try:
+    with resume.Run(net, optimizer, args, examples, steps) as run:
+        done = len(run.rows)                          # not 0 if an interrupted run goes on
+        batches = all_batches(examples, args, range(done, steps))
+        ahead = next(batches, None)
+        bar = tqdm(range(done, steps), "train", initial=done, total=steps, unit="step")
         for step in bar:
             start, (batch, parts) = time.perf_counter(), ahead
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
             learnt, total = sum(len(ids) - n_prompt for ids, n_prompt in batch), 0.0
             for part in parts:     # each divided by the batch's tokens: their sum is the batch mean
+                parallel.is_last(net, part is parts[-1])
                 with autocast:
                     loss = loss_sum(net, *part) / learnt
                 loss.backward()
                 total += loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
+            assert not parts or all(p.grad is not None for p in params), "a gradient is missing"
+            total, *wishes = parallel.add_up(params, total, *run.wishes())
+            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(params, args.clip))
             ahead = next(batches, None)           # while the GPU works: the next line waits for it
             loss, norm = torch.stack([total, norm]).tolist()
             for name, value in ("loss", loss), ("gradient norm", norm):
                 if not math.isfinite(value):                   # stop before it spoils the weights
-                    return rows, f"the {name} is {value} at step {step + 1}: lower --lr"
+                    bar.close()
+                    return run.rows, resume.Stop(
+                        f"the {name} is {value} at step {step + 1}: lower --lr", 1)
             optimizer.step()
             optimizer.zero_grad()
-            rows.append({"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
-                         "tokens": sum(len(ids) for ids, _ in batch),
-                         "seconds": time.perf_counter() - start})
-            print(json.dumps(rows[-1]), file=log, flush=True)
+            row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
+                   "tokens": sum(len(ids) for ids, _ in batch),
+                   "seconds": time.perf_counter() - start}
             bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}",
-                            tok_s=f"{rows[-1]['tokens'] / rows[-1]['seconds']:,.0f}")
-    except KeyboardInterrupt:
-        return rows, f"interrupted after {len(rows)} of {steps} steps"
-    finally:
-        bar.close()
-        log.close()
-    return rows, None
+                            tok_s=f"{row['tokens'] / row['seconds']:,.0f}")
+            if stopped := run.done(row, *wishes):
+                bar.close()
+                return run.rows, stopped
+    return run.rows, None
 
 
 # ----------------------------------------------------------------------------- before and after it
 
 def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     """{"loss": validation loss, "answers": {prompt: answer} for two prompts, "accuracy": share}."""
+    n, loss = args.max_new_tokens, validation_loss(net, val, args, autocast)
     shown = [prompt for prompt, _ in val_texts if prompt][:2]
-    n = args.max_new_tokens
-    return {"loss": validation_loss(net, val, args, autocast),
-            "answers": dict(zip(shown, complete(net, tok, shown, max_new_tokens=n), strict=True)),
-            "accuracy": accuracy(net, tok, test, max_new_tokens=n, desc=f"accuracy {when}")[0]
-            if test else None}
+    with parallel.generation():
+        mine = parallel.share(shown)
+        answers = parallel.union(list(zip(mine, complete(net, tok, mine, max_new_tokens=n),
+                                          strict=True)))
+        mine = parallel.share(test)
+        _, rows = accuracy(net, tok, mine, max_new_tokens=n, desc=f"accuracy {when}") if mine else (
+            0, [])
+        right = [row["correct"] for row in parallel.union(rows)]
+    return {"loss": loss, "answers": dict(answers),
+            "accuracy": sum(right) / len(right) if right else None}
 
 
 def read_data(args, tok):
@@ -176,37 +190,49 @@ def prepare(net, args, seconds, read=None):
     read: as `model.load` gives it, if the weights are still to be read. Stores the time it takes in
     seconds["init"].
     """
-    start = time.perf_counter()
+    begin, finish, ahead = time.perf_counter(), None, read
+    if parallel.SHARDED:
+        read, finish = parallel.sharding(net, read, args)
+    begun = args.resume and resume.newest(args.out)
     if args.method == "full":
         net.requires_grad_(True)
-    elif args.adapter:
-        adapter.load(net, args.adapter, read=read)
+    elif begun or args.adapter:
+        where = resume.start_of(args.out) if begun else args.adapter
+        adapter.load(net, where, read=read)
         vars(args).update({key: net.pissa[key] for key in ("method", "rank", "niter", "quant_iters")
                            if key in net.pissa})
         args.no_double_quant = not net.pissa.get("double_quant", True)
-        print(f"going on with {args.adapter}: {args.method}, rank {args.rank}")
+        print(f"going on with {where}: {args.method}, rank {args.rank}")
     else:
-        pissa.inject(net, args.rank, args.method, args.targets, args.niter, args.seed, read=read,
+        method = (parallel.dealt(args.method, args.seed, not args.no_double_quant, ahead)
+                  if parallel.WORLD > 1 else args.method)
+        pissa.inject(net, args.rank, method, args.targets, args.niter, args.seed, read=read,
                      quant_iters=args.quant_iters, double_quant=not args.no_double_quant)
         report.injected(net)
-    net.checkpointing = args.checkpointing
-    seconds["init"] = time.perf_counter() - start
+    if finish:
+        finish()
+    else:
+        net.checkpointing = args.checkpointing
+    seconds["init"] = time.perf_counter() - begin
 
 
 def load(args, tok, seconds):
-    """(network, whether its frozen weights are in four bits). If they are, it is prepared, too: the
-    model may be too large for memory, so its layers are quantised while they are read."""
+    """(network, whether it is prepared, too). It is, if it may be too large for memory: then its
+    layers are quantised, or spread over several processes, while they are read."""
     start, full = time.perf_counter(), args.method == "full"
     quantised = not full and (adapter.is_quantised(args.adapter) if args.adapter
                               else adapter.facts_of(args.method)["bits"] == 4)
+    prepared = quantised or parallel.SHARDED
     net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype,
-                     partial(prepare, args=args, seconds=seconds) if quantised else None)
+                     partial(prepare, args=args, seconds=seconds) if prepared else None)
+    if parallel.SHARDED:
+        parallel.shard_root(net)
     if full:                          # a missing package is reported now, not after the training
         check_layout(layout_of(model.find(args.ckpt)), net.config)
     seconds["load"] = time.perf_counter() - start - seconds["init"]
     print(f"model: {args.ckpt}, {report.count(net)[1]:,} parameters, {net.lm_head.weight.dtype} on "
           f"{net.lm_head.weight.device}, read in {seconds['load']:.1f} s")
-    return net, quantised
+    return net, prepared
 
 
 def compile_layers(net, **options):
@@ -222,61 +248,78 @@ def compile_layers(net, **options):
 
 def save(net, args):
     """Write the adapter, or for --method full a checkpoint like the one read; its directory."""
-    report.write_json(args.out / "args.json", vars(args))
-    if args.method == "full":
-        there, dtype = args.out / "checkpoint", torch.bfloat16
-        write_checkpoint(there, model.find(args.ckpt), net.config,
-                         net.to(dtype).named_parameters(), dtype)
+    there = args.out / ("checkpoint" if args.method == "full" else "adapter")
+    learnt = parallel.gathered({n: p.detach() for n, p in parallel.trained(net).items()})
+    if parallel.RANK:
         return there
-    adapter.save(net, args.out / "adapter")
-    return args.out / "adapter"
+    if args.method == "full":
+        dtype = torch.bfloat16
+        write_checkpoint(there, model.find(args.ckpt), net.config,
+                         ((n, p.to(dtype)) for n, p in learnt.items()), dtype)
+    else:
+        adapter.save(net, there, learnt)
+    return there
 
 
 def fine_tune(args):
     """Load, evaluate, inject, train, save, evaluate again."""
     begin, seconds = time.perf_counter(), {"init": 0.0}
+    args.device, args.out = parallel.start(args.device), parallel.agree(args.out)
+    if args.resume and report.finished(args):
+        return
+    parallel.choose(args.shard, lambda: import_module("support.plan").peak(args))
     tok = data.Tokenizer(model.find(args.ckpt))
     examples, val, val_texts = read_data(args, tok)
     test = data.read(args.test_data, args.fields) if args.test_data else []
     data.references(test, args.test_data)
-    net, quantised = load(args, tok, seconds)
-    device, full = net.lm_head.weight.device, args.method == "full"
+    net, prepared = load(args, tok, seconds)
+    device, quantised = net.lm_head.weight.device, bool(report.quantised(net))
     # Every weight is trained in float32 with bfloat16 products. A and B are float32 anyway.
+    full = args.method == "full"
     mixed = full and not args.dtype and model.has_bfloat16(device)
     autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
-    before = evaluate(net, tok, val, val_texts, test, args, autocast, "before")
-
-    if quantised:
-        print(f"step 0: validation loss {before['loss']:.4f}, with the weights in four bits")
+    before = resume.measured(args) or evaluate(net, tok, val, val_texts, test, args, autocast,
+                                               "before")
+    if prepared:
+        print(f"step 0: validation loss {before['loss']:.4f}"
+              + ", with the weights in four bits" * quantised)
     else:
         prepare(net, args, seconds)
     report.advise(net, examples, args)
-    if args.compile:
+    if args.compile and not parallel.SHARDED:
         compile_layers(net)
-    if not full and not quantised:
+    if not full and not prepared and not resume.measured(args):
         loss = validation_loss(net, val, args, autocast)
         print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
         if not args.adapter and abs(loss - before["loss"]) > 0.02 * before["loss"]:
             raise ValueError("the injected model is not the base model: the loss differs at step 0")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows, stopped = train(net, examples, args, autocast)
-    if not rows:
-        sys.exit(f"train.py: {stopped}; nothing was learnt yet, nothing is saved")
-    directory = save(net, args)
-    report.plot(rows, args)
+    resume.claim(args, net, before)
+    with resume.signals_noted():
+        rows, stopped = train(net, examples, args, autocast)
+        if not rows:
+            report.stop(stopped, "nothing was learnt yet, nothing is saved")
+        by_signal = stopped and stopped.code != 1
+        loss = rows[-1]["loss"] if by_signal else validation_loss(net, val, args, autocast)
+        if not (math.isfinite(loss) and resume.finite(net)):
+            stopped = stopped or resume.Stop(
+                f"the validation loss is {loss} after the last step: lower --lr", 1)
+            report.stop(stopped, resume.not_written(args.out))
+        directory = save(net, args)
+        report.plot(rows, args)
+        stopped = stopped or resume.asked(f"interrupted after the last of {len(rows)} steps")
     if stopped:
-        sys.exit(f"train.py: {stopped}; what was learnt before is in {directory}")
+        report.stop(stopped, f"what was learnt before is in {directory}; the same command with "
+                             "--resume goes on")
     with torch.compiler.set_stance("eager_on_recompile"):  # generation has a new shape every token
         after = evaluate(net, tok, val, val_texts, test, args, autocast, "after")
-    if not math.isfinite(after["loss"]):
-        raise ValueError(f"the validation loss is {after['loss']} after the last step: lower --lr")
     seconds["all"] = time.perf_counter() - begin
     report.summarise(rows, before, after, args, seconds, device,
                      describe("strict", args.max_new_tokens))
     if quantised:
         print(f"note: {adapter.EXPORTED}; convert.py merge writes the latter")
     report.weights_written(directory, args, before["answers"])
+    resume.finish(args)
 
 
 def main():
@@ -287,8 +330,10 @@ def main():
         return plan.show(args)                                 # before anything is read
     if args.plain:
         with fast.off():
-            return fine_tune(args)
-    return fine_tune(args)
+            fine_tune(args)
+    else:
+        fine_tune(args)
+    parallel.end()
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def other_work(args, net, record):
     def decomposition():
         linears = pissa.find_linears(net, pissa.TARGETS)
         start = steps.clock()
-        options.left = linears
+        options.remaining = linears
         for name in list(linears):
             pissa.principal(linears[name].weight.detach(), options)
             del linears[name]

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from formats import CHECKPOINT_FILES
 from formats.meta import check_heads, check_names, check_number, mapped
 from support.files import replaced
 
@@ -234,7 +235,7 @@ def save_folder(directory, config, tensors, shard_bytes=5_000_000_000):
     config: a dict, as from `config_json`. Only one shard is in memory at a time.
     """
     save_file, failure = writer()
-    with replaced(directory) as tmp:
+    with replaced(directory, CHECKPOINT_FILES) as tmp:
         shards, shard, size, total = [], {}, 0, 0
 
         def flush():

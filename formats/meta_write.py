@@ -8,7 +8,7 @@ import json
 
 import torch
 
-from formats import meta
+from formats import CHECKPOINT_FILES, meta
 from model import meta_name, reorder
 from support.files import replaced
 
@@ -26,7 +26,7 @@ def save_tensors(directory, config, tensors):
     params = params_json(config)
     state = {meta_name(n): reorder(W.detach(), n, config, to_meta=True).cpu().contiguous()
              for n, W in tensors}
-    with replaced(directory) as tmp:
+    with replaced(directory, CHECKPOINT_FILES) as tmp:
         try:
             torch.save(state, tmp / "consolidated.00.pth")
         except RuntimeError as e:            # torch.save raises this for a full disk

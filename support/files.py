@@ -1,56 +1,118 @@
-"""Files that are complete or absent: an interruption leaves what was there before."""
+"""Files and directories that are complete or absent, and locks. Imports nothing of ours.
+
+What is written stands aside as `.writing-NAME` until it is complete and on the disk. Then it takes
+its place. A kill at any moment leaves the old or the new, never a mixture.
+"""
 import functools
 import hashlib
 import os
 import shutil
-import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# What the weights and numbers of a checkpoint may be called, in Meta's and Hugging Face's layout.
-CHECKPOINT_FILES = ("params.json", "consolidated.[0-9][0-9].pth", "config.json",
-                    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-                    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
+try:
+    import fcntl
+except ImportError:                                            # Windows: it works without locks
+    fcntl = None
+
+
+def sync(*paths):
+    """Return when files and directories are on the disk."""
+    for path in paths if fcntl else ():
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
 
 
 @contextmanager
 def written(path):
     """`with written(path) as tmp:` write to tmp. It becomes `path` only if nothing went wrong."""
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
+    path = Path(os.path.realpath(path))
+    tmp = path.with_name(f".writing-{path.name}")
     try:
         yield tmp
+        sync(tmp)
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
 
-@contextmanager
-def replaced(directory, patterns=CHECKPOINT_FILES):
-    """`with replaced(directory) as tmp:` write files to tmp. They move to `directory` in the end.
+def write_text(path, text):
+    """Write a text file, which appears when it is complete."""
+    with written(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
 
-    If writing is interrupted, `directory` is as it was before. Otherwise, the files there that are
-    not among the new ones and whose names match `patterns` are deleted: they belong to another
-    checkpoint. Files that match nothing stay.
+
+@contextmanager
+def replaced(directory, patterns=("*",)):
+    """`with replaced(directory) as tmp:` write files to tmp, which then becomes `directory`.
+
+    Files that were there and match none of `patterns` are copied over. The swap is two renames:
+    directory -> .NAME.old, tmp -> directory. If a kill falls between them, `restored` undoes the
+    first one. OSError if another process writes there. A directory that is aside is yielded itself.
     """
-    directory = Path(directory)
-    new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
+    directory = restored(os.path.realpath(directory))
+    if directory.name.startswith(".writing-"):
+        return (yield directory)
+    tmp, old = directory.with_name(f".writing-{directory.name}"), aside(directory)
+    tmp.mkdir(parents=True, exist_ok=True)
+    mine = lock(tmp)
     try:
+        empty(tmp)                                             # of what a killed process left
         yield tmp
-        names = {file.name for file in tmp.iterdir()}
-        stale = {file for pattern in patterns for file in directory.glob(pattern)}
-        for name in names:
-            os.replace(tmp / name, directory / name)
-        for file in stale:
-            if file.name not in names and file.is_file():
-                file.unlink()
-        new = False
+        for file in directory.iterdir() if directory.is_dir() else ():
+            if not any(map(file.match, patterns)) and not (tmp / file.name).exists():
+                (shutil.copytree if file.is_dir() else shutil.copy2)(file, tmp / file.name)
+        sync(*tmp.rglob("*"), tmp)
+        shutil.rmtree(old, ignore_errors=True)
+        while tmp.exists():
+            if directory.exists():
+                os.rename(directory, old)
+            try:
+                os.rename(tmp, directory)
+            except OSError:
+                if not directory.exists():                     # else a reader has just restored it
+                    raise
+        sync(directory.parent)
     finally:
-        shutil.rmtree(tmp)
-        if new and not any(directory.iterdir()):          # nothing was written: leave no directory
-            directory.rmdir()
+        for path in (tmp, old) if directory.exists() else (tmp,):
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(mine)
+
+
+def aside(directory):
+    """Where a directory is between the two renames of `replaced`."""
+    return directory.with_name(f".{directory.name}.old")
+
+
+def restored(directory):
+    """The Path of a directory. If a kill fell between the two renames, it is put back first."""
+    directory = Path(directory)
+    if directory.name and not directory.exists():
+        with suppress(OSError):
+            os.rename(aside(directory), directory)
+    return directory
+
+
+def empty(directory):
+    """Remove everything in a directory."""
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def lock(path):
+    """Lock a file or directory until the number that this returns is given to os.close. OSError if
+    another process holds it. The kernel frees the lock when a process ends, however it ends."""
+    fd = os.open(path if fcntl else os.devnull, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise OSError(f"{path}: another process is at work there") from None
+    except OSError:                                            # a file system without locks
+        pass
+    return fd
 
 
 def sha256(path):

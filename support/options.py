@@ -5,6 +5,7 @@ Each function takes the docstring of its program, reads sys.argv and returns the
 that is refused ends the program with two lines: the usage, and what is wrong.
 """
 import argparse
+import json
 import math
 import os
 import shlex
@@ -12,6 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
+if os.environ.get("RANK", "0") != "0":                 # of several processes, one shows progress
+    os.environ["TQDM_DISABLE"] = "1"
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # torch's; numpy is not needed
 
 METHODS = ("pissa", "lora", "qpissa", "qlora", "loftq")             # those of pissa.py
@@ -66,7 +69,7 @@ def demo():
     """The command line of the demo."""
     return ["--ckpt", tiny(), "--data", f"{tiny()}/train.jsonl", "--test-data",
             f"{tiny()}/test.jsonl", "--rank", "16", "--lr", "1e-3", "--batch", "16", "--steps",
-            "120", "--max-new-tokens", "64", "--out", "runs/demo"]
+            "120", "--max-new-tokens", "64"]
 
 
 def power_iterations(text):
@@ -90,6 +93,7 @@ def train_parser(doc):
     add_model(p.add_argument_group("model and method").add_argument)
     add_data(p.add_argument_group("data").add_argument)
     add_optimisation(p.add_argument_group("optimisation").add_argument)
+    add_interruptions(p.add_argument_group("interruptions").add_argument)
     add_machine(p.add_argument_group("machine").add_argument)
     for action in p._actions:
         stated = action.dest == "help" or "default" in action.help
@@ -114,7 +118,8 @@ def add_model(add):
     add("--targets", type=names, default=TARGETS,
         help="leaf names of the linear layers, e.g. q_proj,v_proj (default: all seven)")
     add("--adapter", help="go on training this adapter instead of a new one")
-    add("--out", help="directory of the run (default: runs/CKPT-METHOD)")
+    add("--out", help="directory of the run (default: runs/CKPT-METHOD, or the first free of "
+        "...-2, ...-3)")
 
 
 def add_data(add):
@@ -141,6 +146,28 @@ def add_optimisation(add):
     add("--seed", type=int, default=0, help="of the SVD, the split and the order of the data")
 
 
+def add_interruptions(add):
+    """What a run leaves if it is interrupted."""
+    add("--save-every", type=interval, default="10m", metavar="N|Nm", help="write a state after so "
+        "many steps, or minutes, and at the end of an epoch; --resume goes on with it")
+    add("--keep", type=int, default=2, help="how many states are kept, the newest ones")
+    add("--resume", action="store_true", help="go on with the newest state in --out; if there is "
+        "none, begin. Arguments that are not given are those of the run")
+    add("--overwrite", action="store_true", help="begin again in --out, where a run is already. "
+        "What it has finished becomes OUT.previous until the new run is finished")
+    add("--max-hours", type=float, help="stop after so many hours, save, exit with code 0")
+
+
+def interval(text):
+    """--save-every: a number of steps, or of minutes with an m."""
+    number = text.removesuffix("m")
+    if not (number.isdigit() or text.endswith("m") and number.replace(".", "", 1).isdigit()) or (
+            float(number) <= 0):
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor, as 10m, of "
+                                         "minutes")
+    return text
+
+
 def add_machine(add):
     """Time and memory; the results are the same up to rounding."""
     add("--micro-batch", type=int, default=8, help="examples per pass, if all are as long as the "
@@ -155,25 +182,66 @@ def add_machine(add):
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the frozen weights (default: bfloat16 on a GPU that has it, else float32)")
+    add("--shard", nargs="?", const="yes", default="auto", choices=["yes", "no", "auto"],
+        help="under torchrun, spread the weights over the processes; auto: if they do not fit")
     add("--plan", action="store_true", help="print the memory and the FLOPs it takes, and stop")
+    add("--gpus", type=int, default=1, help="of --plan: for so many GPUs, whole and sharded")
 
 
 def for_train(doc):
     """The arguments of train.py. Without --ckpt they are the demo's, overridden by the others."""
     p, given = train_parser(doc), sys.argv[1:]
     args = p.parse_args(given)
-    if args.ckpt is None:
-        args = p.parse_args(demo() + given)
+    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    is_demo = args.ckpt is None and not (args.resume and args.out)
+    if is_demo:
+        args = p.parse_args(demo() + given + ["--resume"] * args.resume)
+    name = "demo" if is_demo else f"{Path(args.ckpt or '').name}-{args.method}"
+    args.out = directory_of(args, name)
+    if is_demo and os.environ.get("RANK", "0") == "0":
         print("the demo, since no --ckpt was given; spelled out:\n  python train.py "
-              + shlex.join(demo() + given))
+              + shlex.join([*demo(), "--out", str(args.out), *given]))
+    if args.resume and (stored := args.out / "args.json").is_file():
+        args = as_before(p, stored, args)
+    elif args.ckpt is None:
+        p.error(f"--resume: {args.out} has no args.json, so --ckpt is needed")
     inf = math.inf
     check_ranges(p, args, rank=AT_LEAST_1, batch=AT_LEAST_1, micro_batch=AT_LEAST_1,
                  max_length=(2, inf), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, inf),
                  quant_iters=AT_LEAST_1, max_new_tokens=AT_LEAST_1, lr=(1e-12, 1e38),
-                 clip=(1e-12, inf), weight_decay=(0, inf), warmup=(0, 1), seed=SEEDS)
+                 clip=(1e-12, inf), weight_decay=(0, inf), warmup=(0, 1), seed=SEEDS,
+                 keep=AT_LEAST_1, max_hours=(1e-9, inf), gpus=AT_LEAST_1)
     if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
         p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
-    args.out = Path(args.out or f"runs/{Path(args.ckpt).name}-{args.method}")
+    check_out(p, args)
+    return args
+
+
+def directory_of(args, name):
+    """--out. By default runs/NAME, or the first of NAME-2, NAME-3 ... that is free; with --resume,
+    the last one that is not."""
+    out, taken, n = Path(args.out or f"runs/{name}"), None, 2
+    while not args.out and out.exists():
+        out, taken, n = Path(f"runs/{name}-{n}"), out, n + 1
+    return taken if args.resume and taken else out
+
+
+def as_before(p, stored, args):
+    """The arguments of a run that is resumed, overridden by those that are given."""
+    try:
+        before = json.loads(stored.read_text())
+    except ValueError:
+        p.error(f"{stored} is damaged: --resume needs it")
+    known = {a.dest for a in p._actions} - {"resume", "overwrite", "out", "plan", "max_hours"}
+    p.set_defaults(**{k: tuple(v) if type(v) is list else v for k, v in before.items()
+                      if k in known})
+    again = p.parse_args(sys.argv[1:])
+    again.out, again.resume = args.out, True
+    return again
+
+
+def check_out(p, args):
+    """Refuse an --out that cannot be written to, or that holds what must not be replaced."""
     there = next(d for d in (args.out, *args.out.absolute().parents) if d.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         p.error(f"--out {args.out}: {there} is not a directory that can be written to")
@@ -183,7 +251,11 @@ def for_train(doc):
     if target.exists() and target.resolve() in {
             Path(path).resolve() for path in (args.ckpt, args.adapter or args.ckpt)}:
         p.error(f"{target} is read by this command: choose another --out")
-    return args
+    left = [n for n in ("adapter", "checkpoint", "states") if (args.out / n).exists()]
+    if left and not (args.resume or args.overwrite or args.plan) and (
+            os.environ.get("RANK", "0") == "0"):
+        p.error(f"{args.out} holds a run ({', '.join(left)}): --resume goes on with it, "
+                "--overwrite begins again")
 
 
 # -------------------------------------------------------------------------------------------- eval

@@ -279,6 +279,11 @@ def from_arguments(args):
                facts.get("double_quant", True), **more), facts["method"]
 
 
+def peak(args):
+    """The bytes that a command line of train.py takes on one GPU."""
+    return estimate_of(from_arguments(args)[0])["peak"]
+
+
 def show(args):
     """Print the plan of a command line of train.py."""
     job, method = from_arguments(args)

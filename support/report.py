@@ -3,38 +3,103 @@
 Nothing here changes a weight. train.py, eval.py and convert.py read better without it.
 """
 import json
+import os
 import shlex
+import signal
 import sys
+import traceback
+from contextlib import suppress
 
 import torch
 
 import pissa
-from support.files import written
+from support import parallel
+from support.files import write_text, written
 
 
 def run(main, name):
-    """main(); an error that is no bug of ours ends the program with one line and exit code 1."""
+    """main(); an error that is no bug of ours ends the program with one line and exit code 1, a
+    signal with one line and 128 + its number. The program goes on if nobody reads its output."""
+    sys.stdout, sys.stderr = OpenEnded(sys.stdout), OpenEnded(sys.stderr)
+    for number in (getattr(signal, n, None) for n in ("SIGTERM", "SIGHUP", "SIGUSR1")):
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupted)
     try:
         main()
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"{name}: {str(e).splitlines()[0]} Lower --batch or --micro-batch, use "
-                 "--checkpointing, a smaller --rank or --max-length")
-    except RuntimeError as e:
-        if "can't allocate memory" not in str(e):
-            raise
-        sys.exit(f"{name}: out of memory: lower --batch, --micro-batch or --max-new-tokens")
-    except OSError as e:
-        sys.exit(f"{name}: {e.filename}: {e.strerror.lower()}" if e.filename else f"{name}: {e}")
-    except ValueError as e:
-        sys.exit(f"{name}: {e}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted")
+    except (Exception, KeyboardInterrupt) as e:
+        if (line := one_line(e)) is None:
+            if not hasattr(e, "saved"):
+                raise
+            traceback.print_exc()
+            line = f"{type(e).__name__}: {e}".splitlines()[0]
+        line = f"{name}: {line}" + getattr(e, "saved", "")
+        if not isinstance(e, KeyboardInterrupt):
+            sys.exit(line)
+        print(line, file=sys.stderr)
+        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
+
+
+def one_line(e):
+    """What a person is told of an exception; None if it is none that we expect."""
+    if isinstance(e, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(e, torch.OutOfMemoryError):
+        return (f"{str(e).splitlines()[0]} Lower --batch or --micro-batch, use --checkpointing, a "
+                "smaller --rank or --max-length")
+    if isinstance(e, RuntimeError) and "can't allocate memory" in str(e):
+        return "out of memory: lower --batch, --micro-batch or --max-new-tokens"
+    if isinstance(e, OSError) and e.filename:
+        return f"{e.filename}: {e.strerror.lower()}"
+    return str(e) if isinstance(e, (OSError, ValueError)) else None
+
+
+def stop(stopped, text):
+    """End train.py. stopped: a resume.Stop."""
+    line = f"train.py: {stopped.reason}; {text}"
+    if stopped.code == 1:
+        sys.exit(line)
+    print(line, file=sys.stderr)
+    sys.exit(stopped.code)
+
+
+def interrupted(number, frame):
+    """A signal as an exception, so that what was begun is removed."""
+    raise KeyboardInterrupt(number)
+
+
+class OpenEnded:
+    """A stream whose reader may go away: a closed terminal, a full disk. Text is lost then."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except (OSError, ValueError):
+            self.forget()
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.forget()
+
+    def forget(self):
+        """Write to nowhere from now on, what is still in a buffer included."""
+        nowhere = open(os.devnull, "w")
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+        self.stream = nowhere
 
 
 def write_json(path, content):
     """Write a dict to a file, which appears when it is complete."""
-    with written(path) as tmp:
-        tmp.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 # ---------------------------------------------------------------------------- an injected network
@@ -65,8 +130,10 @@ def relative_error(m):
 
 def injected(net):
     """Print what is trained of an injected `net`, and how close W_res + A B is to W."""
-    errors = [relative_error(m) for _, m in pissa.layers(net)]
     (trained, total), Qs = count(net), quantised(net)
+    if parallel.MESH:                             # no process has a whole weight
+        return print(f"{trained:,} of {total:,} parameters trained ({trained / total:.2%})")
+    errors = [relative_error(m) for _, m in pissa.layers(net)]
     error = f"largest relative |W - (W_res + A B)| about {max(errors):.1e}"
     if Qs:
         bits = 8 * sum(Q.nbytes for Q in Qs) / sum(Q.shape.numel() for Q in Qs)
@@ -107,6 +174,8 @@ def advise(net, examples, args):
 
 def plot(rows, args):
     """Draw loss.png, if matplotlib is installed. rows: of log.jsonl."""
+    if parallel.RANK:
+        return
     try:
         import matplotlib
     except ImportError:
@@ -131,20 +200,42 @@ def summarise(rows, before, after, args, seconds, device, accuracy_by):
     accuracy_by: the line that says how the accuracy was measured.
     """
     trained, gpu = sum(r["seconds"] for r in rows), device.type == "cuda"
-    summary = {"steps": len(rows), "seconds": {**seconds, "train": trained},
+    summary = {"steps": len(rows), "asked": [args.epochs, args.steps],
+               "seconds": {**seconds, "train": trained},
                "tokens_per_second": sum(r["tokens"] for r in rows) / trained,
                "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu else 0,
-               "before": before, "after": after}
-    write_json(args.out / "summary.json", summary)
+               "before": before, "after": after, "accuracy_by": accuracy_by}
+    if not parallel.RANK:
+        measured = [json.loads(x) for x in (args.out / "val.jsonl").read_text().splitlines()]
+        measured = [m for m in measured if m["step"] < len(rows)] + [{"step": len(rows), **after}]
+        write_text(args.out / "val.jsonl", "".join(json.dumps(m) + "\n" for m in measured))
+        write_json(args.out / "summary.json", summary)
+    print_summary(summary, args)
+
+
+def finished(args):
+    """True if the run in --out has done all that is asked for; then its results are printed."""
+    path = args.out / "summary.json"
+    summary = json.loads(path.read_text()) if path.is_file() else {}
+    if summary.get("asked") != [args.epochs, args.steps]:
+        return False
+    print(f"{args.out} is finished:")
+    print_summary(summary, args)
+    return True
+
+
+def print_summary(summary, args):
+    """Print what summary.json holds."""
+    seconds, before, after = (summary[k] for k in ("seconds", "before", "after"))
     for prompt, answer in before["answers"].items():
         print(f"\n--- {prompt}\nbefore: {answer[:200]}\nafter:  {after['answers'][prompt]}")
     print(f"\nvalidation loss {before['loss']:.4f} -> {after['loss']:.4f}")
-    if args.test_data:
+    if after["accuracy"] is not None:
         print(f"accuracy on {args.test_data}: {before['accuracy']:.1%} -> {after['accuracy']:.1%}\n"
-              + accuracy_by)
-    print(f"{len(rows)} steps in {trained:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s; "
-          f"{seconds['all']:.0f} s in all")
-    if gpu:
+              + summary["accuracy_by"])
+    print(f"{summary['steps']} steps in {seconds['train']:.0f} s, "
+          f"{summary['tokens_per_second']:,.0f} tokens/s; {seconds['all']:.0f} s in all")
+    if summary["peak_gpu_bytes"]:
         print(f"peak GPU memory {summary['peak_gpu_bytes'] / 2**30:.1f} GiB")
 
 

@@ -694,7 +694,7 @@ def test_params_missing_or_broken(tmp_path, net, content):
         model.load(tmp_path, "cpu")
 
 
-@pytest.mark.parametrize("owner, name", [(json, "dumps"), (torch, "save"), (os, "replace")])
+@pytest.mark.parametrize("owner, name", [(json, "dumps"), (torch, "save"), (os, "rename")])
 def test_failed_save_leaves_the_old_checkpoint(tmp_path, net, monkeypatch, owner, name):
     meta_write.save(net, tmp_path)
 

@@ -378,7 +378,7 @@ def as_on_a_gpu(monkeypatch):
 def test_weights_of_one_shape_are_decomposed_together(as_on_a_gpu, dtype):
     """The same factors as one by one, within rounding, in memory of their own."""
     linears = pissa.find_linears(small_net().to(dtype), pissa.TARGETS)
-    options = pissa.Options(4, left=linears)
+    options = pissa.Options(4, remaining=linears)
     for name in list(linears):
         W = linears[name].weight.detach()
         A, B = pissa.principal(W, options)

@@ -159,7 +159,7 @@ def test_deterministic_for_a_generator():
 
 @pytest.mark.parametrize("rank", [0, -1, 41])
 def test_rank_out_of_range(rank):
-    with pytest.raises(ValueError, match=f"rank {rank} is not between 1 and 40, for a 50 x 40"):
+    with pytest.raises(ValueError, match=f"rank {rank} is not between 1 and 40, of .50, 40."):
         randomized_svd(torch.zeros(50, 40), rank)
 
 

@@ -181,7 +181,8 @@ def test_padding_is_not_computed(examples, tmp_path):
         net, rows = prepared("pissa"), []
         net.model.layers[0].mlp.up_proj.register_forward_hook(
             lambda _, x, y: rows.append(y.shape[:2].numel()))
-        args = parse("--ckpt", "tiny", "--out", tmp_path, "--steps", 1, *flags)
+        args = parse("--ckpt", "tiny", "--out", tmp_path / str(len(flags)), "--steps", 1, *flags)
+        args.out.mkdir()
         train.train(net, batch, args, nullcontext())
         return sum(rows)
 
@@ -553,7 +554,7 @@ def test_full_writes_the_layout_that_it_read(flags, tok, tmp_path, monkeypatch):
     for name in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match="pip install safetensors"):
-        command(train.main, *flags)
+        command(train.main, *flags, "--overwrite")
 
 
 @pytest.mark.long
@@ -602,7 +603,7 @@ def test_demo(files, tmp_path):
     text = command(train.main, "--steps", 1, "--test-data", files / "test.jsonl", "--out", tmp_path,
                    "--max-new-tokens", 2)
     line = next(line for line in text.splitlines() if line.strip().startswith("python train.py"))
-    spelled_out = vars(parse(*shlex.split(line)[2:]))
+    spelled_out = vars(parse(*shlex.split(line)[2:], "--overwrite")) | {"overwrite": False}
     assert "--ckpt" in line
     ran = json.loads((tmp_path / "args.json").read_text())
     assert ran == json.loads(json.dumps(spelled_out, default=str))

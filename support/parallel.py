@@ -1,0 +1,295 @@
+"""Several processes: `torchrun --nproc-per-node N train.py ...`. No other file knows of them.
+
+    replicas   Every process holds all frozen weights. One all-reduce a step adds up the gradients.
+    sharded    Every process holds 1/N of every tensor (FSDP2). A layer is gathered when it is used.
+
+Each process computes its share of a batch's micro-batches. The loss is a sum over the learnt tokens
+of the whole batch, so gradients are added, not averaged. The decomposition is dealt out, too.
+"""
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import adapter
+import nf4
+import pissa
+
+RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+SHARDED, MESH = False, None         # whether weights are sharded, and among which processes
+
+
+def start(device):
+    """Meet the others, if torchrun started this program. Returns this process's device or None.
+
+    Only process 0 speaks: the output of the others goes nowhere.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return device
+    on_gpu = str(device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(LOCAL)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    return f"cuda:{LOCAL}" if on_gpu else "cpu"
+
+
+def choose(wish, peak):
+    """Decide whether weights are sharded. wish: yes, no, or auto: if a copy does not fit on a GPU.
+    peak: a function that returns the bytes which a process with a copy takes."""
+    global SHARDED
+    SHARDED = WORLD > 1 and wish == "yes"
+    if WORLD == 1 or wish != "auto" or not torch.cuda.is_available():
+        return
+    peak = peak() + 2**29                                                        # and CUDA itself
+    there = torch.cuda.get_device_properties(0).total_memory
+    SHARDED = peak > there
+    print(f"{WORLD} processes: with a copy of the model, each takes about {peak / 2**30:.1f} GiB, "
+          f"and a GPU has {there / 2**30:.1f}. So " + (
+              "the weights are spread over all of them" if SHARDED else "each has a copy"))
+
+
+def end():
+    """Part from the others, when all have come to the end."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def say(text):
+    """Print a line, once."""
+    if not RANK:
+        print(text)
+
+
+def agree(value):
+    """The value of process 0, a small object."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def everyone(value):
+    """The values of all processes, small objects."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def share(items):
+    """This process's part of a list. Sharded weights need all processes together: all of it."""
+    return items if MESH else items[RANK::WORLD]
+
+
+def union(items):
+    """The list that `share` has cut, in another order."""
+    return items if MESH else sum(everyone(items), [])
+
+
+def generation():
+    """A context for `model.generate`: the layers of sharded weights cannot be recorded."""
+    if not MESH:
+        return nullcontext()
+    import fast
+    return fast.off()
+
+
+# ------------------------------------------------------------------------------------ one step
+
+def deal(parts):
+    """This process's micro-batches. Sharded weights are gathered by all processes together, so each
+    has equally many then, and the last may have nothing to learn."""
+    mine = parts[RANK::WORLD]
+    if MESH and len(mine) < -(-len(parts) // WORLD):
+        tokens, labels, _ = parts[-1]
+        mine.append((tokens[:1], torch.full_like(labels[:1], -100), None))
+    return mine
+
+
+def is_last(net, last):
+    """To be called before each backward: sharded gradients are added up in the last one only."""
+    if MESH:
+        net.set_requires_gradient_sync(last)
+
+
+def add_up(params, *numbers):
+    """Add up gradients, and numbers (tensors or floats), over all processes: the numbers."""
+    if WORLD == 1:
+        return numbers
+    numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=local(params[0]).device)
+                           for n in numbers])
+    if MESH:
+        dist.all_reduce(numbers)
+        return numbers.unbind()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in (*grads, numbers)])               # one message
+    dist.all_reduce(flat)
+    *summed, numbers = flat.split([g.numel() for g in (*grads, numbers)])
+    for p, g in zip(params, summed, strict=True):
+        p.grad = g.view_as(p)
+    return numbers.unbind()
+
+
+def add_numbers(*numbers):
+    """Sums of floats over all processes."""
+    return [sum(column) for column in zip(*everyone(numbers), strict=True)]
+
+
+# --------------------------------------------------------------------------- whole and sharded
+
+def trained(net):
+    """{name: parameter} of those that are trained; of sharded ones, this process's part."""
+    if MESH:
+        net.reshard()                             # the last forward has gathered the root's
+    return {n: p for n, p in net.named_parameters() if p.requires_grad}
+
+
+def local(t):
+    """This process's part of a tensor."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def whole(t):
+    """A tensor, gathered if it is sharded. All processes must call this."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def gathered(value):
+    """Nested dicts and lists with whole tensors."""
+    if isinstance(value, dict):
+        return {k: gathered(v) for k, v in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+        return [gathered(v) for v in value]
+    return whole(value) if isinstance(value, torch.Tensor) else value
+
+
+@torch.no_grad()
+def put(target, value):
+    """Copy a whole tensor into `target`, or this process's part of it. Returns target."""
+    if hasattr(target, "to_local"):
+        from torch.distributed.tensor import distribute_tensor
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements,
+                                  src_data_rank=None)
+    return target.copy_(value)
+
+
+def shard(module, net, read, args):
+    """Spread a layer over all processes, when its last weights are read."""
+    from torch.distributed.fsdp import fully_shard
+    prefix = next(n for n, m in net.named_modules() if m is module)
+    for name, m in list(module.named_modules()):
+        for leaf, p in list(m.named_parameters(recurse=False)):
+            if p.is_meta:
+                setattr(m, leaf, nn.Parameter(read(f"{prefix}.{name}", leaf), p.requires_grad))
+        if isinstance(m, nf4.NF4):
+            m.checksum = partial(int, m.checksum())                   # of all of it, for adapter.py
+            for leaf in ("codes", "absmax"):
+                p = getattr(m, leaf)
+                if p.dtype == torch.uint8:           # torch 2.11 shards floating point only: bytes
+                    setattr(m, leaf, nn.Parameter(p.view(torch.float8_e4m3fn), False))
+    # Recomputation must stand inside what is sharded: around it, it would find only the parts, and
+    # silently train nothing. `fast.recompute` stands around a layer.
+    if args.compile:
+        module.forward = torch.compile(module.forward)
+    if args.checkpointing:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False,
+                                 preserve_rng_state=False)
+    add_not_average(fully_shard(module, mesh=MESH))
+
+
+def add_not_average(module):
+    """Gradients are sums over processes: the loss is divided by the tokens of the whole batch."""
+    module.set_gradient_divide_factor(1.0)
+    if MESH.device_type == "cpu":
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharding(net, read, args):
+    """`read` for model.load's prepare that shards each layer of `net` when the next is begun, and
+    `finish`, to be called for the last one: no process ever holds more than a layer as a whole."""
+    global MESH
+    from torch.distributed.device_mesh import init_device_mesh
+    MESH = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (WORLD,))
+    todo = dict(enumerate(net.model.layers))
+
+    def begun(i):
+        for j in [j for j in todo if j == begun.last and j != i]:
+            shard(todo.pop(j), net, read, args)
+        begun.last = i
+
+    def reading(name, leaf="weight"):
+        begun(int(name.split(".")[2]) if name.startswith("model.layers.") else None)
+        return read(name, leaf)
+
+    def finish():
+        for layer in todo.values():
+            shard(layer, net, read, args)
+        todo.clear()
+
+    begun.last = None
+    return reading, finish
+
+
+def shard_root(net):
+    """Shard what is left of a network whose layers are: embedding, last norm, head."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    warnings.filterwarnings("ignore", ".*inference.*", UserWarning)
+    add_not_average(fully_shard(net, mesh=MESH, reshard_after_forward=False))
+    register_fsdp_forward_method(net, "hidden")
+
+
+# ---------------------------------------------------------------------------- the decomposition
+
+def dealt(method, seed, double_quant, read=None):
+    """A method for `pissa.inject` that decomposes only this process's share of the matrices.
+
+    It works on a group of matrices at a time. Each process makes A and B (and A_q, B_q) of its own
+    ones and sends them to all. Then each computes all the frozen weights itself.
+    """
+    init = getattr(import_module(pissa.METHODS[method]), "init_" + method)
+    group_size = WORLD * (1 if read else 32)
+    facts, ready = adapter.facts_of(method, double_quant=double_quant), {}
+
+    def factors(name, weight, options):
+        W = read(name) if weight.is_meta else weight.detach()
+        options.generator = pissa.generator_of(name, seed, W.device)
+        _, A, B, pair = init(W, options)
+        return [A, B, *(pair or ())][:4 if facts["own_pair"] else 2]
+
+    def shared(weight, options):
+        name = next(iter(options.remaining))
+        if name not in ready:
+            group = list(options.remaining)[:group_size]
+            share, made = {n: options.remaining[n] for n in group[RANK::WORLD]}, {}
+            for n in list(share):
+                W = weight if n == name else share[n].weight
+                made[n] = factors(n, W, replace(options, remaining=share))
+                del share[n]
+            for i, n in enumerate(group):
+                m, r = options.remaining[n], options.rank
+                shapes = [(m.in_features, r), (r, m.out_features)] * (1 + facts["own_pair"])
+                ready[n] = made.get(n) or [
+                    torch.empty(s, device=weight.device,
+                                dtype=torch.promote_types(weight.dtype, torch.float32))
+                    for s in shapes]
+                for M in ready[n]:
+                    dist.broadcast(M, i % WORLD)
+        A, B, *pair = ready.pop(name)
+        pair = pair or ((A, B) if facts["subtracted"] else None)
+        return adapter.frozen_of(weight, pair, facts["bits"], double_quant), A, B, pair
+
+    shared.__name__ = method
+    return shared

@@ -1,0 +1,305 @@
+"""What a run leaves so that it can go on, and how it ends.
+
+    OUT/states/start/                the adapter at step 0: A_0, B_0 and all else that never changes
+    OUT/states/00000120/state.pt     the rest after 120 steps: trained parameters, AdamW's moments,
+                                     the rows of log.jsonl, arguments, a hash of the data
+
+The order of the examples is a function of (seed, epoch), so no generator has a state. A state is
+copied to host memory between two steps, and a thread writes the copy while training goes on.
+"""
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from array import array
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+import adapter
+from support import parallel
+from support.files import empty, lock, replaced, restored, write_text
+
+BEGIN = time.monotonic()
+SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"           # Slurm sends the last before its limit
+ASKED, LOCKS = [], []                     # numbers of the signals that came; locks that are held
+# Arguments that change no result, or only by rounding. A run may go on with others.
+FREE = {"out", "resume", "overwrite", "save_every", "keep", "max_hours", "device", "micro_batch",
+        "no_packing", "checkpointing", "compile", "plain", "shard", "gpus", "plan", "steps",
+        "epochs", "adapter", "max_new_tokens"}
+
+
+class Stop(NamedTuple):
+    """Why training ended early, and the exit code of the program."""
+    reason: str
+    code: int
+
+
+@contextmanager
+def signals_noted():
+    """Inside, a signal that asks the program to end is noted in ASKED, and nothing else happens."""
+    ASKED.clear()
+    numbers = {getattr(signal, name) for name in SIGNALS if hasattr(signal, name)}
+    numbers = {n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}       # nohup
+    before = {n: signal.signal(n, lambda number, _: ASKED.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def hash_of(examples):
+    """A hash of encoded examples, (ids, n_prompt) each."""
+    h = hashlib.sha256()
+    for ids, n_prompt in examples:
+        h.update(array("q", [n_prompt, *ids]))
+    return h.hexdigest()
+
+
+def newest(out):
+    """The directory of the newest state of a run, or None."""
+    found = sorted((out / "states").glob("[0-9]*/state.pt"))
+    return found[-1].parent if found else None
+
+
+def start_of(out):
+    """The directory of a run's adapter at step 0; its A and B may be later ones."""
+    return out / "states" / "start"
+
+
+def measured(args):
+    """What `train.evaluate` found before the first step of a run that goes on, or None."""
+    if args.resume and newest(args.out) and (path := args.out / "val.jsonl").is_file():
+        row = json.loads(path.read_text().splitlines()[0])
+        return {k: row[k] for k in ("loss", "answers", "accuracy")}
+    return None
+
+
+def claim(args, net, before):
+    """Make --out ours before the first step: lock it, write args.json and val.jsonl, look for room.
+
+    --overwrite puts a finished run aside first, as OUT.previous. OSError if another run works there
+    or there is no room. The lock holds as long as the program runs.
+    """
+    if parallel.RANK:
+        return parallel.agree(None)
+    out = restored(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    LOCKS.append(lock(out))
+    if args.overwrite and not args.resume:
+        if any((out / name).exists() for name in ("adapter", "checkpoint")):
+            shutil.rmtree(previous(out), ignore_errors=True)
+            os.rename(out, previous(out))
+            out.mkdir()
+            LOCKS.append(lock(out))
+        else:                                     # nothing was finished: OUT.previous is worth more
+            empty(out)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    # float32: a parameter and two moments in a state; A, B, A_0, B_0 in an adapter; 16 bits in full
+    size = trained * (12 * (args.keep + 1) + (2 if args.method == "full" else 16))
+    if (free := shutil.disk_usage(out).free) < size:
+        raise OSError(f"{out}: states and result need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
+                      "free: --keep 1, or another --out")
+    write_text(out / "args.json", json.dumps(vars(args), indent=2, default=str) + "\n")
+    if not measured(args):
+        write_text(out / "val.jsonl", json.dumps({"step": 0, **before}) + "\n")
+    parallel.agree(None)
+
+
+def finish(args):
+    """After a finished run: only the newest state stays, and no earlier run."""
+    if not parallel.RANK:
+        keep(args.out, 1)
+        shutil.rmtree(previous(args.out), ignore_errors=True)
+
+
+def asked(reason):
+    """A Stop if a signal came, or None."""
+    return Stop(reason, 128 + ASKED[0]) if ASKED else None
+
+
+def not_written(out):
+    """What is left if the present weights are of no use."""
+    there = [out / name for name in ("adapter", "checkpoint") if (out / name).exists()]
+    there += [path for path in (previous(out),) if path.exists()]
+    return "this result is not written" + "".join(f"; {path} stays as it was" for path in there)
+
+
+def previous(out):
+    """Where a finished run goes when --overwrite begins another one."""
+    return out.with_name(out.name + ".previous")
+
+
+class Run:
+    """What a run of `train.train` has done. Goes on with the newest state if args.resume.
+
+    `with Run(...) as run:` and after every step `run.done(...)`. An exception inside is told what
+    could be saved, in its attribute `saved`.
+    """
+
+    def __init__(self, net, optimizer, args, examples, steps):
+        self.net, self.optimizer, self.args, self.steps = net, optimizer, args, steps
+        self.params = parallel.trained(net)
+        self.facts = {"data": hash_of(examples), "args": json.loads(json.dumps(
+            {k: v for k, v in vars(args).items() if k not in FREE}, default=str))}
+        self.rows, self.at, self.thread, self.error, self.buffers = [], 0, None, None, {}
+        self.epoch, self.saved = math.ceil(len(examples) / args.batch), time.monotonic()
+        if args.resume and (path := newest(args.out)):
+            self.put_back(path)
+        if not parallel.RANK:                     # half a line may be its end, or rows too many
+            write_text(args.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows))
+
+    def put_back(self, path):
+        """Go on with a state. ValueError if it is of other data or arguments."""
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        theirs, ours = ({**f["args"], "the data": f["data"][:8]} for f in (state, self.facts))
+        if other := [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]:
+            raise ValueError(f"{path} is of another run: " + ", ".join(
+                f"{k} was {theirs.get(k)}, now {ours.get(k)}" for k in other))
+        if state["step"] > self.steps:
+            raise ValueError(f"{path} has {state['step']} steps already, more than {self.steps}")
+        self.rows = state["rows"]
+        self.at = state["step"]
+        with torch.no_grad():
+            for name, p in self.params.items():
+                parallel.put(p, state["parameters"][name])
+        of = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, kept in state["optimizer"]["state"].items():
+            for key, value in kept.items():
+                if key != "step":
+                    kept[key] = parallel.put(torch.empty_like(of[i]), value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        parallel.say(f"going on with {path}, after step {self.at} of {self.steps}")
+
+    def wishes(self):
+        """[1 if this process wants to stop, 1 if it wants a state to be written]."""
+        hours, every = (time.monotonic() - BEGIN) / 3600, self.args.save_every
+        late = self.args.max_hours is not None and hours >= self.args.max_hours
+        step = len(self.rows) + 1
+        due = (step % int(every) == 0 if not every.endswith("m") else
+               time.monotonic() - self.saved >= 60 * float(every[:-1]))
+        return [float(bool(ASKED) or late), float(due or self.error is not None)]
+
+    def done(self, row, stop, due):
+        """After a step: log it, write a state if it is time. Returns a Stop, or None to go on."""
+        self.rows.append(row)
+        if not parallel.RANK:
+            with open(self.args.out / "log.jsonl", "a") as log:
+                print(json.dumps(row), file=log)
+        step = len(self.rows)
+        if stop or due or step % self.epoch == 0 or step == self.steps:
+            self.save()
+        if not stop or step == self.steps and not ASKED:
+            return None
+        if not ASKED:
+            return Stop(f"stopped by --max-hours after {step} of {self.steps} steps", 0)
+        name = signal.Signals(ASKED[0]).name
+        return Stop(f"interrupted after {step} of {self.steps} steps ({name})", 128 + ASKED[0])
+
+    def save(self, wait=False):
+        """Write a state: from now on in a thread, or until it is written if `wait`."""
+        self.join()
+        if self.at == len(self.rows) and self.at or not finite(self.net):
+            return
+        state = parallel.gathered({"step": len(self.rows), "rows": list(self.rows), **self.facts,
+                                   "parameters": {n: p.detach() for n, p in self.params.items()},
+                                   "optimizer": self.optimizer.state_dict()})
+        self.at, self.saved = len(self.rows), time.monotonic()
+        if parallel.RANK:
+            return
+        if wait or self.args.method == "full":         # as large as the model: no second copy
+            return self.write(state, None)
+        state, copied = self.to_host(state), None
+        if torch.cuda.is_available():
+            copied = torch.cuda.Event()
+            copied.record()
+        self.thread = threading.Thread(target=self.attempt, args=(state, copied))
+        self.thread.start()
+
+    def to_host(self, value, path=()):
+        """A copy in host memory of nested dicts and lists. Its page-locked memory is kept for the
+        next copy, so that the GPU copies without waiting for anyone."""
+        if isinstance(value, dict):
+            return {k: self.to_host(v, (*path, k)) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.to_host(v, (*path, i)) for i, v in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        if path not in self.buffers:
+            self.buffers[path] = torch.empty(value.shape, dtype=value.dtype,
+                                             pin_memory=value.is_cuda)
+        return self.buffers[path].copy_(value, non_blocking=True)
+
+    def attempt(self, state, copied):
+        """`write` in a thread: the next step hears of an error."""
+        try:
+            self.write(state, copied)
+        except Exception as e:
+            self.error = e
+
+    def write(self, state, copied):
+        """Write a state, then remove the oldest."""
+        states = self.args.out / "states"
+        if copied:
+            copied.synchronize()
+        try:
+            start = start_of(self.args.out)
+            if self.args.method != "full" and not start.is_dir():
+                adapter.save(self.net, start, state["parameters"])
+            with replaced(states / f"{state['step']:08d}") as tmp:
+                torch.save(state, tmp / "state.pt")
+        except (OSError, RuntimeError) as e:                      # torch.save raises the latter
+            free = shutil.disk_usage(self.args.out).free
+            raise OSError(f"{states}: the state of step {state['step']} is not written, it needs "
+                          f"{size_of(state) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
+                          f"({str(e).splitlines()[0][:80]})") from None
+        keep(self.args.out, self.args.keep)
+
+    def join(self):
+        """Wait for the thread; its OSError is raised here."""
+        if self.thread:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error:
+            raise error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, e, traceback):
+        if e is None:
+            return self.join()
+        try:
+            if self.rows and not parallel.MESH:          # sharded weights would need all processes
+                self.save(wait=True)
+        except Exception as again:
+            e.saved = f"; {again}"
+        path = newest(self.args.out)
+        e.saved = getattr(e, "saved", "") + (
+            f"; {path} has what was learnt in {int(path.name)} steps: the same command with "
+            "--resume goes on" if path else "; nothing was learnt yet" if not self.rows else "")
+
+
+def keep(out, count):
+    """Remove all states but the newest `count`."""
+    for path in sorted((out / "states").glob("[0-9]*"))[:-count]:
+        shutil.rmtree(path)
+
+
+def finite(net):
+    """True if no trained parameter holds NaN or Inf."""
+    sums = [parallel.local(p).detach().sum() for p in parallel.trained(net).values()]
+    return all(parallel.everyone(bool(torch.stack(sums).isfinite().all())))
+
+
+def size_of(value):
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(value, (dict, list)):
+        return sum(map(size_of, value.values() if isinstance(value, dict) else value))
+    return value.nbytes if isinstance(value, torch.Tensor) else 0
