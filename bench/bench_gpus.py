@@ -1,0 +1,149 @@
+"""Several GPUs: tokens a second, memory, and what a state costs, by `train.train` itself.
+
+    python -m bench.bench_gpus --out gpus.json                           # all parts, on all GPUs
+    torchrun --nproc-per-node 2 -m bench.bench_gpus --part shard --out gpus.json       # one of them
+
+Llama-2-7B's and Llama-3-70B's shapes with random weights, rank 128 and 64, 8 x 512 random tokens a
+GPU and step. A part is a process group of its own. --tiny runs all of it at toy size, without GPUs.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import model
+import train
+from bench import stamped
+from bench.steps import DTYPE, SEVEN, SEVENTY, TOY, random_matrix
+from support import options, parallel, resume
+
+# name: (processes, None: all; steps, arguments of train.py)
+PARTS = {
+    "one": (1, 14, []),
+    "replicas": (None, 14, []),
+    "shard": (None, 14, ["--shard"]),
+    "one, checkpointing": (1, 14, ["--checkpointing"]),
+    "shard, checkpointing": (None, 14, ["--shard", "--checkpointing"]),
+    "one, four bits": (1, 14, ["--method", "qlora"]),
+    "shard, four bits": (None, 14, ["--method", "qlora", "--shard"]),
+    "states": (1, 24, ["--save-every", "6"]),
+    "70B in four bits, shard": (None, 5, ["--method", "qpissa", "--quant-iters", "1", "--shard",
+                                          "--checkpointing", "--rank", "64", "--micro-batch", "2"])}
+ROWS, LENGTH, WARM = 8, 512, 4
+
+
+def network(config, args):
+    """A network of random weights, prepared as train.py does it; seconds that preparing takes."""
+    seconds = {}
+    with torch.device("meta"):
+        net = model.Llama(config).to(DTYPE)
+    shapes = {n: p.shape for n, p in net.named_parameters()}
+
+    def read(name, leaf="weight"):
+        shape = shapes[f"{name}.{leaf}"]
+        return random_matrix(shape, name).to(DTYPE) if len(shape) > 1 else torch.ones(
+            shape, device=args.device, dtype=DTYPE)
+
+    whole = not parallel.SHARDED and args.method == "pissa"
+    if not whole:
+        train.prepare(net, args, seconds, read)
+    for name, p in list(net.named_parameters()):
+        if p.is_meta:
+            module, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(module), leaf,
+                    torch.nn.Parameter(read(module, leaf), requires_grad=False))
+    if whole:
+        train.prepare(net, args, seconds)
+    if parallel.SHARDED:
+        parallel.shard_root(net)
+    return net, seconds["init"]
+
+
+def measure(part, tiny, out):
+    """Run a part in this process group; process 0 writes the figures."""
+    _, steps, more = PARTS[part]
+    run = tempfile.mkdtemp()
+    argv = ["train.py", "--ckpt", "tiny", "--rank", "128", "--lr", "1e-5", "--steps", str(steps),
+            "--micro-batch", str(ROWS), "--batch", str(ROWS * parallel.WORLD),
+            "--save-every", "1000", *more, "--out", run]
+    with mock.patch.object(sys, "argv", argv + ["--rank", "4"] * tiny):
+        args = options.for_train("")
+    args.device = parallel.start(None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.out = parallel.agree(args.out)
+    parallel.choose(args.shard if args.shard == "yes" else "no", None)
+    config = SEVENTY if "70B" in part else SEVEN
+    if tiny:
+        config = replace(config, **TOY)
+    net, init = network(config, args)
+    frozen = sum(parallel.local(p).nbytes for n, p in net.named_parameters()
+                 if not p.requires_grad)
+    loaded = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    peak_loading = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, config.vocab_size, (steps * args.batch, LENGTH + 1), generator=g)
+    times, done = [time.perf_counter()], resume.Run.done
+
+    def timed(*given):
+        found = done(*given)
+        times.append(time.perf_counter())
+        return found
+
+    with mock.patch.object(resume.Run, "done", timed):
+        rows, stopped = train.train(net, [(row, 1) for row in ids.tolist()], args, nullcontext())
+    assert not stopped and len(rows) == steps
+    each = [b - a for a, b in zip(times, times[1:])]
+    step = statistics.median(each[min(WARM, steps // 2):])
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    memory = max(parallel.everyone(memory))
+    if parallel.RANK:
+        return parallel.end()
+    found = {"gpus": parallel.WORLD, "ms": 1e3 * step, "each_ms": [1e3 * t for t in each],
+             "tokens_per_second": ROWS * parallel.WORLD * LENGTH / step,
+             "peak_gib": memory / 2**30, "loaded_gib": loaded / 2**30,
+             "peak_loading_gib": peak_loading / 2**30, "frozen_bytes_per_gpu": frozen,
+             "init_seconds": init, "loss": [r["loss"] for r in rows],
+             "state_bytes": sum(f.stat().st_size for f in Path(run).rglob("state.pt")),
+             "arguments": argv[1:-2]}
+    print(part, {k: v for k, v in found.items() if k not in ("each_ms", "arguments")}, flush=True)
+    whole = json.loads(out.read_text())
+    whole["parts"][part] = found
+    out.write_text(json.dumps(whole) + "\n")
+    parallel.end()
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--part", choices=PARTS)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--only", action="append", help="of all parts, this one; repeatable")
+    p.add_argument("--tiny", action="store_true")
+    args = p.parse_args()
+    if args.part:
+        return measure(args.part, args.tiny, args.out)
+    gpus = torch.cuda.device_count() or 2
+    stamped({"bench": "gpus", "gpus": gpus, "length": LENGTH, "rows": ROWS, "parts": {}},
+            str(args.out))
+    for part in args.only or PARTS:
+        processes = PARTS[part][0] or gpus
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                  str(processes)] if processes > 1 else []
+        done = subprocess.run([sys.executable, *launch, "-m", "bench.bench_gpus", "--part", part,
+                               "--out", args.out, *["--tiny"] * args.tiny], timeout=400,
+                              capture_output=True, text=True)
+        print(done.stdout[-1500:], "" if done.returncode == 0 else done.stderr[-3000:], flush=True)
+
+
+if __name__ == "__main__":
+    main()
