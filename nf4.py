@@ -193,8 +193,8 @@ class NF4(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor of the original shape, in the original dtype or another."""
         parts = [p if p is None else p.detach().flatten()
-                 .view(torch.uint8 if p.itemsize == 1 else p.dtype)    # sharded bytes are float8
                  for p in (self.codes, self.absmax, self.scale, self.mean)]
+        parts[0] = parts[0].view(torch.uint8)           # while they are sharded, another dtype
         parts += self.levels, self.absmax_levels, self.pairs
         dtype, fused = dtype or self.dtype, self.codes.is_cuda and not torch.compiler.is_compiling()
         numbers = kernel(parts, dtype) if fused else unpack(*parts, dtype)

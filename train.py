@@ -96,12 +96,14 @@ def learning_rate(step, steps, args):
 
 
 def all_batches(examples, args, steps):
-    """Each step's batch and its micro-batches, for a range of steps, epoch after epoch."""
+    """For a range of steps, epoch after epoch: the batch, this process's micro-batches of it, and
+    whether every process has one."""
     longest = max(len(ids) for ids, _ in examples)
     batches = chain.from_iterable(data.batches(examples, args.batch, args.seed, epoch)
                                   for epoch in count())
     for batch in islice(batches, steps.start, steps.stop):
-        yield batch, parallel.deal(micro_batches(batch, longest, args))
+        parts = micro_batches(batch, longest, args)
+        yield batch, parallel.deal(parts), len(parts) >= parallel.WORLD
 
 
 def train(net, examples, args, autocast):
@@ -109,17 +111,18 @@ def train(net, examples, args, autocast):
     params = list(parallel.trained(net).values())
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
+    parallel.overlap(params)
     with resume.Run(net, optimizer, args, examples, steps) as run:
         done = len(run.rows)                          # not 0 if an interrupted run goes on
         batches = all_batches(examples, args, range(done, steps))
         ahead = next(batches, None)
         bar = tqdm(range(done, steps), "train", initial=done, total=steps, unit="step")
         for step in bar:
-            start, (batch, parts) = time.perf_counter(), ahead
+            start, (batch, parts, dealt) = time.perf_counter(), ahead
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
             learnt, total = sum(len(ids) - n_prompt for ids, n_prompt in batch), 0.0
             for part in parts:     # each divided by the batch's tokens: their sum is the batch mean
-                parallel.is_last(net, part is parts[-1])
+                parallel.before_backward(net, part is parts[-1] and dealt)
                 with autocast:
                     loss = loss_sum(net, *part) / learnt
                 loss.backward()
@@ -128,7 +131,7 @@ def train(net, examples, args, autocast):
             total, *wishes = parallel.add_up(params, total, *run.wishes())
             norm = parallel.whole(torch.nn.utils.clip_grad_norm_(params, args.clip))
             ahead = next(batches, None)           # while the GPU works: the next line waits for it
-            loss, norm = torch.stack([total, norm]).tolist()
+            loss, norm, *wishes = parallel.floats(total, norm, *wishes)
             for name, value in ("loss", loss), ("gradient norm", norm):
                 if not math.isfinite(value):                   # stop before it spoils the weights
                     bar.close()

@@ -32,10 +32,11 @@ PARTS = {
     "replicas": (None, 14, []),
     "shard": (None, 14, ["--shard"]),
     "one, checkpointing": (1, 14, ["--checkpointing"]),
+    "shard, compiled": (None, 14, ["--shard", "--compile"]),
     "shard, checkpointing": (None, 14, ["--shard", "--checkpointing"]),
     "one, four bits": (1, 14, ["--method", "qlora"]),
     "shard, four bits": (None, 14, ["--method", "qlora", "--shard"]),
-    "states": (1, 24, ["--save-every", "6"]),
+    "states": (1, 90, ["--save-every", "30"]),
     "70B in four bits, shard": (None, 5, ["--method", "qpissa", "--quant-iters", "1", "--shard",
                                           "--checkpointing", "--rank", "64", "--micro-batch", "2"])}
 ROWS, LENGTH, WARM = 8, 512, 4

@@ -17,9 +17,9 @@ from importlib import import_module
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import adapter
+import model
 import nf4
 import pissa
 
@@ -119,8 +119,39 @@ def deal(parts):
     return mine
 
 
-def is_last(net, last):
-    """To be called before each backward: sharded gradients are added up in the last one only."""
+BUCKET = 2**26                      # bytes of gradients that are sent together
+LAST, READY, SENT = False, [], []   # in the last backward: gradients to be sent, messages under way
+
+
+def overlap(params):
+    """Add up gradients over all processes while the last backward of a step computes the others."""
+    for p in params if WORLD > 1 else ():
+        if local(p) is p:                                   # FSDP2 does it for those it shards
+            p.register_post_accumulate_grad_hook(ready)
+
+
+def ready(p):
+    """A gradient is complete: send it, with others."""
+    if LAST:
+        READY.append(p)
+        if sum(q.grad.nbytes for q in READY) >= BUCKET:
+            send()
+
+
+def send():
+    """Begin to add up the gradients in READY."""
+    if READY:
+        flat = torch.cat([p.grad.flatten() for p in READY])
+        SENT.append((dist.all_reduce(flat, async_op=True), *READY))
+        for p, g in zip(READY, flat.split([p.numel() for p in READY]), strict=True):
+            p.grad = g.view_as(p)
+        READY.clear()
+
+
+def before_backward(net, last):
+    """last: whether it is a step's last backward, and every process has one."""
+    global LAST
+    LAST = last and WORLD > 1
     if MESH:
         net.set_requires_gradient_sync(last)
 
@@ -129,18 +160,26 @@ def add_up(params, *numbers):
     """Add up gradients, and numbers (tensors or floats), over all processes: the numbers."""
     if WORLD == 1:
         return numbers
-    numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=local(params[0]).device)
+    device = local(params[0]).device
+    numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=device)
                            for n in numbers])
-    if MESH:
-        dist.all_reduce(numbers)
-        return numbers.unbind()
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([g.flatten() for g in (*grads, numbers)])               # one message
-    dist.all_reduce(flat)
-    *summed, numbers = flat.split([g.numel() for g in (*grads, numbers)])
-    for p, g in zip(params, summed, strict=True):
-        p.grad = g.view_as(p)
+    sent = {p for _, *those in SENT for p in (*those, *READY)}
+    for p in params:                       # no backward was the last one of all processes
+        if p not in sent and local(p) is p:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            READY.append(p)
+    send()
+    dist.all_reduce(numbers)
+    for work, *_ in SENT:
+        work.wait()
+    SENT.clear()
     return numbers.unbind()
+
+
+def floats(*numbers):
+    """Numbers as floats. Those that are tensors come from the GPU in one copy."""
+    values = iter(torch.stack([n for n in numbers if isinstance(n, torch.Tensor)]).tolist())
+    return [next(values) if isinstance(n, torch.Tensor) else n for n in numbers]
 
 
 def add_numbers(*numbers):
@@ -187,27 +226,37 @@ def put(target, value):
 
 
 def shard(module, net, read, args):
-    """Spread a layer over all processes, when its last weights are read."""
+    """Spread a layer over all processes, when its last weights are read. What is small or trained
+    beside frozen weights stays whole everywhere."""
     from torch.distributed.fsdp import fully_shard
     prefix = next(n for n, m in net.named_modules() if m is module)
     for name, m in list(module.named_modules()):
         for leaf, p in list(m.named_parameters(recurse=False)):
             if p.is_meta:
                 setattr(m, leaf, nn.Parameter(read(f"{prefix}.{name}", leaf), p.requires_grad))
-        if isinstance(m, nf4.NF4):
+        if isinstance(m, nf4.NF4):       # torch 2.11 shards only what is called floating point
             m.checksum = partial(int, m.checksum())                   # of all of it, for adapter.py
-            for leaf in ("codes", "absmax"):
-                p = getattr(m, leaf)
-                if p.dtype == torch.uint8:           # torch 2.11 shards floating point only: bytes
-                    setattr(m, leaf, nn.Parameter(p.view(torch.float8_e4m3fn), False))
-    # Recomputation must stand inside what is sharded: around it, it would find only the parts, and
-    # silently train nothing. `fast.recompute` stands around a layer.
+            called = torch.float8_e4m3fn if m.codes.shape[-1] % 2 else torch.float16
+            m.codes = nn.Parameter(m.codes.view(called), False)
+    # Recomputation must stand inside what is sharded. Around it, it would find only the parts of
+    # trained weights, and silently train nothing.
     if args.compile:
         module.forward = torch.compile(module.forward)
     if args.checkpointing:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False,
-                                 preserve_rng_state=False)
-    add_not_average(fully_shard(module, mesh=MESH))
+        module.forward = partial(model.checkpointed, Inside(module))
+    whole = {p for n, p in module.named_parameters() if args.method != "full" and (
+        p.requires_grad or p.ndim < 2 or n.endswith((".absmax", ".scale", ".mean")))}
+    add_not_average(fully_shard(module, mesh=MESH, ignored_params=whole))
+
+
+class Inside:
+    """A layer without what FSDP2 does before and after it."""
+
+    def __init__(self, layer):
+        self.mlp, self.parameters, self.forward = layer.mlp, layer.parameters, layer.forward
+
+    def __call__(self, x, *rest):
+        return self.forward(x, *rest)
 
 
 def add_not_average(module):

@@ -193,7 +193,7 @@ class Run:
             with open(self.args.out / "log.jsonl", "a") as log:
                 print(json.dumps(row), file=log)
         step = len(self.rows)
-        if stop or due or step % self.epoch == 0 or step == self.steps:
+        if stop or step == self.steps or (due or step % self.epoch == 0) and not self.writing():
             self.save()
         if not stop or step == self.steps and not ASKED:
             return None
@@ -201,6 +201,10 @@ class Run:
             return Stop(f"stopped by --max-hours after {step} of {self.steps} steps", 0)
         name = signal.Signals(ASKED[0]).name
         return Stop(f"interrupted after {step} of {self.steps} steps ({name})", 128 + ASKED[0])
+
+    def writing(self):
+        """True if the last state is still being written, in any process."""
+        return any(parallel.everyone(bool(self.thread and self.thread.is_alive())))
 
     def save(self, wait=False):
         """Write a state: from now on in a thread, or until it is written if `wait`."""
