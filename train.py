@@ -202,15 +202,17 @@ def prepare(net, args, seconds, read=None):
     elif begun or args.adapter:
         where = resume.start_of(args.out) if begun else args.adapter
         adapter.load(net, where, read=read)
-        vars(args).update({key: net.pissa[key] for key in ("method", "rank", "niter", "quant_iters")
-                           if key in net.pissa})
-        args.no_double_quant = not net.pissa.get("double_quant", True)
+        if not begun:
+            vars(args).update({key: net.pissa[key] for key in (
+                "method", "rank", "niter", "quant_iters") if key in net.pissa})
+            args.no_double_quant = not net.pissa.get("double_quant", True)
         print(f"going on with {where}: {args.method}, rank {args.rank}")
     else:
         method = (parallel.dealt(args.method, args.seed, not args.no_double_quant, ahead)
                   if parallel.WORLD > 1 else args.method)
         pissa.inject(net, args.rank, method, args.targets, args.niter, args.seed, read=read,
-                     quant_iters=args.quant_iters, double_quant=not args.no_double_quant)
+                     quant_iters=args.quant_iters, double_quant=not args.no_double_quant,
+                     progress=not parallel.RANK)
         report.injected(net)
     if finish:
         finish()

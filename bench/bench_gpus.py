@@ -28,11 +28,13 @@ from support import options, parallel, resume
 
 # name: (processes, None: all; steps, arguments of train.py)
 PARTS = {
-    "one": (1, 14, []),
-    "replicas": (None, 14, []),
-    "shard": (None, 14, ["--shard"]),
+    "one": (1, 24, []),
+    "one, compiled": (1, 24, ["--compile"]),
+    "replicas": (None, 24, []),
+    "replicas, compiled": (None, 24, ["--compile"]),
+    "shard": (None, 24, ["--shard"]),
     "one, checkpointing": (1, 14, ["--checkpointing"]),
-    "shard, compiled": (None, 14, ["--shard", "--compile"]),
+    "shard, compiled": (None, 24, ["--shard", "--compile"]),
     "shard, checkpointing": (None, 14, ["--shard", "--checkpointing"]),
     "one, four bits": (1, 14, ["--method", "qlora"]),
     "shard, four bits": (None, 14, ["--method", "qlora", "--shard"]),
@@ -66,6 +68,8 @@ def network(config, args):
         train.prepare(net, args, seconds)
     if parallel.SHARDED:
         parallel.shard_root(net)
+    elif args.compile:
+        train.compile_layers(net)
     return net, seconds["init"]
 
 

@@ -119,7 +119,7 @@ def deal(parts):
     return mine
 
 
-BUCKET = 2**26                      # bytes of gradients that are sent together
+BUCKET = 2**24                      # numbers of gradients that are sent together
 LAST, READY, SENT = False, [], []   # in the last backward: gradients to be sent, messages under way
 
 
@@ -134,7 +134,7 @@ def ready(p):
     """A gradient is complete: send it, with others."""
     if LAST:
         READY.append(p)
-        if sum(q.grad.nbytes for q in READY) >= BUCKET:
+        if sum(map(torch.Tensor.numel, READY)) >= BUCKET:
             send()
 
 
@@ -160,8 +160,8 @@ def add_up(params, *numbers):
     """Add up gradients, and numbers (tensors or floats), over all processes: the numbers."""
     if WORLD == 1:
         return numbers
-    device = local(params[0]).device
-    numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=device)
+    device = local(params[0]).device                       # (a copy to it would wait for the GPU)
+    numbers = torch.stack([n if isinstance(n, torch.Tensor) else torch.full((), n, device=device)
                            for n in numbers])
     sent = {p for _, *those in SENT for p in (*those, *READY)}
     for p in params:                       # no backward was the last one of all processes
@@ -298,6 +298,10 @@ def shard_root(net):
     warnings.filterwarnings("ignore", ".*inference.*", UserWarning)
     add_not_average(fully_shard(net, mesh=MESH, reshard_after_forward=False))
     register_fsdp_forward_method(net, "hidden")
+    layers = list(net.model.layers)
+    for i, layer in enumerate(layers):                    # two are gathered while one computes
+        layer.set_modules_to_forward_prefetch(layers[i + 1:i + 3])
+        layer.set_modules_to_backward_prefetch(layers[max(0, i - 2):i][::-1])
 
 
 # ---------------------------------------------------------------------------- the decomposition

@@ -55,10 +55,12 @@ def one_line(e):
 
 def stop(stopped, text):
     """End train.py. stopped: a resume.Stop."""
+    parallel.end()
     line = f"train.py: {stopped.reason}; {text}"
-    if stopped.code == 1:
+    if stopped.code == 1 and not parallel.RANK:
         sys.exit(line)
-    print(line, file=sys.stderr)
+    if not parallel.RANK:
+        print(line, file=sys.stderr)
     sys.exit(stopped.code)
 
 

@@ -91,6 +91,7 @@ def claim(args, net, before):
         return parallel.agree(None)
     out = restored(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    release()
     LOCKS.append(lock(out))
     if args.overwrite and not args.resume:
         if any((out / name).exists() for name in ("adapter", "checkpoint")):
@@ -131,6 +132,12 @@ def not_written(out):
     return "this result is not written" + "".join(f"; {path} stays as it was" for path in there)
 
 
+def release():
+    """Give back the locks that this process holds."""
+    while LOCKS:
+        os.close(LOCKS.pop())
+
+
 def previous(out):
     """Where a finished run goes when --overwrite begins another one."""
     return out.with_name(out.name + ".previous")
@@ -148,7 +155,8 @@ class Run:
         self.params = parallel.trained(net)
         self.facts = {"data": hash_of(examples), "args": json.loads(json.dumps(
             {k: v for k, v in vars(args).items() if k not in FREE}, default=str))}
-        self.rows, self.at, self.thread, self.error, self.buffers = [], 0, None, None, {}
+        self.rows, self.at, self.buffers = [], 0, {}
+        self.thread = self.error = self.failed = None
         self.epoch, self.saved = math.ceil(len(examples) / args.batch), time.monotonic()
         if args.resume and (path := newest(args.out)):
             self.put_back(path)
@@ -261,7 +269,7 @@ class Run:
         except (OSError, RuntimeError) as e:                      # torch.save raises the latter
             free = shutil.disk_usage(self.args.out).free
             raise OSError(f"{states}: the state of step {state['step']} is not written, it needs "
-                          f"{size_of(state) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free "
+                          f"{size_of(state) / 1e9:.2g} GB, {free / 1e9:.2g} GB are free "
                           f"({str(e).splitlines()[0][:80]})") from None
         keep(self.args.out, self.args.keep)
 
@@ -269,9 +277,9 @@ class Run:
         """Wait for the thread; its OSError is raised here."""
         if self.thread:
             self.thread.join()
-        self.thread, error, self.error = None, self.error, None
-        if error:
-            raise error
+        self.thread, self.failed, self.error = None, self.error, None
+        if self.failed:
+            raise self.failed
 
     def __enter__(self):
         return self
@@ -279,8 +287,8 @@ class Run:
     def __exit__(self, kind, e, traceback):
         if e is None:
             return self.join()
-        try:
-            if self.rows and not parallel.MESH:          # sharded weights would need all processes
+        try:       # again, unless that failed; sharded weights would need all processes
+            if self.rows and not parallel.MESH and e is not self.failed:
                 self.save(wait=True)
         except Exception as again:
             e.saved = f"; {again}"

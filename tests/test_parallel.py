@@ -1,0 +1,167 @@
+"""Two processes on gloo are one process: the same losses, the same adapter, any start and ending."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import adapter
+import train
+from conftest import ROOT, TINY, command
+from support import resume
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data") / "train.jsonl"
+    data.write_text("".join((TINY / "train.jsonl").read_text().splitlines(keepends=True)[:40]))
+    return [*map(str, ["--ckpt", "tiny", "--data", data, "--val-fraction", 0.2, "--rank", 4,
+                       "--lr", 1e-3, "--batch", 8, "--micro-batch", 2, "--max-new-tokens", 2,
+                       "--steps", STEPS, "--device", "cpu"])]
+
+
+def torchrun(*argv, restarts=0, code=None):
+    """Two processes of train.py, or of a script; the finished process."""
+    script = ["train.py"] if code is None else [code]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--max-restarts", str(restarts), *script, *map(str, argv)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def ended(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_alike(one, two, rel=1e-6):
+    """Losses, answers and the adapter of two runs agree to rounding."""
+    losses = [[r["loss"] for r in rows(out)] for out in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=rel) and len(losses[0]) >= STEPS
+    a, b = (json.loads((out / "summary.json").read_text())["after"] for out in (one, two))
+    assert a["loss"] == pytest.approx(b["loss"], rel=rel) and a["accuracy"] == b["accuracy"]
+    assert a["answers"] == b["answers"]
+    if (one / "adapter").exists():
+        x, y = (adapter.read_adapter(out / "adapter").pairs for out in (one, two))
+        for n in x:
+            for M, N in zip(x[n], y[n]):
+                assert (M - N).norm() <= 1e-4 * M.norm()
+
+
+CASES = [["--shard=no"], ["--shard"], ["--method", "qpissa", "--shard"],
+         ["--shard", "--checkpointing"], ["--method", "full", "--shard"],
+         ["--batch", 3, "--micro-batch", 1, "--shard"]]          # 3 micro-batches for 2 processes
+SLOW = [["--method", "lora", "--shard=no"], ["--method", "loftq", "--shard=no"],
+        ["--method", "full", "--shard=no"], ["--batch", 1, "--shard=no"],
+        ["--no-packing", "--shard", "--method", "qlora"], ["--plain", "--shard"],
+        ["--method", "full", "--shard", "--checkpointing"], ["--niter", "exact", "--shard=no"],
+        ["--checkpointing", "--shard=no"], ["--targets", "q_proj,down_proj", "--shard"]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [*CASES[:3], *[pytest.param(c, marks=pytest.mark.slow)
+                                                for c in (*CASES[3:], *SLOW)]], ids=str)
+def test_two_processes_are_one(flags, tmp_path, more):
+    test = ["--test-data", TINY / "test.jsonl"] if more == CASES[0] else []
+    if test:
+        problems = tmp_path / "test.jsonl"
+        problems.write_text("".join((TINY / "test.jsonl").read_text().splitlines(True)[:5]))
+        test = ["--test-data", problems]
+    more = [*more, "--lr", "1e-4"] if "full" in more else more        # or rounding grows quickly
+    two = torchrun(*flags, *more, *test, "--out", tmp_path / "two")
+    command(train.main, *flags, *[m for m in more if "--shard" not in str(m)], *test, "--out",
+            tmp_path / "one")
+    text = ended(two)
+    assert text.count("; use them:") == 1                             # one process speaks
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--shard=no"], ["--shard"], ["--method", "full", "--shard"]],
+                         ids=str)
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_another_number_of_processes_goes_on(flags, tmp_path, more, first):
+    """From 1 to 2 and from 2 to 1, after 5 steps."""
+    flags = [*flags, "--lr", "1e-4"] if "full" in more else flags
+    more_of_one = [m for m in more if "--shard" not in m]
+    command(train.main, *flags, *more_of_one, "--out", tmp_path / "one")
+    out = tmp_path / "run"
+    stop = ["--max-hours", "1e-9"]
+    for n, name in enumerate((first, "two" if first == "one" else "one")):
+        argv = ["--resume", "--out", out] if n else [*flags, "--out", out, *stop]
+        if name == "two":
+            assert torchrun(*argv, *more).wait(120) == 0
+        else:
+            try:
+                command(train.main, *argv, *more_of_one)
+            except SystemExit as e:
+                assert e.code == 0
+            resume.release()
+    assert_alike(tmp_path / "one", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--shard=no"], ["--shard"]], ids=str)
+def test_a_killed_process_is_restarted(flags, tmp_path, more):
+    """--max-restarts goes on with the newest state, to the result of a run that nothing killed."""
+    out, long = tmp_path / "run", [*flags, "--steps", "60", "--save-every", "5", *more]
+    ended(torchrun(*long, "--out", tmp_path / "whole"))
+    process = torchrun(*long, "--out", out, restarts=2)
+    deadline = time.time() + 60
+    while time.time() < deadline and (not (out / "log.jsonl").exists() or len(rows(out)) < 12):
+        time.sleep(0.02)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+    ended(process)
+    states = [torch.load(resume.newest(d) / "state.pt", weights_only=True)
+              for d in (tmp_path / "whole", out)]
+    assert [r["loss"] for r in rows(out)] == [r["loss"] for r in rows(tmp_path / "whole")]
+    assert all(torch.equal(p, states[1]["parameters"][n])
+               for n, p in states[0]["parameters"].items())
+
+
+TRAP = """
+import sys
+from support import parallel
+import fast, model, train
+from support import options
+
+class Around:
+    pass
+
+def shard(module, *rest, real=parallel.shard):
+    args = rest[-1]
+    args.checkpointing = False
+    real(module, *rest)
+    args.checkpointing = True
+
+parallel.shard = shard
+finish = train.report.advise
+def advise(net, *rest):
+    net.checkpointing = True                                    # recompute around the layer
+    finish(net, *rest)
+train.report.advise = advise
+train.report.run(train.main, "train.py")
+"""
+
+
+@pytest.mark.slow
+def test_the_trap_of_recomputation_around_sharded_layers(flags, tmp_path):
+    """It finds no gradient for weights that are sharded: training stops instead of doing nothing."""
+    (tmp_path / "trap.py").write_text(TRAP)
+    process = torchrun(*flags, "--method", "full", "--shard", "--checkpointing", "--out",
+                       tmp_path / "run", code=tmp_path / "trap.py")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode and "a gradient is missing" in err

@@ -1,0 +1,315 @@
+"""A run goes on as if nothing had happened: kill -9, signals, full disks, exceptions, bad weights."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import adapter
+import train
+from conftest import ROOT, TINY, command, failure
+from support import resume
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """The start of a command line that takes a second, an epoch being 3 steps."""
+    data = tmp_path_factory.mktemp("data") / "train.jsonl"
+    data.write_text("".join((TINY / "train.jsonl").read_text().splitlines(keepends=True)[:32]))
+    return ["--ckpt", "tiny", "--data", data, "--val-fraction", 0.25, "--rank", 4, "--lr", 2e-3,
+            "--batch", 8, "--max-new-tokens", 1, "--steps", STEPS, "--save-every", 2]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    command(train.main, *flags, "--out", out)
+    return out
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def learnt(out):
+    """What two runs must share, bit for bit."""
+    log = [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in rows(out)]
+    state = torch.load(resume.newest(out) / "state.pt", weights_only=True)
+    moments = [v for kept in state["optimizer"]["state"].values() for v in kept.values()]
+    return log, [*state["parameters"].values(), *moments]
+
+
+def assert_same(a, b):
+    (log_a, tensors_a), (log_b, tensors_b) = learnt(a), learnt(b)
+    assert log_a == log_b
+    assert len(tensors_a) == len(tensors_b) and all(map(torch.equal, tensors_a, tensors_b))
+
+
+def interrupt(monkeypatch, step, error):
+    """Let the optimiser's step number `step` raise an error."""
+    real, count = torch.optim.AdamW.step, []
+
+    def broken(self, *args, **kwargs):
+        count.append(1)
+        if len(count) == step:
+            raise error
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [
+    [], ["--checkpointing"], ["--no-packing"], ["--method", "lora"],
+    ["--method", "qpissa", "--quant-iters", 1], ["--method", "full"]], ids=lambda m: " ".join(
+        map(str, m)) or "pissa")
+def test_resumed_is_uninterrupted(flags, whole, tmp_path, monkeypatch, more):
+    """After an exception in step 6, everything that the five before it learnt is in a state."""
+    expected = whole
+    if more:
+        expected = tmp_path / "whole"
+        command(train.main, *flags, *more, "--out", expected)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError) as e:
+        interrupt(patch, 6, torch.OutOfMemoryError("CUDA out of memory"))
+        command(train.main, *flags, *more, "--out", tmp_path / "run")
+    assert "in 5 steps" in e.value.saved and "--resume" in e.value.saved
+    text = command(train.main, *flags, *more, "--out", tmp_path / "run", "--resume")
+    assert f"after step 5 of {STEPS}" in text
+    assert_same(expected, tmp_path / "run")
+    if "full" not in more:
+        a, b = (adapter.read_adapter(out / "adapter").pairs for out in (expected, tmp_path / "run"))
+        assert all(torch.equal(x, y) for n in a for x, y in zip(a[n], b[n]))
+    before, after = (json.loads((out / "summary.json").read_text())
+                     for out in (expected, tmp_path / "run"))
+    assert before["before"] == after["before"] and before["after"] == after["after"]
+
+
+def test_resume_alone_takes_the_arguments_of_the_run(flags, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        interrupt(patch, 4, RuntimeError("a CUDA error"))
+        command(train.main, *flags, "--out", tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:           # what a kill may leave
+        log.write('{"step": 4, "lo')
+    command(train.main, "--resume", "--out", tmp_path / "run")
+    assert_same(whole, tmp_path / "run")
+    (tmp_path / "run" / "states" / ".writing-00000099").mkdir()
+    text = command(train.main, "--resume", "--out", tmp_path / "run")
+    assert "is finished" in text and "validation loss" in text and "step 0" not in text
+
+
+def test_longer_if_asked_for(flags, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    command(train.main, "--resume", "--out", out, "--steps", STEPS + 2)
+    assert [r["step"] for r in rows(out)] == list(range(1, STEPS + 3))
+    assert rows(out)[:STEPS] == rows(whole)
+    assert [json.loads(line)["step"] for line in (out / "val.jsonl").read_text().splitlines()] == [
+        0, STEPS, STEPS + 2]
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--lr", 1e-3], "lr was 0.002, now 0.001"), (["--rank", 5], "rank was 4, now 5"),
+    (["--seed", 1], "the data was "), (["--steps", 2], "has 8 steps already")])
+def test_another_run_is_refused(flags, whole, tmp_path, more, message):
+    out = shutil.copytree(whole, tmp_path / "run")
+    (out / "summary.json").unlink()
+    text = failure("train.py", "--resume", "--out", out, *more)
+    assert message in text and "\n" not in text
+    assert_same(whole, out)
+
+
+def test_without_a_state_it_begins(flags, tmp_path):
+    command(train.main, *flags, "--steps", 1, "--resume", "--out", tmp_path / "run")
+    assert len(rows(tmp_path / "run")) == 1
+
+
+def test_a_run_is_not_replaced_by_accident(flags, whole, tmp_path):
+    text = failure("train.py", *flags, "--out", whole)
+    assert "--resume" in text and "--overwrite" in text
+    out = shutil.copytree(whole, tmp_path / "run")
+    command(train.main, *flags, "--out", out, "--overwrite", "--steps", 1)
+    assert len(rows(out)) == 1 and not resume.previous(out).exists()
+
+
+def test_default_names(flags, tmp_path, monkeypatch):
+    """The first free one; with --resume the last that is not."""
+    from test_train import parse
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        out = parse("--ckpt", ROOT / "checkpoints" / "tiny").out
+        out.mkdir(parents=True)
+        names.append(str(out))
+    assert names == ["runs/tiny-pissa", "runs/tiny-pissa-2", "runs/tiny-pissa-3"]
+    assert str(parse("--ckpt", ROOT / "checkpoints" / "tiny", "--resume").out) == names[2]
+
+
+def test_only_the_newest_states_are_kept(flags, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError):
+        interrupt(monkeypatch, 8, RuntimeError())
+        command(train.main, *flags, "--keep", 3, "--save-every", 1, "--out", tmp_path / "run")
+    kept = sorted(os.listdir(tmp_path / "run" / "states"))
+    assert len(kept) == 4 and kept[2:] == ["00000007", "start"]
+
+
+# --- results that are not finite
+
+@pytest.mark.parametrize("method", ["pissa", "lora", "qlora", "full"])
+def test_a_good_result_survives_a_bad_run(flags, whole, tmp_path, method):
+    out = shutil.copytree(whole, tmp_path / "run")
+    for _ in range(2):                                               # the second time, too
+        text = failure("train.py", *flags, "--out", out, "--overwrite", "--lr", 1e38, "--steps", 1,
+                       "--method", method)
+        assert "not written" in text and "run.previous stays" in text and "--lr" in text
+        assert not (out / "adapter").exists() and not (out / "checkpoint").exists()
+        assert_same(whole, resume.previous(out))
+
+
+def test_states_hold_no_nan(flags, tmp_path, monkeypatch):
+    real = torch.optim.AdamW.step
+
+    def spoil(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        if self.state[p := self.param_groups[0]["params"][0]]["step"] == 5:
+            p.data[0, 0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    failure("train.py", *flags, "--save-every", 1, "--out", tmp_path / "run")
+    assert resume.newest(tmp_path / "run").name == "00000004"
+
+
+# --- signals, in processes of their own
+
+@pytest.fixture
+def start(flags):
+    """start(out, more, code): a process that trains for ever, after running some code."""
+    running = []
+
+    def begin(out, *more, code="", steps=5000):
+        script = ("import os, signal, sys; signal.signal(signal.SIGINT, "
+                  f"signal.default_int_handler)\n{code}\nimport runpy\n"
+                  "runpy.run_path('train.py', run_name='__main__')")
+        argv = map(str, [*flags, "--out", out, "--steps", steps, "--save-every", 1000, *more])
+        running.append(subprocess.Popen(
+            [sys.executable, "-c", script, *argv], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        return running[-1]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def wait_for(out, steps, process):
+    deadline = time.time() + 60
+    while time.time() < deadline and process.poll() is None:
+        if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129),
+                                        ("SIGUSR1", 138)])
+def test_signals(start, tmp_path, name, code):
+    """The step is finished, everything is saved, one line says so; a second one changes nothing."""
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for(out, 3, process)
+    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    done = len(rows(out))
+    assert process.returncode == code, err
+    assert f"interrupted after {done} of 5000 steps ({name})" in err.splitlines()[-1]
+    assert resume.newest(out).name == f"{done:08d}"
+    assert str(out / "adapter") in err and adapter.read_adapter(out / "adapter")
+
+
+@pytest.mark.long
+def test_nohup_goes_on(start, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, code="signal.signal(signal.SIGHUP, signal.SIG_IGN)", steps=6)
+    wait_for(out, 2, process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0 and len(rows(out)) == 6
+
+
+@pytest.mark.long
+def test_signal_inside_saving(start, tmp_path):
+    """Ctrl-C, twice, while the adapter is written after the last step: it is written."""
+    code = ("import adapter; real = adapter.save\n"
+            "def save(*a):\n"
+            "    if a[1].name == 'adapter':\n"
+            "        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n"
+            "    return real(*a)\n"
+            "adapter.save = save")
+    process = start(tmp_path / "run", code=code, steps=3)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "after the last of 3 steps" in err
+    assert adapter.read_adapter(tmp_path / "run" / "adapter")
+
+
+@pytest.mark.long
+def test_readers_that_go_away(start, tmp_path):
+    """`2>&1 | head`: training goes on without its reader."""
+    out = tmp_path / "run"
+    process = start(out, steps=6)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(90) == 0 and len(rows(out)) == 6 and (out / "summary.json").exists()
+
+
+@pytest.mark.long
+def test_two_runs_in_one_place(start, flags, tmp_path):
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for(out, 1, process)
+    for more in (["--resume"], ["--overwrite"]):
+        text = failure("train.py", *flags, "--out", out, *more)
+        assert "another process is at work there" in text
+
+
+def test_max_hours(flags, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        command(train.main, *flags, "--max-hours", 1e-9, "--out", tmp_path / "run")
+    assert e.value.code == 0 and len(rows(tmp_path / "run")) == 1
+    command(train.main, "--resume", "--out", tmp_path / "run")
+    assert len(rows(tmp_path / "run")) == STEPS
+
+
+# --- full disks
+
+def test_no_room(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    text = failure("train.py", *flags, "--out", tmp_path / "run")
+    assert re_gb(text) and "0.00 GB are free" in text and "\n" not in text
+
+
+def re_gb(text):
+    return "GB" in text and "states and result need" in text
+
+
+@pytest.mark.long
+def test_a_file_that_cannot_grow(flags, whole, tmp_path):
+    """RLIMIT_FSIZE stands for a full disk: the run stops with one line, the old state is intact."""
+    out = tmp_path / "run"
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+    code = f"{limit}import runpy, sys; runpy.run_path('train.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags), "--out", out], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    assert done.returncode == 1 and resource.RLIMIT_FSIZE
+    (line,) = done.stderr.rpartition("\r")[2].strip().splitlines()
+    assert line.count("not written") == 2 and "GB are free" in line
+    assert not (out / "adapter").exists() and len(rows(out)) <= 4
