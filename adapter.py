@@ -32,7 +32,7 @@ import nf4
 import pissa
 import qpissa
 from formats import peft
-from support.files import replaced, restored, sha256
+from support.files import check_room, replaced, restored, sha256
 
 FACTS, EXTRAS = "pissa.json", "pissa"                                # EXTRAS.safetensors or .bin
 OURS = "adapter_config.json", "adapter_model.*", "pissa.*", "pissa_quantised_from.*"
@@ -190,6 +190,7 @@ def write(directory, pairs, found, extras, task_type=None):
     OSError if it cannot be written."""
     save_file, suffix, _ = peft.writer()
     texts = {"adapter_config.json": peft.config_json(pairs, task_type)}
+    check_room(directory, sum(A.nbytes + B.nbytes for A, B in pairs.values()), "the adapter")
     with replaced(directory, OURS) as tmp:
         try:
             save_file(peft.tensors_of(pairs), tmp / (peft.WEIGHTS + suffix))
@@ -237,9 +238,9 @@ def compress(directory: str | Path, out: str | Path, rank: int | None = None) ->
 def save(net: nn.Module, directory: str | Path, learnt: dict | None = None) -> None:
     """Write the adapter of an injected `net` as a PEFT LoRA, of rank 2r if A_0 and B_0 exist.
 
-    learnt: {"<module>.A": tensor, "<module>.B": tensor}, if other A and B than the present ones are
-    to be written. The LoRA is Delta W, to be added to W. A quantised model computes Q + A B
-    instead. On the full-precision W the outputs differ by what rounding W - A_q B_q to Q lost.
+    learnt: {"<module>.A": tensor, "<module>.B": ...}, if other A and B are to be written. The LoRA
+    is Delta W, to be added to W. A quantised model computes Q + A B instead. On the full-precision
+    W the outputs differ by what rounding W - A_q B_q to Q lost.
     """
     found, pairs, extras, learnt = facts(net), {}, {}, learnt or {}
     for name, m in pissa.layers(net):

@@ -30,7 +30,7 @@ import adapter
 import model
 import pissa
 from formats import CHECKPOINT_FILES, gguf, hf, meta_write, tokenizer
-from support.files import replaced
+from support.files import check_room, replaced
 from support.report import run
 
 # The files of a checkpoint besides weights and numbers: how text becomes tokens, and when to stop.
@@ -195,6 +195,8 @@ def merge(args):
             yield name, converted(name, W, target)
 
     stated = dtype or tensors["model.embed_tokens.weight"]().dtype
+    shapes = model.parameter_shapes(config, len(tensors), source).values()
+    check_room(args.out, stated.itemsize * sum(map(math.prod, shapes)), "the checkpoint")
     write_checkpoint(args.out, source, config, merged(), stated, layout)
     if sums and adapter.codes(sums) != saved.facts["codes"]:
         print("note:", adapter.ROUNDED_ELSEWHERE.format(where))

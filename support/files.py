@@ -25,14 +25,27 @@ def sync(*paths):
 
 
 @contextmanager
+def named(path, tmp=None):
+    """An OSError inside, such as a full disk, names `path`, instead of tmp or of no file."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None:
+            raise OSError(str(e).replace(str(tmp), str(path))) from None
+        e.filename = str(e.filename or path).replace(str(tmp), str(path))
+        raise
+
+
+@contextmanager
 def written(path):
     """`with written(path) as tmp:` write to tmp. It becomes `path` only if nothing went wrong."""
     path = Path(os.path.realpath(path))
     tmp = path.with_name(f".writing-{path.name}")
     try:
-        yield tmp
-        sync(tmp)
-        os.replace(tmp, path)
+        with named(path, tmp):
+            yield tmp
+            sync(tmp)
+            os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -59,7 +72,8 @@ def replaced(directory, patterns=("*",)):
     mine = lock(tmp)
     try:
         empty(tmp)                                             # of what a killed process left
-        yield tmp
+        with named(directory, tmp):
+            yield tmp
         for file in directory.iterdir() if directory.is_dir() else ():
             if not any(map(file.match, patterns)) and not (tmp / file.name).exists():
                 (shutil.copytree if file.is_dir() else shutil.copy2)(file, tmp / file.name)
@@ -113,6 +127,14 @@ def lock(path):
     except OSError:                                            # a file system without locks
         pass
     return fd
+
+
+def check_room(directory, size, what):
+    """OSError if `size` bytes have no room where `directory` is or will be."""
+    there = next(d for d in (Path(directory), *Path(directory).absolute().parents) if d.exists())
+    if (free := shutil.disk_usage(there).free) < size:
+        raise OSError(f"{directory}: {what} takes {size / 1e9:.2g} GB, {free / 1e9:.2g} GB are "
+                      "free")
 
 
 def sha256(path):

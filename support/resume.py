@@ -23,7 +23,7 @@ import torch
 
 import adapter
 from support import parallel
-from support.files import empty, lock, replaced, restored, write_text
+from support.files import check_room, empty, lock, named, replaced, restored, write_text
 
 BEGIN = time.monotonic()
 SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"           # Slurm sends the last before its limit
@@ -104,9 +104,7 @@ def claim(args, net, before):
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     # float32: a parameter and two moments in a state; A, B, A_0, B_0 in an adapter; 16 bits in full
     size = trained * (12 * (args.keep + 1) + (2 if args.method == "full" else 16))
-    if (free := shutil.disk_usage(out).free) < size:
-        raise OSError(f"{out}: states and result need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are "
-                      "free: --keep 1, or another --out")
+    check_room(out, size, f"a run with --keep {args.keep}")
     write_text(out / "args.json", json.dumps(vars(args), indent=2, default=str) + "\n")
     if not measured(args):
         write_text(out / "val.jsonl", json.dumps({"step": 0, **before}) + "\n")
@@ -198,7 +196,8 @@ class Run:
         """After a step: log it, write a state if it is time. Returns a Stop, or None to go on."""
         self.rows.append(row)
         if not parallel.RANK:
-            with open(self.args.out / "log.jsonl", "a") as log:
+            path = self.args.out / "log.jsonl"
+            with named(path), open(path, "a") as log:
                 print(json.dumps(row), file=log)
         step = len(self.rows)
         if stop or step == self.steps or (due or step % self.epoch == 0) and not self.writing():

@@ -1,4 +1,4 @@
-"""Two processes on gloo are one process: the same losses, the same adapter, any start and ending."""
+"""Two processes on gloo are one process: the same losses, adapter and answers."""
 import json
 import os
 import signal
@@ -159,7 +159,7 @@ train.report.run(train.main, "train.py")
 
 @pytest.mark.slow
 def test_the_trap_of_recomputation_around_sharded_layers(flags, tmp_path):
-    """It finds no gradient for weights that are sharded: training stops instead of doing nothing."""
+    """It finds no gradient for sharded weights: training stops instead of learning nothing."""
     (tmp_path / "trap.py").write_text(TRAP)
     process = torchrun(*flags, "--method", "full", "--shard", "--checkpointing", "--out",
                        tmp_path / "run", code=tmp_path / "trap.py")
