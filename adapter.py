@@ -108,8 +108,7 @@ def read_facts(directory):
 
 
 def is_quantised(directory):
-    """True if an adapter belongs to weights in four bits. A model is then loaded layer by layer:
-    `model.load(..., prepare=...)`."""
+    """True if an adapter belongs to weights in four bits: then see `prepare` of model.load."""
     return read_facts(directory)["bits"] == 4
 
 
@@ -242,9 +241,9 @@ def save(net: nn.Module, directory: str | Path, learnt: dict | None = None) -> N
     is Delta W, to be added to W. A quantised model computes Q + A B instead. On the full-precision
     W the outputs differ by what rounding W - A_q B_q to Q lost.
     """
-    found, pairs, extras, learnt = facts(net), {}, {}, learnt or {}
+    found, pairs, extras = facts(net), {}, {}
     for name, m in pissa.layers(net):
-        A, B = (learnt.get(f"{name}.{k}", getattr(m, k)).detach().cpu() for k in "AB")
+        A, B = ((learnt or {}).get(f"{name}.{k}", getattr(m, k)).detach().cpu() for k in "AB")
         if m.A0 is not None:                           # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
             A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
         pairs[name] = A, B

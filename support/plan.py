@@ -279,6 +279,22 @@ def from_arguments(args):
                facts.get("double_quant", True), **more), facts["method"]
 
 
+GATHERED = 3                    # layers that are whole at a time: one computes, two come next
+
+
+def sharded(job, gpus):
+    """The most bytes on each of several GPUs among which the weights are spread (--shard).
+
+    A frozen matrix, or with full everything that is trained, takes 1 / gpus, and the layers that
+    are gathered come on top. A, B and their moments are whole on every GPU.
+    """
+    found = estimate_of(job)
+    spread = 16 * found["trained"] if job.full else found["held"]["frozen matrices"]
+    numbers = sum(a * b for a, b in shapes(job)[0]) // job.config.n_layers
+    one = 4 * numbers if job.full else found["held"]["frozen matrices"] // job.config.n_layers
+    return found["peak"] - spread * (gpus - 1) // gpus + GATHERED * one
+
+
 def peak(args):
     """The bytes that a command line of train.py takes on one GPU."""
     return estimate_of(from_arguments(args)[0])["peak"]
@@ -290,3 +306,5 @@ def show(args):
     less = {name: estimate_of(other)["peak"] for name, change in LESS
             if (other := replace(job, **change)) != job}
     report.plan(args, job, method, estimate_of(job), less)
+    if args.gpus > 1:
+        report.plan_of_gpus(args, estimate_of(job)["peak"], sharded(job, args.gpus))

@@ -280,3 +280,10 @@ def plan(args, job, method, found, less):
     print(f"\nGFLOPs a token  {forward:.3g} forward ({attention:.2g} of them attention), "
           f"{backward:.3g} backward" + (f", {again:.3g} forward again" if again else "")
           + f"\nTFLOPs a step   {tflops:,.1f} for {args.batch} x {job.length} tokens")
+
+
+def plan_of_gpus(args, whole, spread):
+    """Print what each of several GPUs holds: bytes with a copy of the model, and with a part."""
+    print(f"\neach of {args.gpus} GPUs, {args.micro_batch} rows at a time:\n"
+          f"  a copy of the model          {whole / 2**30:.1f} GiB\n"
+          f"  weights spread (--shard)     {spread / 2**30:.1f} GiB")

@@ -21,7 +21,7 @@ import nf4
 import pissa
 import train
 from bench import plot
-from conftest import SMALL, command, failure, register_flash, small_net
+from conftest import ROOT, SMALL, command, failure, register_flash, small_net
 from formats import meta_write
 from support import plan, report
 from svd import grouped_svd
@@ -401,3 +401,24 @@ def test_adapters_that_name_whole_paths(llama2):
     (llama2 / "adapter_config.json").write_text(json.dumps(config))
     text = command(train.main, "--ckpt", "llama2", "--plan", "--adapter", ".")
     assert f"{32 * 2 * 8 * 2 * 4096:,} of them trained" in text
+
+
+def test_several_gpus(capsys):
+    """Measured on two GPUs: bench/results/gpus_h200.json."""
+    found = json.loads((ROOT / "bench/results/gpus_h200.json").read_text())["parts"]
+    job = plan.job_of(model.Config(), rank=128)
+    for part, change in ("shard", {}), ("shard, checkpointing", {"checkpointing": True}):
+        if part in found:
+            expected = replace(job, accumulate=False, **change)
+            assert plan.sharded(expected, 2) / 2**30 == pytest.approx(
+                found[part]["peak_gib"], rel=0.06)
+    assert plan.sharded(job, 8) < plan.sharded(job, 2) < plan.estimate_of(job)["peak"]
+    full = plan.job_of(model.Config(), "full")
+    assert plan.sharded(full, 8) < 0.5 * plan.estimate_of(full)["peak"]
+
+
+def test_gpus_of_the_command_line(capsys):
+    from test_train import parse
+    plan.show(parse("--ckpt", "tiny", "--plan", "--gpus", 4, "--device", "cpu"))
+    text = capsys.readouterr().out
+    assert re.search(r"each of 4 GPUs.*copy of the model +\d.*--shard\) +\d", text, re.DOTALL)
