@@ -29,7 +29,7 @@ import data
 import model
 import pissa
 from support import report
-from support.files import written
+from support.files import named, written
 
 # Of each protocol: the text after the template, the function that reads an answer, and its rule.
 PROTOCOLS = {
@@ -177,7 +177,7 @@ def show_accuracy(net, tok, examples, args):
     header = {"ckpt": args.ckpt, "adapter": args.adapter, **how,
               "sha256": content_hash(net, args.adapter, asked)}
     done = resume(part, header, len(examples))
-    with open(part, "a", encoding="utf-8") as log:
+    with named(part), open(part, "a", encoding="utf-8") as log:
         score, rows = accuracy(net, tok, examples, batch=args.batch, done=done, log=log, **how)
     write_lines(out, rows)
     part.unlink()

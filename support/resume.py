@@ -89,6 +89,10 @@ def claim(args, net, before):
     """
     if parallel.RANK:
         return parallel.agree(None)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    # float32: a parameter and two moments in a state; A, B, A_0, B_0 in an adapter; 16 bits in full
+    size = trained * (12 * (args.keep + 1) + (2 if args.method == "full" else 16))
+    check_room(args.out, size, f"a run with --keep {args.keep}")
     out = restored(args.out)
     out.mkdir(parents=True, exist_ok=True)
     release()
@@ -101,10 +105,6 @@ def claim(args, net, before):
             LOCKS.append(lock(out))
         else:                                     # nothing was finished: OUT.previous is worth more
             empty(out)
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    # float32: a parameter and two moments in a state; A, B, A_0, B_0 in an adapter; 16 bits in full
-    size = trained * (12 * (args.keep + 1) + (2 if args.method == "full" else 16))
-    check_room(out, size, f"a run with --keep {args.keep}")
     write_text(out / "args.json", json.dumps(vars(args), indent=2, default=str) + "\n")
     if not measured(args):
         write_text(out / "val.jsonl", json.dumps({"step": 0, **before}) + "\n")

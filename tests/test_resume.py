@@ -288,13 +288,24 @@ def test_max_hours(flags, tmp_path):
     assert len(rows(tmp_path / "run")) == STEPS
 
 
+@pytest.mark.slow
+def test_faults(tmp_path):
+    """A few of the tries of bench.faults, which takes 20 minutes."""
+    subprocess.run([sys.executable, "-m", "bench.faults", "--kills", "6", "--signals", "4",
+                    "--disks", "5", "--out", tmp_path / "x.json"], cwd=ROOT, check=True)
+    found = json.loads((tmp_path / "x.json").read_text())
+    good = {"as it should be", "ended before it was killed", "ended before the signal",
+            "there was room"}
+    assert all(set(found[what]) <= good for what in ("kills", "signals", "disks"))
+
+
 # --- full disks
 
 def test_no_room(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     text = failure("train.py", *flags, "--out", tmp_path / "run")
     assert "a run with --keep 2 takes 0.00" in text and "1e-06 GB are free" in text
-    assert "\n" not in text
+    assert "\n" not in text and not (tmp_path / "run").exists()
 
 
 @pytest.mark.long
