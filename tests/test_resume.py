@@ -67,11 +67,15 @@ def interrupt(monkeypatch, step, error):
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
 
 
+def slow(*cases):
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("more", [
-    [], ["--checkpointing"], ["--no-packing"], ["--method", "lora"],
-    ["--method", "qpissa", "--quant-iters", 1], ["--method", "full"]], ids=lambda m: " ".join(
-        map(str, m)) or "pissa")
+    ["--method", "qpissa", "--quant-iters", 1, "--checkpointing"], *slow(
+        [], ["--method", "full"], ["--checkpointing"], ["--no-packing"], ["--method", "lora"])],
+    ids=str)
 def test_resumed_is_uninterrupted(flags, whole, tmp_path, monkeypatch, more):
     """After an exception in step 6, everything that the five before it learnt is in a state."""
     expected = whole
@@ -162,7 +166,7 @@ def test_only_the_newest_states_are_kept(flags, tmp_path, monkeypatch):
 
 # --- results that are not finite
 
-@pytest.mark.parametrize("method", ["pissa", "lora", "qlora", "full"])
+@pytest.mark.parametrize("method", ["pissa", *slow("lora", "qlora", "full")])
 def test_a_good_result_survives_a_bad_run(flags, whole, tmp_path, method):
     out = shutil.copytree(whole, tmp_path / "run")
     for _ in range(2):                                               # the second time, too
@@ -219,8 +223,9 @@ def wait_for(out, steps, process):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129),
-                                        ("SIGUSR1", 138)])
+@pytest.mark.parametrize("name, code", [
+    ("SIGTERM", 143), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("SIGINT", 130), ("SIGHUP", 129), ("SIGUSR1", 138)))])
 def test_signals(start, tmp_path, name, code):
     """The step is finished, everything is saved, one line says so; a second one changes nothing."""
     out = tmp_path / "run"
@@ -236,7 +241,7 @@ def test_signals(start, tmp_path, name, code):
     assert str(out / "adapter") in err and adapter.read_adapter(out / "adapter")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_nohup_goes_on(start, tmp_path):
     out = tmp_path / "run"
     process = start(out, code="signal.signal(signal.SIGHUP, signal.SIG_IGN)", steps=6)
@@ -270,7 +275,7 @@ def test_readers_that_go_away(start, tmp_path):
     assert process.wait(90) == 0 and len(rows(out)) == 6 and (out / "summary.json").exists()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_runs_in_one_place(start, flags, tmp_path):
     out = tmp_path / "run"
     process = start(out)
