@@ -128,6 +128,7 @@ def measure(part, tiny, out):
 
 
 def main():
+    """All parts, each in processes of its own; or one, in these processes."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--part", choices=PARTS)

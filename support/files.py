@@ -74,6 +74,8 @@ def replaced(directory, patterns=("*",)):
         empty(tmp)                                             # of what a killed process left
         with named(directory, tmp):
             yield tmp
+        for file in (p for p in tmp.rglob("*") if p.is_file()):
+            file.chmod(tmp.stat().st_mode & 0o666)             # some writers ignore the umask
         for file in directory.iterdir() if directory.is_dir() else ():
             if not any(map(file.match, patterns)) and not (tmp / file.name).exists():
                 (shutil.copytree if file.is_dir() else shutil.copy2)(file, tmp / file.name)
@@ -121,11 +123,10 @@ def lock(path):
     try:
         if fcntl:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise OSError(f"{path}: another process is at work there") from None
-    except OSError:                                            # a file system without locks
-        pass
+    except OSError as e:                       # of another kind: the file system has no locks
+        if isinstance(e, BlockingIOError):
+            os.close(fd)
+            raise OSError(f"{path}: another process is at work there") from None
     return fd
 
 

@@ -18,8 +18,8 @@ from support.files import write_text, written
 
 
 def run(main, name):
-    """main(); an error that is no bug of ours ends the program with one line and exit code 1, a
-    signal with one line and 128 + its number. The program goes on if nobody reads its output."""
+    """main(). An error that is no bug of ours ends the program with one line and exit code 1. A
+    signal ends it with one line and 128 + its number. A closed output does not end it."""
     sys.stdout, sys.stderr = OpenEnded(sys.stdout), OpenEnded(sys.stderr)
     for number in (getattr(signal, n, None) for n in ("SIGTERM", "SIGHUP", "SIGUSR1")):
         if number and signal.getsignal(number) is not signal.SIG_IGN:

@@ -98,12 +98,13 @@ def claim(args, net, before):
     release()
     LOCKS.append(lock(out))
     if args.overwrite and not args.resume:
-        if any((out / name).exists() for name in ("adapter", "checkpoint")):
+        if (out / "summary.json").exists() or not previous(out).exists() and any(
+                (out / name).exists() for name in ("adapter", "checkpoint")):
             shutil.rmtree(previous(out), ignore_errors=True)
             os.rename(out, previous(out))
             out.mkdir()
             LOCKS.append(lock(out))
-        else:                                     # nothing was finished: OUT.previous is worth more
+        else:                                   # not finished: what is in OUT.previous stays there
             empty(out)
     write_text(out / "args.json", json.dumps(vars(args), indent=2, default=str) + "\n")
     if not measured(args):

@@ -50,7 +50,8 @@ def test_an_error_leaves_what_was_there(tmp_path, error):
 def test_file_modes_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        put(tmp_path / "d", "1")
+        with files.replaced(tmp_path / "d") as tmp:
+            (tmp / "a").touch(0o600)                           # as safetensors does
         files.write_text(tmp_path / "f", "1")
     finally:
         os.umask(before)

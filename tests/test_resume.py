@@ -143,6 +143,16 @@ def test_a_run_is_not_replaced_by_accident(flags, whole, tmp_path):
     assert len(rows(out)) == 1 and not resume.previous(out).exists()
 
 
+def test_a_finished_run_outlives_two_unfinished_ones(flags, whole, tmp_path):
+    """A run that was stopped has an adapter, too, but what was finished is worth more."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            command(train.main, *flags, "--out", out, "--overwrite", "--max-hours", 1e-9)
+        assert (out / "adapter").exists()
+        assert_same(whole, resume.previous(out))
+
+
 def test_default_names(flags, tmp_path, monkeypatch):
     """The first free one; with --resume the last that is not."""
     from test_train import parse
