@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+# For train.train by itself: a run that leaves no states.
+NO_STATES = {"save_every": "never", "keep": 1, "resume": False, "max_hours": None}
+
 
 def stamped(result, out=None):
     """The result and what is needed to repeat the measurement, as a JSON line; also in `out`."""

@@ -23,7 +23,7 @@ import data
 import model
 import pissa
 import train
-from bench import report
+from bench import NO_STATES, report
 from bench.bench_generate import twin
 from bench.steps import with_lora
 
@@ -178,7 +178,8 @@ def main():
     theirs = peft_twin(net, theirs, args.rank)
     tok = data.Tokenizer(model.find(args.ckpt) if args.ckpt else Path(args.tokenizer))
     examples = data.encode(data.read(args.data), tok, args.max_length)[0]
-    vars(args).update(lr=2e-5, weight_decay=0.0, warmup=0.03, clip=1.0, seed=0, epochs=1)
+    vars(args).update(lr=2e-5, weight_decay=0.0, warmup=0.03, clip=1.0, seed=0, epochs=1,
+                      method="pissa", **NO_STATES)
     with tempfile.TemporaryDirectory() as scratch:
         args.out = Path(scratch)                                            # of train.train's log
         found = compare(net, theirs, examples, args)

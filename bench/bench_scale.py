@@ -26,7 +26,7 @@ from torch import nn
 import model
 import pissa
 import train
-from bench import stamped
+from bench import NO_STATES, stamped
 from bench.steps import CUDA, DEVICE, SEVEN, TOY, clock, fill, gib, injected
 from support import plan
 
@@ -76,7 +76,7 @@ def step(net, method, rank, rows, length, checkpointing, compiled=False, steps=4
     with tempfile.TemporaryDirectory() as scratch:
         args = SimpleNamespace(batch=rows, micro_batch=rows, no_packing=False, lr=1e-5,
                                weight_decay=0.0, warmup=0.0, clip=1.0, seed=0, epochs=1,
-                               steps=steps, out=Path(scratch))
+                               steps=steps, out=Path(scratch), method=method, **NO_STATES)
         done, stopped = train.train(net, examples, args, nullcontext())
     assert not stopped, stopped
     net.zero_grad()

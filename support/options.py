@@ -148,8 +148,8 @@ def add_optimisation(add):
 
 def add_interruptions(add):
     """What a run leaves if it is interrupted."""
-    add("--save-every", type=interval, default="10m", metavar="N|Nm", help="write a state after so "
-        "many steps, or minutes, and at the end of an epoch; --resume goes on with it")
+    add("--save-every", type=interval, default="10m", metavar="N|Nm|never", help="write a state "
+        "after so many steps, or minutes, and at the end of an epoch; --resume goes on with it")
     add("--keep", type=int, default=2, help="how many states are kept, the newest ones")
     add("--resume", action="store_true", help="go on with the newest state in --out; if there is "
         "none, begin. Arguments that are not given are those of the run")
@@ -159,8 +159,8 @@ def add_interruptions(add):
 
 
 def interval(text):
-    """--save-every: a number of steps, or of minutes with an m."""
-    number = text.removesuffix("m")
+    """--save-every: a number of steps, or of minutes with an m, or: never."""
+    number = "1" if text == "never" else text.removesuffix("m")
     if not (number.isdigit() or text.endswith("m") and number.replace(".", "", 1).isdigit()) or (
             float(number) <= 0):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor, as 10m, of "

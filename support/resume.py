@@ -91,7 +91,8 @@ def claim(args, net, before):
         return parallel.agree(None)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     # float32: a parameter and two moments in a state; A, B, A_0, B_0 in an adapter; 16 bits in full
-    size = trained * (12 * (args.keep + 1) + (2 if args.method == "full" else 16))
+    states = 0 if args.save_every == "never" else args.keep + 1
+    size = trained * (12 * states + (2 if args.method == "full" else 16))
     check_room(args.out, size, f"a run with --keep {args.keep}")
     out = restored(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -189,8 +190,12 @@ class Run:
         hours, every = (time.monotonic() - BEGIN) / 3600, self.args.save_every
         late = self.args.max_hours is not None and hours >= self.args.max_hours
         step = len(self.rows) + 1
-        due = (step % int(every) == 0 if not every.endswith("m") else
-               time.monotonic() - self.saved >= 60 * float(every[:-1]))
+        if every == "never":
+            due = False
+        elif every.endswith("m"):
+            due = time.monotonic() - self.saved >= 60 * float(every[:-1])
+        else:
+            due = step % int(every) == 0
         return [float(bool(ASKED) or late), float(due or self.error is not None)]
 
     def done(self, row, stop, due):
@@ -201,7 +206,9 @@ class Run:
             with named(path), open(path, "a") as log:
                 print(json.dumps(row), file=log)
         step = len(self.rows)
-        if stop or step == self.steps or (due or step % self.epoch == 0) and not self.writing():
+        regular = self.args.save_every != "never" and (
+            step == self.steps or (due or step % self.epoch == 0) and not self.writing())
+        if stop or regular:
             self.save()
         if not stop or step == self.steps and not ASKED:
             return None

@@ -774,7 +774,9 @@ def test_mistakes(flags, tmp_path, argv, message):
     ["--rank", 0], ["--rank", "many"], ["--batch", 0], ["--micro-batch", -1], ["--epochs", 0],
     ["--steps", 0], ["--steps", -3], ["--max-length", 0], ["--max-new-tokens", 0], ["--lr", -1],
     ["--lr", "nan"], ["--clip", 0], ["--niter", -1], ["--niter", "some"], ["--method", "dora"],
-    ["--dtype", "int8"], ["--warmup", -0.5], ["--targets", ""], ["--ranks", 3]])
+    ["--dtype", "int8"], ["--warmup", -0.5], ["--targets", ""], ["--ranks", 3],
+    ["--save-every", 0], ["--save-every", "m"], ["--save-every", "1h"], ["--keep", 0],
+    ["--max-hours", 0], ["--shard", "perhaps"], ["--gpus", 0]])
 def test_numbers_out_of_range(tmp_path, argv):
     """Refused before anything is read; a line of usage and a line that names the flag."""
     text = failure("train.py", "--ckpt", "nowhere", "--out", tmp_path / "out", *argv)
