@@ -97,7 +97,7 @@ def killed(folder, whole, seconds, i):
         shutil.copytree(whole["lora"], out)
     earlier = result(out)
     process = start([*train(folder, kind), *["--overwrite"] * again], out)
-    time.sleep(draw.uniform(0.3, 1.15) * seconds[kind])
+    time.sleep(draw.uniform(0.3, 1.0) * seconds[kind])
     done = process.poll() is not None
     process.kill()
     process.wait()
