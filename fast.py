@@ -250,7 +250,7 @@ def attend(q, k, v, mask):
     return y.reshape(B, H, T, K).transpose(1, 2).reshape(B, T, -1)
 
 
-def attend_packed(attend, q, k, v, mask, where_text, starts, B, T, window):
+def attend_packed(q, k, v, mask, where_text, starts, B, T, window):
     """Attention of B packed texts, each to itself, by flash attention, which takes them packed.
 
     q (1, H, P, K), k and v (1, G, P, K) -> (1, P, H K). On a GPU, in 16 bits: the texts are not

@@ -82,10 +82,10 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """Attention of H query heads to G key/value heads, (B, H or G, T or S, K) -> (B, T, H K).
 
-    mask: (B or 1, 1, T, S), numbers to add to the scores. None: causal if T = S. One new position,
-    T = 1, sees all S.
+    mask: (B or 1, 1, T, S), numbers to add to the scores. None is for T = S, then it is causal, and
+    for one new position, T = 1, which sees all S.
     """
-    causal = True if mask is None and q.shape[2] > 1 else False   # a bool, not one of torch.compile
+    causal = True if mask is None and q.shape[2] > 1 else False   # a bool, even in torch.compile
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                        enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2).flatten(2)
@@ -113,7 +113,7 @@ class Attention(nn.Module):
             k = kv[0].index_copy_(2, index, k)[:, :, :S]                          # (B, G, S, K)
             v = kv[1].index_copy_(2, index, v)[:, :, :S]
         y = (attend(q, k, v, mask) if packed is None                # packed: see `attend_packed`
-             else attend_packed(attend, q, k, v, mask, *packed))                  # (B, T, H K)
+             else attend_packed(q, k, v, mask, *packed))                  # (B, T, H K)
         return self.o_proj(y)                                                     # (B, T, D)
 
 
@@ -169,8 +169,8 @@ class Llama(nn.Module):
 
         cache: from `new_cache`. Then `tokens` are the positions start ... start + T - 1 of it.
         pad: (B,) int64, how many positions at the left of each row are padding, not text.
-        where_text: (P,) int64, ascending, without cache and pad: what is text in tokens.flatten().
-        The rest, at the right of each row, is padding and is left out: the result is (1, P, D).
+        where_text: (P,) int64, ascending indices into tokens.flatten() of what is text; not with
+        cache or pad. The rest, at the right of rows, is left out: the result is (1, P, D).
         """
         tokens, rope, mask, slots, packed = begin(self, tokens, cache, start, pad, where_text)
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)
@@ -223,7 +223,7 @@ def begin(net, tokens, cache, start, pad, where_text):
 
 
 @faster(fast.attend_packed, compiled=True)
-def attend_packed(attend, q, k, v, mask, where_text, starts, B, T, window):
+def attend_packed(q, k, v, mask, where_text, starts, B, T, window):
     """Attention of B texts of at most T tokens, packed into one row: each sees only itself.
 
     q (1, H, P, K), k and v (1, G, P, K) -> (1, P, H K). Here each gets a row of its own again.

@@ -17,7 +17,7 @@ at least float32: a step of 2e-5, the learning rate, would vanish in bfloat16.
     W_res       frozen       (out, in), in the dtype of W; in four bits (QPiSSA) an nf4.NF4
     A, B        A, B         (in, r), (r, out); float32, trained
     A_0, B_0    A0, B0       A and B at initialisation, in host memory
-    A_q, B_q    subtracted   the pair that was subtracted from W. In 16 bits it is A_0, B_0
+    A_q, B_q    subtracted   the pair subtracted from W: A_0, B_0, or in four bits another one
 
 `@faster(f)` names a quicker form of the function below it. Delete the lines `import fast`,
 `from fast import faster` and `@faster(...)`: only speed changes.
@@ -51,11 +51,11 @@ class Options:
     quant_iters: int = 5
     double_quant: bool = True
     last_svd: bool = True
-    remaining: dict = field(default_factory=dict)  # {name: linear} to replace, this one first
-    ready: dict = field(default_factory=dict)      # what fast.in_groups has made of them, (A, B)
+    remaining: dict = field(default_factory=dict)  # {name: linear} not replaced, first the present
+    ready: dict = field(default_factory=dict)      # A, B of some: fast.in_groups works ahead
 
 
-# ------ a method: weight (out, in), options -> frozen, A, B, (A_q, B_q) or None: frozen is weight
+# --- a method: weight (out, in), options -> frozen, A, B, subtracted (None if frozen is weight)
 
 def init_pissa(weight, options):
     """The principal components are trained, W_res is frozen (eq. 2 to 4)."""

@@ -14,8 +14,9 @@ arXiv 0909.4061) get those from a few matrix products:
 
 With a shift a, fewer iterations are enough (dashSVD, arXiv 2404.09276). W W^T - a I multiplies the
 i-th direction by s_i^2 - a. If a <= s_l^2 / 2, |s_i^2 - a| <= s_l^2 - a for i > l: the first l stay
-the largest. If a = s_l^2 / 2 and x = s_i^2 / s_l^2, one iteration tells the i-th from the l-th by
-2 x - 1 instead of x. Near x = 1 this is about x^2: two iterations in one.
+the largest. If a = s_l^2 / 2, one iteration multiplies the i-th direction, relative to the l-th, by
+(s_i^2 - a) / (s_l^2 - a) = 2 x - 1 instead of x = s_i^2 / s_l^2, near x = 1 about x^2: two in one.
+An a that is a little too large costs only some of the p extra columns.
 
     code         Halko et al.   what it is
     W            A              the matrix, (m, n)
@@ -68,8 +69,8 @@ def randomized_svd(W: torch.Tensor, rank: int, *, oversample=32, niter=5, genera
         return fix_signs(U[:, :rank], S[:rank], Vh[:rank])
     omega = gaussian(l, W, generator)                                             # (l, n)
     Y = omega @ W.mT                                        # 1. P = orth(Omega W^T), (l, m)
-    scale = Y.abs().max().clamp(min=1e-38)                  #    W W^T / scale cannot overflow:
-    P, _ = orthonormalise(Y)                                #    a and s_l^2 are divided by it, too
+    scale = Y.abs().max().clamp(min=1e-38)                  #    from here on, s_i^2 and a are in
+    P, _ = orthonormalise(Y)                                #    units of it: nothing can overflow
     a = torch.zeros_like(scale)
     for _ in range(niter):                                  # 2. P <- orth(P (W W^T / scale - a I))
         P, least = orthonormalise((P @ W / scale) @ W.mT - a * P)
@@ -89,7 +90,7 @@ def orthonormalise(Y):
     """An orthonormal basis of the rows of Y (..., l, m), m >= l, and the least |L_ii| (...).
 
     Cholesky QR: Y Y^T = L L^T makes L^-1 Y orthonormal. Householder QR takes over for (nearly)
-    dependent rows. For Y = P M, P orthonormal, the least |L_ii| is about M's l-th singular value.
+    dependent rows. For Y = P (W W^T - a I), the least |L_ii| is about s_l^2 - a.
     """
     Y64 = Y.double()
     L, info = torch.linalg.cholesky_ex(Y64 @ Y64.mT)
@@ -150,9 +151,8 @@ def grouped_svd(Ws, rank, *, oversample=32, niter=5, generator=None):
     """`randomized_svd` of a list of matrices (m, n) of one shape and dtype: three times as fast.
 
     One after another, a GPU mostly waits for small factorisations. Here those run as one batch. The
-    large products run one by one: a batch would copy all W. (float16, and bfloat16 on a CPU, is
-    copied into float32.) All share one Omega. A result is the same in any group, up to rounding.
-    Returns U (b, m, r), S (b, r), Vh (b, r, n).
+    large products run one by one: a batch would copy all W. (float16, and bfloat16 on a CPU, is.)
+    All share one Omega. Returns U (b, m, r), S (b, r), Vh (b, r, n), the same up to rounding.
     """
     if len({(W.shape, W.dtype) for W in Ws}) != 1:
         raise ValueError("a group is at least one matrix, and all have one shape and dtype")

@@ -177,7 +177,7 @@ def test_attend_packed(monkeypatch, precision, way, G, window):
     mask = torch.zeros(1, 1, T, T).masked_fill(~seen, -torch.inf).to(dtype) if window else None
 
     def form(attend_packed):
-        return lambda q, k, v: attend_packed(model.attend, q, k, v, mask, where, starts, 3, T,
+        return lambda q, k, v: attend_packed(q, k, v, mask, where, starts, 3, T,
                                              window)
 
     function = form(model.attend_packed)

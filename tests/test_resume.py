@@ -166,6 +166,7 @@ def test_default_names(flags, tmp_path, monkeypatch):
     assert str(parse("--ckpt", ROOT / "checkpoints" / "tiny", "--resume").out) == names[2]
 
 
+@pytest.mark.slow
 def test_only_the_newest_states_are_kept(flags, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         interrupt(monkeypatch, 8, RuntimeError())
@@ -275,7 +276,7 @@ def test_signal_inside_saving(start, tmp_path):
     assert adapter.read_adapter(tmp_path / "run" / "adapter")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_readers_that_go_away(start, tmp_path):
     """`2>&1 | head`: training goes on without its reader."""
     out = tmp_path / "run"
@@ -295,6 +296,7 @@ def test_two_runs_in_one_place(start, flags, tmp_path):
         assert "another process is at work there" in text
 
 
+@pytest.mark.slow
 def test_max_hours(flags, tmp_path):
     with pytest.raises(SystemExit) as e:
         command(train.main, *flags, "--max-hours", 1e-9, "--out", tmp_path / "run")
