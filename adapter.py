@@ -156,8 +156,7 @@ class Saved:
 
 
 def frozen_of(W, subtracted, bits, double_quant):
-    """W (out, in), or Q in four bits, less a pair that is subtracted from it, unless that is None.
-    """
+    """What is frozen of W (out, in), in 16 or 4 bits: W less the pair `subtracted`, if any."""
     if bits == 4:
         return (qpissa.rounded(W, *subtracted, double_quant) if subtracted
                 else nf4.quantize(W, double_quant))

@@ -29,7 +29,8 @@ import data
 import model
 import pissa
 from support import report
-from support.files import named, written
+from support.files import named
+from support.report import write_lines
 
 # Of each protocol: the text after the template, the function that reads an answer, and its rule.
 PROTOCOLS = {
@@ -123,14 +124,6 @@ def load_model(ckpt, tok, device=None, dtype=None, prepare=None):
         raise ValueError(f"{model.find(ckpt)}: the tokenizer has {tok.vocab_size} tokens, but "
                          f"the model embeds {net.config.vocab_size}: they do not belong together")
     return net
-
-
-def write_lines(path, rows):
-    """Write a jsonl file; it appears when all rows are written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), file=file)
 
 
 def resume(part, header, count):

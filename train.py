@@ -112,12 +112,12 @@ def train(net, examples, args, autocast):
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
     parallel.overlap(params)
-    with resume.Run(net, optimizer, args, examples, steps) as run:
-        done = len(run.rows)                          # not 0 if an interrupted run goes on
-        batches = all_batches(examples, args, range(done, steps))
+    with resume.Run(net, optimizer, args, examples, steps) as run, tqdm(
+            desc="train", initial=len(run.rows), total=steps, unit="step") as bar:
+        todo = range(len(run.rows), steps)            # not from 0 if an interrupted run goes on
+        batches = all_batches(examples, args, todo)
         ahead = next(batches, None)
-        bar = tqdm(range(done, steps), "train", initial=done, total=steps, unit="step")
-        for step in bar:
+        for step in todo:
             start, (batch, parts, dealt) = time.perf_counter(), ahead
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
             learnt, total = sum(len(ids) - n_prompt for ids, n_prompt in batch), 0.0
@@ -134,7 +134,6 @@ def train(net, examples, args, autocast):
             loss, norm, *wishes = parallel.floats(total, norm, *wishes)
             for name, value in ("loss", loss), ("gradient norm", norm):
                 if not math.isfinite(value):                   # stop before it spoils the weights
-                    bar.close()
                     return run.rows, resume.Stop(
                         f"the {name} is {value} at step {step + 1}: lower --lr", 1)
             optimizer.step()
@@ -144,8 +143,8 @@ def train(net, examples, args, autocast):
                    "seconds": time.perf_counter() - start}
             bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}",
                             tok_s=f"{row['tokens'] / row['seconds']:,.0f}")
+            bar.update()
             if stopped := run.done(row, *wishes):
-                bar.close()
                 return run.rows, stopped
     return run.rows, None
 
@@ -283,8 +282,8 @@ def fine_tune(args):
     full = args.method == "full"
     mixed = full and not args.dtype and model.has_bfloat16(device)
     autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
-    before = resume.measured(args) or evaluate(net, tok, val, val_texts, test, args, autocast,
-                                               "before")
+    earlier = resume.measured(args)                   # if an interrupted run goes on
+    before = earlier or evaluate(net, tok, val, val_texts, test, args, autocast, "before")
     if prepared:
         print(f"step 0: validation loss {before['loss']:.4f}"
               + ", with the weights in four bits" * quantised)
@@ -293,7 +292,7 @@ def fine_tune(args):
     report.advise(net, examples, args)
     if args.compile and not parallel.SHARDED:
         compile_layers(net)
-    if not full and not prepared and not resume.measured(args):
+    if not full and not prepared and not earlier:
         loss = validation_loss(net, val, args, autocast)
         print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
         if not args.adapter and abs(loss - before["loss"]) > 0.02 * before["loss"]:

@@ -23,7 +23,7 @@ import torch
 import model
 import train
 from bench import stamped
-from bench.steps import DTYPE, SEVEN, SEVENTY, TOY, random_matrix
+from bench.steps import CUDA, DTYPE, SEVEN, SEVENTY, TOY, fill, gib, random_matrix
 from support import options, parallel, resume
 
 # name: (processes, None: all; steps, arguments of train.py)
@@ -59,11 +59,7 @@ def network(config, args):
     whole = not parallel.SHARDED and args.method == "pissa"
     if not whole:
         train.prepare(net, args, seconds, read)
-    for name, p in list(net.named_parameters()):
-        if p.is_meta:
-            module, _, leaf = name.rpartition(".")
-            setattr(net.get_submodule(module), leaf,
-                    torch.nn.Parameter(read(module, leaf), requires_grad=False))
+    fill(net)
     if whole:
         train.prepare(net, args, seconds)
     if parallel.SHARDED:
@@ -82,7 +78,7 @@ def measure(part, tiny, out):
             "--save-every", "1000", *more, "--out", run]
     with mock.patch.object(sys, "argv", argv + ["--rank", "4"] * tiny):
         args = options.for_train("")
-    args.device = parallel.start(None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = parallel.start(None) or ("cuda" if CUDA else "cpu")
     args.out = parallel.agree(args.out)
     parallel.choose(args.shard if args.shard == "yes" else "no", None)
     config = SEVENTY if "70B" in part else SEVEN
@@ -91,9 +87,8 @@ def measure(part, tiny, out):
     net, init = network(config, args)
     frozen = sum(parallel.local(p).nbytes for n, p in net.named_parameters()
                  if not p.requires_grad)
-    loaded = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    peak_loading = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    if torch.cuda.is_available():
+    loaded, peak_loading = gib("memory_allocated"), gib("max_memory_allocated")
+    if CUDA:
         torch.cuda.reset_peak_memory_stats()
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.vocab_size, (steps * args.batch, LENGTH + 1), generator=g)
@@ -109,14 +104,13 @@ def measure(part, tiny, out):
     assert not stopped and len(rows) == steps
     each = [b - a for a, b in zip(times, times[1:])]
     step = statistics.median(each[min(WARM, steps // 2):])
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    memory = max(parallel.everyone(memory))
+    memory = max(parallel.everyone(gib("max_memory_allocated")))
     if parallel.RANK:
         return parallel.end()
     found = {"gpus": parallel.WORLD, "ms": 1e3 * step, "each_ms": [1e3 * t for t in each],
              "tokens_per_second": ROWS * parallel.WORLD * LENGTH / step,
-             "peak_gib": memory / 2**30, "loaded_gib": loaded / 2**30,
-             "peak_loading_gib": peak_loading / 2**30, "frozen_bytes_per_gpu": frozen,
+             "peak_gib": memory, "loaded_gib": loaded,
+             "peak_loading_gib": peak_loading, "frozen_bytes_per_gpu": frozen,
              "init_seconds": init, "loss": [r["loss"] for r in rows],
              "state_bytes": sum(f.stat().st_size for f in Path(run).rglob("state.pt")),
              "arguments": argv[1:-2]}

@@ -27,6 +27,7 @@ def sync(*paths):
 @contextmanager
 def named(path, tmp=None):
     """An OSError inside, such as a full disk, names `path`, instead of tmp or of no file."""
+    tmp = tmp or path
     try:
         yield
     except OSError as e:

@@ -13,7 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
-if os.environ.get("RANK", "0") != "0":                 # of several processes, one shows progress
+SPEAKS = os.environ.get("RANK", "0") == "0"             # of several processes, one shows progress
+if not SPEAKS:
     os.environ["TQDM_DISABLE"] = "1"
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # torch's; numpy is not needed
 
@@ -198,7 +199,7 @@ def for_train(doc):
         args = p.parse_args(demo() + given + ["--resume"] * args.resume)
     name = "demo" if is_demo else f"{Path(args.ckpt or '').name}-{args.method}"
     args.out = directory_of(args, name)
-    if is_demo and os.environ.get("RANK", "0") == "0":
+    if is_demo and SPEAKS:
         print("the demo, since no --ckpt was given; spelled out:\n  python train.py "
               + shlex.join([*demo(), "--out", str(args.out), *given]))
     if args.resume and (stored := args.out / "args.json").is_file():
@@ -252,8 +253,7 @@ def check_out(p, args):
             Path(path).resolve() for path in (args.ckpt, args.adapter or args.ckpt)}:
         p.error(f"{target} is read by this command: choose another --out")
     left = [n for n in ("adapter", "checkpoint", "states") if (args.out / n).exists()]
-    if left and not (args.resume or args.overwrite or args.plan) and (
-            os.environ.get("RANK", "0") == "0"):
+    if left and SPEAKS and not (args.resume or args.overwrite or args.plan):
         p.error(f"{args.out} holds a run ({', '.join(left)}): --resume goes on with it, "
                 "--overwrite begins again")
 

@@ -1,14 +1,14 @@
 """Several processes: `torchrun --nproc-per-node N train.py ...`. No other file knows of them.
 
     replicas   Every process holds all frozen weights. One all-reduce a step adds up the gradients.
-    sharded    Every process holds 1/N of every tensor (FSDP2). A layer is gathered when it is used.
+    sharded    Every process holds 1/N of every large frozen matrix, and with full of every weight
+               (FSDP2). A layer is gathered when it is used.
 
 Each process computes its share of a batch's micro-batches. The loss is a sum over the learnt tokens
 of the whole batch, so gradients are added, not averaged. The decomposition is dealt out, too.
 """
 import os
 import sys
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,6 @@ import pissa
 
 RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 SHARDED, MESH = False, None         # whether weights are sharded, and among which processes
 
 
@@ -65,12 +64,6 @@ def end():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def say(text):
-    """Print a line, once."""
-    if not RANK:
-        print(text)
 
 
 def agree(value):
@@ -121,6 +114,7 @@ def deal(parts):
 
 BUCKET = 2**24                      # numbers of gradients that are sent together
 LAST, READY, SENT = False, [], []   # in the last backward: gradients to be sent, messages under way
+WAITING = 0                         # numbers in READY
 
 
 def overlap(params):
@@ -132,14 +126,18 @@ def overlap(params):
 
 def ready(p):
     """A gradient is complete: send it, with others."""
+    global WAITING
     if LAST:
         READY.append(p)
-        if sum(map(torch.Tensor.numel, READY)) >= BUCKET:
+        WAITING += p.numel()
+        if WAITING >= BUCKET:
             send()
 
 
 def send():
     """Begin to add up the gradients in READY."""
+    global WAITING
+    WAITING = 0
     if READY:
         flat = torch.cat([p.grad.flatten() for p in READY])
         SENT.append((dist.all_reduce(flat, async_op=True), *READY))
@@ -163,9 +161,9 @@ def add_up(params, *numbers):
     device = local(params[0]).device                       # (a copy to it would wait for the GPU)
     numbers = torch.stack([n if isinstance(n, torch.Tensor) else torch.full((), n, device=device)
                            for n in numbers])
-    sent = {p for _, *those in SENT for p in (*those, *READY)}
+    begun = {*READY, *(p for _, *those in SENT for p in those)}
     for p in params:                       # no backward was the last one of all processes
-        if p not in sent and local(p) is p:
+        if p not in begun and local(p) is p:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             READY.append(p)
     send()
@@ -207,11 +205,9 @@ def whole(t):
 
 
 def gathered(value):
-    """Nested dicts and lists with whole tensors."""
+    """Nested dicts with whole tensors."""
     if isinstance(value, dict):
         return {k: gathered(v) for k, v in value.items()}
-    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return [gathered(v) for v in value]
     return whole(value) if isinstance(value, torch.Tensor) else value
 
 
@@ -225,11 +221,11 @@ def put(target, value):
     return target.copy_(value)
 
 
-def shard(module, net, read, args):
-    """Spread a layer over all processes, when its last weights are read. What is small or trained
-    beside frozen weights stays whole everywhere."""
+def shard(prefix, net, read, args):
+    """Spread a layer, by its name, over all processes, when its last weights are read. What is
+    small or trained beside frozen weights stays whole everywhere."""
     from torch.distributed.fsdp import fully_shard
-    prefix = next(n for n, m in net.named_modules() if m is module)
+    module = net.get_submodule(prefix)
     for name, m in list(module.named_modules()):
         for leaf, p in list(m.named_parameters(recurse=False)):
             if p.is_meta:
@@ -244,9 +240,9 @@ def shard(module, net, read, args):
         module.forward = torch.compile(module.forward)
     if args.checkpointing:
         module.forward = partial(model.checkpointed, Inside(module))
-    whole = {p for n, p in module.named_parameters() if args.method != "full" and (
+    ignored = {p for n, p in module.named_parameters() if args.method != "full" and (
         p.requires_grad or p.ndim < 2 or n.endswith((".absmax", ".scale", ".mean")))}
-    add_not_average(fully_shard(module, mesh=MESH, ignored_params=whole))
+    add_not_average(fully_shard(module, mesh=MESH, ignored_params=ignored))
 
 
 class Inside:
@@ -272,30 +268,27 @@ def sharding(net, read, args):
     global MESH
     from torch.distributed.device_mesh import init_device_mesh
     MESH = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (WORLD,))
-    todo = dict(enumerate(net.model.layers))
-
-    def begun(i):
-        for j in [j for j in todo if j == begun.last and j != i]:
-            shard(todo.pop(j), net, read, args)
-        begun.last = i
+    todo, begun = [f"model.layers.{i}" for i in range(len(net.model.layers))], []
 
     def reading(name, leaf="weight"):
-        begun(int(name.split(".")[2]) if name.startswith("model.layers.") else None)
+        layer = ".".join(name.split(".")[:3])
+        if begun and layer != begun[0]:
+            todo.remove(begun[0])
+            shard(begun.pop(), net, read, args)
+        if not begun and layer in todo:
+            begun.append(layer)
         return read(name, leaf)
 
     def finish():
-        for layer in todo.values():
+        for layer in todo:
             shard(layer, net, read, args)
-        todo.clear()
 
-    begun.last = None
     return reading, finish
 
 
 def shard_root(net):
     """Shard what is left of a network whose layers are: embedding, last norm, head."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    warnings.filterwarnings("ignore", ".*inference.*", UserWarning)
     add_not_average(fully_shard(net, mesh=MESH, reshard_after_forward=False))
     register_fsdp_forward_method(net, "hidden")
     layers = list(net.model.layers)

@@ -305,6 +305,7 @@ def show(args):
     job, method = from_arguments(args)
     less = {name: estimate_of(other)["peak"] for name, change in LESS
             if (other := replace(job, **change)) != job}
-    report.plan(args, job, method, estimate_of(job), less)
+    found = estimate_of(job)
+    report.plan(args, job, method, found, less)
     if args.gpus > 1:
-        report.plan_of_gpus(args, estimate_of(job)["peak"], sharded(job, args.gpus))
+        report.plan_of_gpus(args, found["peak"], sharded(job, args.gpus))

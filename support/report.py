@@ -32,11 +32,18 @@ def run(main, name):
                 raise
             traceback.print_exc()
             line = f"{type(e).__name__}: {e}".splitlines()[0]
-        line = f"{name}: {line}" + getattr(e, "saved", "")
-        if not isinstance(e, KeyboardInterrupt):
-            sys.exit(line)
-        print(line, file=sys.stderr)
-        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
+        code = 1
+        if isinstance(e, KeyboardInterrupt):
+            code = 128 + (e.args[0] if e.args else signal.SIGINT)
+        leave(f"{name}: {line}" + getattr(e, "saved", ""), code)
+
+
+def leave(line, code):
+    """End the program with a line on stderr."""
+    if code == 1:
+        sys.exit(line)
+    print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def one_line(e):
@@ -56,12 +63,9 @@ def one_line(e):
 def stop(stopped, text):
     """End train.py. stopped: a resume.Stop."""
     parallel.end()
-    line = f"train.py: {stopped.reason}; {text}"
-    if stopped.code == 1 and not parallel.RANK:
-        sys.exit(line)
-    if not parallel.RANK:
-        print(line, file=sys.stderr)
-    sys.exit(stopped.code)
+    if parallel.RANK:
+        sys.exit(stopped.code)
+    leave(f"train.py: {stopped.reason}; {text}", stopped.code)
 
 
 def interrupted(number, frame):
@@ -102,6 +106,14 @@ class OpenEnded:
 def write_json(path, content):
     """Write a dict to a file, which appears when it is complete."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_lines(path, rows):
+    """Write a jsonl file; it appears when all rows are written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), file=file)
 
 
 # ---------------------------------------------------------------------------- an injected network
@@ -208,9 +220,9 @@ def summarise(rows, before, after, args, seconds, device, accuracy_by):
                "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu else 0,
                "before": before, "after": after, "accuracy_by": accuracy_by}
     if not parallel.RANK:
-        measured = [json.loads(x) for x in (args.out / "val.jsonl").read_text().splitlines()]
+        measured = [json.loads(x) for x in (args.out / "val.jsonl").read_text("utf-8").splitlines()]
         measured = [m for m in measured if m["step"] < len(rows)] + [{"step": len(rows), **after}]
-        write_text(args.out / "val.jsonl", "".join(json.dumps(m) + "\n" for m in measured))
+        write_lines(args.out / "val.jsonl", measured)
         write_json(args.out / "summary.json", summary)
     print_summary(summary, args)
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 
 import adapter
-from support import parallel
-from support.files import check_room, empty, lock, named, replaced, restored, write_text
+from support import parallel, report
+from support.files import check_room, empty, lock, named, replaced, restored
 
 BEGIN = time.monotonic()
 SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"           # Slurm sends the last before its limit
@@ -76,7 +76,7 @@ def start_of(out):
 def measured(args):
     """What `train.evaluate` found before the first step of a run that goes on, or None."""
     if args.resume and newest(args.out) and (path := args.out / "val.jsonl").is_file():
-        row = json.loads(path.read_text().splitlines()[0])
+        row = json.loads(path.read_text("utf-8").splitlines()[0])
         return {k: row[k] for k in ("loss", "answers", "accuracy")}
     return None
 
@@ -107,9 +107,9 @@ def claim(args, net, before):
             LOCKS.append(lock(out))
         else:                                   # not finished: what is in OUT.previous stays there
             empty(out)
-    write_text(out / "args.json", json.dumps(vars(args), indent=2, default=str) + "\n")
+    report.write_json(out / "args.json", vars(args))
     if not measured(args):
-        write_text(out / "val.jsonl", json.dumps({"step": 0, **before}) + "\n")
+        report.write_lines(out / "val.jsonl", [{"step": 0, **before}])
     parallel.agree(None)
 
 
@@ -161,7 +161,7 @@ class Run:
         if args.resume and (path := newest(args.out)):
             self.put_back(path)
         if not parallel.RANK:                     # half a line may be its end, or rows too many
-            write_text(args.out / "log.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows))
+            report.write_lines(args.out / "log.jsonl", self.rows)
 
     def put_back(self, path):
         """Go on with a state. ValueError if it is of other data or arguments."""
@@ -183,7 +183,7 @@ class Run:
                 if key != "step":
                     kept[key] = parallel.put(torch.empty_like(of[i]), value)
         self.optimizer.load_state_dict(state["optimizer"])
-        parallel.say(f"going on with {path}, after step {self.at} of {self.steps}")
+        print(f"going on with {path}, after step {self.at} of {self.steps}")
 
     def wishes(self):
         """[1 if this process wants to stop, 1 if it wants a state to be written]."""
@@ -242,12 +242,10 @@ class Run:
         self.thread.start()
 
     def to_host(self, value, path=()):
-        """A copy in host memory of nested dicts and lists. Its page-locked memory is kept for the
-        next copy, so that the GPU copies without waiting for anyone."""
+        """A copy in host memory of nested dicts. Its page-locked memory is kept for the next copy,
+        so that the GPU copies without waiting for anyone."""
         if isinstance(value, dict):
             return {k: self.to_host(v, (*path, k)) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self.to_host(v, (*path, i)) for i, v in enumerate(value)]
         if not isinstance(value, torch.Tensor):
             return value
         if path not in self.buffers:
@@ -318,7 +316,7 @@ def finite(net):
 
 
 def size_of(value):
-    """Bytes of the tensors in nested dicts and lists."""
-    if isinstance(value, (dict, list)):
-        return sum(map(size_of, value.values() if isinstance(value, dict) else value))
+    """Bytes of the tensors in nested dicts."""
+    if isinstance(value, dict):
+        return sum(map(size_of, value.values()))
     return value.nbytes if isinstance(value, torch.Tensor) else 0
