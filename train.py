@@ -66,6 +66,12 @@ def loss_sum(net, tokens, labels, where_text=None):
     return loss_of(net.lm_head, x, send(labels[learnt]))
 
 
+@faster(fast.joined)
+def joined(weights):
+    """The parameters that the optimizer trains."""
+    return weights
+
+
 def micro_batches(batch, longest, args):
     """Micro-batches, none larger than args.micro_batch examples with `longest` tokens each."""
     made = data.micro_batches(batch, args.micro_batch * longest)
@@ -108,7 +114,7 @@ def all_batches(examples, args, steps):
 
 def train(net, examples, args, autocast):
     """The loop. Returns the rows of log.jsonl, and None or the resume.Stop that ended it early."""
-    params = list(parallel.trained(net).values())
+    params = joined(list(parallel.trained(net).values()))
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
     parallel.overlap(params)
@@ -127,7 +133,7 @@ def train(net, examples, args, autocast):
                     loss = loss_sum(net, *part) / learnt
                 loss.backward()
                 total += loss.detach()
-            assert not parts or all(p.grad is not None for p in params), "a gradient is missing"
+            assert not parts or parallel.complete(params), "a gradient is missing"
             total, *wishes = parallel.add_up(params, total, *run.wishes())
             norm = parallel.whole(torch.nn.utils.clip_grad_norm_(params, args.clip))
             ahead = next(batches, None)           # while the GPU works: the next line waits for it
@@ -215,8 +221,7 @@ def prepare(net, args, seconds, read=None):
         report.injected(net)
     if finish:
         finish()
-    else:
-        net.checkpointing = args.checkpointing
+    net.checkpointing = args.checkpointing and not parallel.MESH
     seconds["init"] = time.perf_counter() - begin
 
 
@@ -247,7 +252,7 @@ def compile_layers(net, **options):
     """
     torch._functorch.config.activation_memory_budget = 0.9
     for layer in net.model.layers:
-        layer.compile(**options)
+        layer.forward = torch.compile(layer.forward, **options)
 
 
 def save(net, args):
@@ -290,7 +295,7 @@ def fine_tune(args):
     else:
         prepare(net, args, seconds)
     report.advise(net, examples, args)
-    if args.compile and not parallel.SHARDED:
+    if args.compile and not parallel.MESH:
         compile_layers(net)
     if not full and not prepared and not earlier:
         loss = validation_loss(net, val, args, autocast)

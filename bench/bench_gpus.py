@@ -64,7 +64,7 @@ def network(config, args):
         train.prepare(net, args, seconds)
     if parallel.SHARDED:
         parallel.shard_root(net)
-    elif args.compile:
+    if args.compile and not parallel.MESH:
         train.compile_layers(net)
     return net, seconds["init"]
 
@@ -85,9 +85,9 @@ def measure(part, tiny, out):
     if tiny:
         config = replace(config, **TOY)
     net, init = network(config, args)
-    frozen = sum(parallel.local(p).nbytes for n, p in net.named_parameters()
-                 if not p.requires_grad)
     loaded, peak_loading = gib("memory_allocated"), gib("max_memory_allocated")
+    frozen = CUDA and 2**30 * loaded - sum(parallel.local(p).nbytes for p in net.parameters()
+                                           if p.requires_grad)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     g = torch.Generator().manual_seed(0)

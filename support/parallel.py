@@ -1,8 +1,8 @@
 """Several processes: `torchrun --nproc-per-node N train.py ...`. No other file knows of them.
 
     replicas   Every process holds all frozen weights. One all-reduce a step adds up the gradients.
-    sharded    Every process holds 1/N of every large frozen matrix, and with full of every weight
-               (FSDP2). A layer is gathered when it is used.
+    sharded    Every process holds 1/N of every layer's frozen weights (`Spread`), or with full of
+               all weights (FSDP2). A layer is gathered while the one before it is computed.
 
 Each process computes its share of a batch's micro-batches. The loss is a sum over the learnt tokens
 of the whole batch, so gradients are added, not averaged. The decomposition is dealt out, too.
@@ -16,6 +16,7 @@ from importlib import import_module
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 import adapter
@@ -25,7 +26,7 @@ import pissa
 
 RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-SHARDED, MESH = False, None         # whether weights are sharded, and among which processes
+SHARDED, MESH = False, None         # whether weights are sharded; with full, by FSDP2 among MESH
 
 
 def start(device):
@@ -59,11 +60,15 @@ def choose(wish, peak):
               "the weights are spread over all of them" if SHARDED else "each has a copy"))
 
 
-def end():
-    """Part from the others, when all have come to the end."""
+def end(code=0):
+    """Part from the others, when all have come to the end. In a process group, this ends the
+    program: without os._exit, torch 2.13's gloo aborts one exit in ten, after all is done."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def agree(value):
@@ -84,17 +89,17 @@ def everyone(value):
 
 def share(items):
     """This process's part of a list. Sharded weights need all processes together: all of it."""
-    return items if MESH else items[RANK::WORLD]
+    return items if SHARDED else items[RANK::WORLD]
 
 
 def union(items):
     """The list that `share` has cut, in another order."""
-    return items if MESH else sum(everyone(items), [])
+    return items if SHARDED else sum(everyone(items), [])
 
 
 def generation():
     """A context for `model.generate`: the layers of sharded weights cannot be recorded."""
-    if not MESH:
+    if not SHARDED:
         return nullcontext()
     import fast
     return fast.off()
@@ -106,71 +111,95 @@ def deal(parts):
     """This process's micro-batches. Sharded weights are gathered by all processes together, so each
     has equally many then, and the last may have nothing to learn."""
     mine = parts[RANK::WORLD]
-    if MESH and len(mine) < -(-len(parts) // WORLD):
+    if SHARDED and len(mine) < -(-len(parts) // WORLD):
         tokens, labels, _ = parts[-1]
         mine.append((tokens[:1], torch.full_like(labels[:1], -100), None))
     return mine
 
 
-BUCKET = 2**24                      # numbers of gradients that are sent together
-LAST, READY, SENT = False, [], []   # in the last backward: gradients to be sent, messages under way
-WAITING = 0                         # numbers in READY
+LAST, COUNT, SENT = False, {}, {}   # whether this backward is a step's last one; gradients of
+                                    # its parts that a parameter has; messages under way
+
+
+def parts(p):
+    """The parameters of the network that one of the optimizer's is made of: see `fast.joined`."""
+    return getattr(p, "parts", [p])
+
+
+def split(p, value):
+    """What AdamW keeps for p, for each of its parts."""
+    mine = parts(p)
+    if mine == [p] or not value.ndim:                                     # or the number of steps
+        return [value] * len(mine)
+    pieces = value.split([part.numel() for part in mine])
+    return [piece.view_as(part) for piece, part in zip(pieces, mine, strict=True)]
+
+
+def joined(p, values):
+    """What AdamW keeps for p, of what belongs to its parts."""
+    return values[0] if parts(p) == [p] else torch.cat([v.flatten() for v in values])
 
 
 def overlap(params):
     """Add up gradients over all processes while the last backward of a step computes the others."""
     for p in params if WORLD > 1 else ():
         if local(p) is p:                                   # FSDP2 does it for those it shards
-            p.register_post_accumulate_grad_hook(ready)
+            for part in parts(p):
+                part.register_post_accumulate_grad_hook(partial(ready, p))
 
 
-def ready(p):
-    """A gradient is complete: send it, with others."""
-    global WAITING
-    if LAST:
-        READY.append(p)
-        WAITING += p.numel()
-        if WAITING >= BUCKET:
-            send()
+def ready(p, part):
+    """The gradient of a part of p is complete."""
+    COUNT[p] = COUNT.get(p, 0) + LAST
+    if COUNT[p] == len(parts(p)):
+        send(p)
 
 
-def send():
-    """Begin to add up the gradients in READY."""
-    global WAITING
-    WAITING = 0
-    if READY:
-        flat = torch.cat([p.grad.flatten() for p in READY])
-        SENT.append((dist.all_reduce(flat, async_op=True), *READY))
-        for p, g in zip(READY, flat.split([p.numel() for p in READY]), strict=True):
-            p.grad = g.view_as(p)
-        READY.clear()
+def complete(params):
+    """True if all gradients of this process's micro-batches are there, or under way."""
+    return all(p in SENT or all(part.grad is not None for part in parts(p)) for p in params)
+
+
+def send(p):
+    """Begin to add up the gradient of p over all processes, and first collect it from its parts."""
+    for part in parts(p):      # there is none if no micro-batch was left for this process
+        part.grad = torch.zeros_like(part) if part.grad is None else part.grad
+    collect(p)
+    if local(p) is p and WORLD > 1:
+        SENT[p] = dist.all_reduce(p.grad, async_op=True)
+
+
+def collect(p):
+    """The gradient of p is that of its parts."""
+    if parts(p) != [p]:
+        p.grad = torch.cat([part.grad.flatten() for part in p.parts])
+        for part in p.parts:
+            part.grad = None
 
 
 def before_backward(net, last):
     """last: whether it is a step's last backward, and every process has one."""
     global LAST
-    LAST = last and WORLD > 1
+    LAST = last
     if MESH:
         net.set_requires_gradient_sync(last)
 
 
 def add_up(params, *numbers):
     """Add up gradients, and numbers (tensors or floats), over all processes: the numbers."""
+    for p in params:                       # no backward was the last one of all processes
+        if p not in SENT:
+            send(p)
     if WORLD == 1:
         return numbers
     device = local(params[0]).device                       # (a copy to it would wait for the GPU)
     numbers = torch.stack([n if isinstance(n, torch.Tensor) else torch.full((), n, device=device)
                            for n in numbers])
-    begun = {*READY, *(p for _, *those in SENT for p in those)}
-    for p in params:                       # no backward was the last one of all processes
-        if p not in begun and local(p) is p:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            READY.append(p)
-    send()
     dist.all_reduce(numbers)
-    for work, *_ in SENT:
+    for work in SENT.values():
         work.wait()
     SENT.clear()
+    COUNT.clear()
     return numbers.unbind()
 
 
@@ -221,28 +250,80 @@ def put(target, value):
     return target.copy_(value)
 
 
-def shard(prefix, net, read, args):
-    """Spread a layer, by its name, over all processes, when its last weights are read. What is
-    small or trained beside frozen weights stays whole everywhere."""
-    from torch.distributed.fsdp import fully_shard
+class Spread:
+    """Frozen weights of layers: each process keeps 1/N of a layer's bytes, in one row.
+
+    Two `places` hold a whole layer each. While one layer is computed, the next one comes to the
+    other place. Parameters are views of their place, so what came need not be copied.
+    """
+
+    def __init__(self):
+        self.layers, self.places, self.held, self.coming = [], [], [None, None], [None, None]
+
+    def add(self, layer):
+        """The next layer. It keeps this process's part."""
+        frozen = [p for p in layer.parameters() if not p.requires_grad]
+        rows = [F.pad(p.flatten().view(torch.uint8), (0, -p.nbytes % 256)) for p in frozen]
+        row, i = torch.cat(rows), len(self.layers)
+        part = F.pad(row, (0, -len(row) % WORLD)).chunk(WORLD)[RANK].clone()
+        self.layers.append((part, frozen, [len(r) for r in rows]))
+        for p in frozen:
+            p.data = p.new_empty(1).expand(p.shape)
+        layer.register_forward_pre_hook(lambda *_: self.need(i))
+        layer.register_forward_hook(lambda _, x, y: self.before_backward_of(i, y))
+
+    def place(self):
+        """After the last layer."""
+        size = WORLD * max(len(part) for part, *_ in self.layers)
+        self.places = torch.empty(2, size, dtype=torch.uint8, device=self.layers[0][0].device)
+        for i, (_, frozen, sizes) in enumerate(self.layers):
+            rows = self.places[i % 2].split([*sizes, size - sum(sizes)])
+            for p, row in zip(frozen, rows, strict=False):
+                p.data = row[:p.numel() * p.element_size()].view(p.dtype).view(p.shape)
+
+    def gather(self, i):
+        """Begin to bring layer i to its place. Whichever layer is there was used before."""
+        place, part = i % 2, self.layers[i][0]
+        if self.held[place] != i:
+            self.held[place] = i
+            self.coming[place] = dist.all_gather_into_tensor(
+                self.places[place, :WORLD * len(part)], part, async_op=True)
+
+    def need(self, i):
+        """Wait for layer i, and begin to bring the one that is computed after it."""
+        self.gather(i)
+        if work := self.coming[i % 2]:
+            work.wait()
+            self.coming[i % 2] = None
+        after = i + 1 if torch._C._current_graph_task_id() < 0 else i - 1           # in backward
+        if 0 <= after < len(self.layers):
+            self.gather(after)
+
+    def before_backward_of(self, i, output):
+        """The gradient of a layer's output comes before its weights are used in backward."""
+        if output.requires_grad:
+            output.register_hook(lambda _: self.need(i))
+
+
+def shard(prefix, net, read, args, spread):
+    """Spread a layer, by its name, over all processes, when its last weights are read."""
     module = net.get_submodule(prefix)
     for name, m in list(module.named_modules()):
         for leaf, p in list(m.named_parameters(recurse=False)):
             if p.is_meta:
                 setattr(m, leaf, nn.Parameter(read(f"{prefix}.{name}", leaf), p.requires_grad))
-        if isinstance(m, nf4.NF4):       # torch 2.11 shards only what is called floating point
+        if isinstance(m, nf4.NF4):
             m.checksum = partial(int, m.checksum())                   # of all of it, for adapter.py
-            called = torch.float8_e4m3fn if m.codes.shape[-1] % 2 else torch.float16
-            m.codes = nn.Parameter(m.codes.view(called), False)
+    if not MESH:
+        return spread.add(module)
+    from torch.distributed.fsdp import fully_shard
     # Recomputation must stand inside what is sharded. Around it, it would find only the parts of
     # trained weights, and silently train nothing.
     if args.compile:
         module.forward = torch.compile(module.forward)
     if args.checkpointing:
         module.forward = partial(model.checkpointed, Inside(module))
-    ignored = {p for n, p in module.named_parameters() if args.method != "full" and (
-        p.requires_grad or p.ndim < 2 or n.endswith((".absmax", ".scale", ".mean")))}
-    add_not_average(fully_shard(module, mesh=MESH, ignored_params=ignored))
+    add_not_average(fully_shard(module, mesh=MESH))
 
 
 class Inside:
@@ -266,28 +347,34 @@ def sharding(net, read, args):
     """`read` for model.load's prepare that shards each layer of `net` when the next is begun, and
     `finish`, to be called for the last one: no process ever holds more than a layer as a whole."""
     global MESH
-    from torch.distributed.device_mesh import init_device_mesh
-    MESH = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (WORLD,))
+    if args.method == "full":
+        from torch.distributed.device_mesh import init_device_mesh
+        MESH = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (WORLD,))
+    spread = Spread()
     todo, begun = [f"model.layers.{i}" for i in range(len(net.model.layers))], []
 
     def reading(name, leaf="weight"):
         layer = ".".join(name.split(".")[:3])
         if begun and layer != begun[0]:
             todo.remove(begun[0])
-            shard(begun.pop(), net, read, args)
+            shard(begun.pop(), net, read, args, spread)
         if not begun and layer in todo:
             begun.append(layer)
         return read(name, leaf)
 
     def finish():
         for layer in todo:
-            shard(layer, net, read, args)
+            shard(layer, net, read, args, spread)
+        if not MESH:
+            spread.place()
 
     return reading, finish
 
 
 def shard_root(net):
-    """Shard what is left of a network whose layers are: embedding, last norm, head."""
+    """With full, shard what is left of a network whose layers are: embedding, last norm, head."""
+    if not MESH:
+        return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     add_not_average(fully_shard(net, mesh=MESH, reshard_after_forward=False))
     register_fsdp_forward_method(net, "hidden")

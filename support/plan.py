@@ -279,20 +279,18 @@ def from_arguments(args):
                facts.get("double_quant", True), **more), facts["method"]
 
 
-GATHERED = 3                    # layers that are whole at a time: one computes, two come next
-
-
 def sharded(job, gpus):
     """The most bytes on each of several GPUs among which the weights are spread (--shard).
 
-    A frozen matrix, or with full everything that is trained, takes 1 / gpus, and the layers that
-    are gathered come on top. A, B and their moments are whole on every GPU.
+    A frozen matrix, or with full everything that is trained, takes 1 / gpus. The layers that are
+    whole at a time come on top: two, and with full three. A, B and their moments are whole on every
+    GPU.
     """
     found = estimate_of(job)
     spread = 16 * found["trained"] if job.full else found["held"]["frozen matrices"]
     numbers = sum(a * b for a, b in shapes(job)[0]) // job.config.n_layers
-    one = 4 * numbers if job.full else found["held"]["frozen matrices"] // job.config.n_layers
-    return found["peak"] - spread * (gpus - 1) // gpus + GATHERED * one
+    one = 12 * numbers if job.full else 2 * found["held"]["frozen matrices"] // job.config.n_layers
+    return found["peak"] - spread * (gpus - 1) // gpus + one
 
 
 def peak(args):

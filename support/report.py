@@ -22,7 +22,8 @@ def run(main, name):
     signal ends it with one line and 128 + its number. A closed output does not end it."""
     sys.stdout, sys.stderr = OpenEnded(sys.stdout), OpenEnded(sys.stderr)
     for number in (getattr(signal, n, None) for n in ("SIGTERM", "SIGHUP", "SIGUSR1")):
-        if number and signal.getsignal(number) is not signal.SIG_IGN:
+        ignored = number and signal.getsignal(number) is signal.SIG_IGN
+        if number and not ignored and not parallel.RANK:   # others wait for process 0, and just end
             signal.signal(number, interrupted)
     try:
         main()
@@ -62,10 +63,12 @@ def one_line(e):
 
 def stop(stopped, text):
     """End train.py. stopped: a resume.Stop."""
-    parallel.end()
-    if parallel.RANK:
-        sys.exit(stopped.code)
-    leave(f"train.py: {stopped.reason}; {text}", stopped.code)
+    line = f"train.py: {stopped.reason}; {text}"
+    if parallel.WORLD > 1:
+        if not parallel.RANK:
+            print(line, file=sys.stderr)
+        parallel.end(stopped.code)
+    leave(line, stopped.code)
 
 
 def interrupted(number, frame):
@@ -145,7 +148,7 @@ def relative_error(m):
 def injected(net):
     """Print what is trained of an injected `net`, and how close W_res + A B is to W."""
     (trained, total), Qs = count(net), quantised(net)
-    if parallel.MESH:                             # no process has a whole weight
+    if parallel.SHARDED:                             # no process has a whole weight
         return print(f"{trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     errors = [relative_error(m) for _, m in pissa.layers(net)]
     error = f"largest relative |W - (W_res + A B)| about {max(errors):.1e}"

@@ -177,12 +177,13 @@ class Run:
         with torch.no_grad():
             for name, p in self.params.items():
                 parallel.put(p, state["parameters"][name])
-        of = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for i, kept in state["optimizer"]["state"].items():
-            for key, value in kept.items():
-                if key != "step":
-                    kept[key] = parallel.put(torch.empty_like(of[i]), value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        names, kept = {p: n for n, p in self.params.items()}, state["optimizer"]["state"]
+        for p in self.optimizer.param_groups[0]["params"]:
+            of_parts = [kept[names[part]] for part in parallel.parts(p)]
+            self.optimizer.state[p] = {
+                key: value.clone() if key == "step" else parallel.put(
+                    torch.empty_like(p), parallel.joined(p, [m[key] for m in of_parts]))
+                for key, value in of_parts[0].items()}
         print(f"going on with {path}, after step {self.at} of {self.steps}")
 
     def wishes(self):
@@ -228,7 +229,7 @@ class Run:
             return
         state = parallel.gathered({"step": len(self.rows), "rows": list(self.rows), **self.facts,
                                    "parameters": {n: p.detach() for n, p in self.params.items()},
-                                   "optimizer": self.optimizer.state_dict()})
+                                   "optimizer": {"state": self.moments()}})
         self.at, self.saved = len(self.rows), time.monotonic()
         if parallel.RANK:
             return
@@ -240,6 +241,15 @@ class Run:
             copied.record()
         self.thread = threading.Thread(target=self.attempt, args=(state, copied))
         self.thread.start()
+
+    def moments(self):
+        """{name of a parameter: AdamW's state of it}."""
+        names, found = {p: n for n, p in self.params.items()}, {n: {} for n in self.params}
+        for p, kept in self.optimizer.state.items():
+            for key, value in kept.items():
+                for part, v in zip(parallel.parts(p), parallel.split(p, value), strict=True):
+                    found[names[part]][key] = v
+        return found
 
     def to_host(self, value, path=()):
         """A copy in host memory of nested dicts. Its page-locked memory is kept for the next copy,

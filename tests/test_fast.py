@@ -13,6 +13,7 @@ import nf4
 import pissa
 import train
 from conftest import register_flash, small_net
+from support import parallel
 
 # dtype of the operands, autocast, allowed relative difference
 PRECISIONS = {"float32": (torch.float32, False, 1e-6), "bfloat16": (torch.bfloat16, False, 1e-2),
@@ -279,6 +280,35 @@ def test_off_is_plain_everywhere(tokens):
     assert_same(results[::-1], 1e-5)
 
 
+@pytest.mark.parametrize("many", [1, 40, 2**24])
+def test_joined_parameters(monkeypatch, many):
+    """train.joined.plain are the weights themselves: AdamW makes the same numbers of both."""
+    monkeypatch.setattr(fast, "MANY", many)
+    monkeypatch.setattr(fast, "SMALL", 30)
+    results = []
+    for form in (train.joined.plain, train.joined):
+        g = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(s, generator=g))
+                   for s in ((3, 4), (4, 2), (5, 7), (6,), (2, 2, 2), (1, 1))]
+        params = form(weights)
+        optimizer = torch.optim.AdamW(params, lr=0.1, weight_decay=0.1, fused=True)
+        for _ in range(3):
+            sum(((p - 1) ** 2).sum() for p in weights).backward()
+            norms = parallel.add_up(params) or torch.nn.utils.clip_grad_norm_(params, 1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert all(p.grad is None for p in weights)
+        results.append([norms, *weights])
+        moments = {key: [v for p in params for v in parallel.split(p, optimizer.state[p][key])]
+                   for key in ("exp_avg", "exp_avg_sq")}
+        results[-1] += [*moments["exp_avg"], *moments["exp_avg_sq"]]
+        for p in params:
+            rejoined = parallel.joined(p, parallel.split(p, optimizer.state[p]["exp_avg"]))
+            assert torch.equal(rejoined, optimizer.state[p]["exp_avg"])
+    assert len(params) == {1: 6, 40: 3, 2**24: 3}[many] and len(results[0]) == 19
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(*results, strict=True))
+
+
 def test_every_form_is_compared_with_its_plain_one():
     """A new `@faster` line wants a test in this file. Groups are compared in test_pissa.py, and
     recorded graphs need a GPU."""
@@ -287,7 +317,7 @@ def test_every_form_is_compared_with_its_plain_one():
              for name in marked.findall(inspect.getsource(module))}
     assert forms == {"model.rotate", "model.attend", "model.swiglu", "model.attend_packed",
                      "model.rows", "model.checkpointed", "model.recorded", "pissa.principal",
-                     "pissa.product", "train.loss_of"}
+                     "pissa.product", "train.loss_of", "train.joined"}
     source = inspect.getsource(sys.modules[__name__])
     for form in forms - {"model.recorded", "pissa.principal"}:
         assert f"{form}.plain" in source or f"both_ways({form}" in source, form

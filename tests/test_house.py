@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "support.options": ()}
 
 # Lines that are promised to a reader, comments included.
-LINES = {"model.py": 430, "fast.py": 400, "support/files.py": 155, "svd.py": 200, "pissa.py": 275,
+LINES = {"model.py": 430, "fast.py": 435, "support/files.py": 155, "svd.py": 200, "pissa.py": 275,
          "nf4.py": 220, "fp8.py": 150, "train.py": 400, "adapter.py": 300, "data.py": 260,
          "eval.py": 250, "convert.py": 300, "README.md": 300}
 

@@ -326,7 +326,7 @@ def test_checkpointing_changes_nothing(tmp_path, flags, monkeypatch):
 def test_plain_changes_nothing(flags, tmp_path, monkeypatch, method, extra):
     """Without fast.py's forms, which are not called once: the same losses to rounding.
 
-    The rate is at most 1e-3: AdamW's first step has the size of the rate, however small a gradient
+    The rate is at most 1e-4: AdamW's first step has the size of the rate, however small a gradient
     is, so that LoRA's 1e-2 turns rounding into 1e-5.
     """
     logs, calls = [], []
@@ -337,7 +337,7 @@ def test_plain_changes_nothing(flags, tmp_path, monkeypatch, method, extra):
         out = tmp_path / str(len(logs))
         calls.clear()
         command(train.main, *flags, "--method", method, "--lr",
-                min(1e-3, LEARNING_RATE[method]), "--steps", 3, "--niter", "exact", "--out", out,
+                min(1e-4, LEARNING_RATE[method]), "--steps", 3, "--niter", "exact", "--out", out,
                 "--batch", 4, "--max-new-tokens", 1, *extra, *mode)
         assert bool(calls) != bool(mode)
         logs.append([r["loss"] for r in read_lines(out / "log.jsonl")])
@@ -349,13 +349,13 @@ def test_plain_changes_nothing(flags, tmp_path, monkeypatch, method, extra):
 def test_compile_changes_nothing(flags, tmp_path, monkeypatch):
     """torch.compile up to the generation of code, which takes minutes on a CPU: the layers are
     traced, whole, and give the same losses."""
-    compiled, real = [], torch.nn.Module.compile
+    compiled, real = [], torch.compile
 
-    def without_code(module, *args, **kwargs):
-        compiled.append(module)
-        real(module, *args, **{**kwargs, "backend": "aot_eager", "fullgraph": True})
+    def without_code(function, **kwargs):
+        compiled.append(function)
+        return real(function, **{**kwargs, "backend": "aot_eager", "fullgraph": True})
 
-    monkeypatch.setattr(torch.nn.Module, "compile", without_code)
+    monkeypatch.setattr(torch, "compile", without_code)
     logs = []
     for extra in ([], ["--compile"]):
         out = tmp_path / str(len(logs))
@@ -714,7 +714,7 @@ def test_gradient_that_is_not_finite(flags, tmp_path, monkeypatch):
     real = torch.nn.utils.clip_grad_norm_
 
     def broken(params, largest):
-        params[0].grad[0, 0] = torch.inf
+        params[0].grad.view(-1)[0] = torch.inf
         return real(params, largest)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
