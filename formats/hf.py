@@ -16,7 +16,7 @@ import torch
 
 from formats import CHECKPOINT_FILES
 from formats.meta import check_heads, check_names, check_number, mapped
-from support.files import replaced
+from support.files import read_json, replaced
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -48,19 +48,6 @@ SCALINGS = {"default": (), "linear": ("factor",),
 
 
 # ------------------------------------------------------------------------------------- config.json
-
-def read_json(path):
-    """The object in a JSON file; ValueError or FileNotFoundError naming the file."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as e:                        # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not JSON ({str(e)[:100]})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not {type(value).__name__}")
-    return value
-
 
 def read_config(path):
     """{field of model.Config: value}; ValueError naming what this network does not compute."""
