@@ -248,5 +248,7 @@ def save_folder(directory, config, tensors, shard_bytes=5_000_000_000):
                           for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if any("lm_head.weight" in names for names in shards):     # tied once, but adapted since
+            config = {**config, "tie_word_embeddings": False}
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (tmp / "config.json").write_text(text + "\n", encoding="utf-8")
