@@ -161,10 +161,9 @@ def read_adapter(directory, force_base=False):
     config = peft.read_config(directory)
     pairs, bases = peft.read_pairs(directory, config)
     extras = {f"{name}.fingerprint": pissa.sampled(W) for name, W in bases.items()}
-    if "weights" in found:
-        extras |= peft.read_tensors(directory, EXTRAS)
-    elif "seen" in found:                                            # of before pissa.json
-        extras |= peft.read_tensors(directory, found["seen"])
+    if "weights" in found or "seen" in found:                        # "seen": before pissa.json
+        read = peft.read_tensors(directory, found.get("seen", EXTRAS))
+        extras |= {plain(name): M for name, M in read.items()}
     peft.check_extras(directory, EXTRAS, found, pairs, extras)
     found["rank"] = max(A.shape[1] for A, _ in pairs.values()) // (1 + found["subtracted"])
     return Saved(directory, config, found, pairs, extras, force_base)

@@ -229,6 +229,7 @@ def find_pairs(directory, config):
     the base, if that is there, too}). No number is read. Raises as read_config, naming the file."""
     pairs, bases = {}, {}
     for key, M in read_tensors(directory, WEIGHTS).items():
+        key = plain(key)                                     # as from a network that was compiled
         name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
         if key.endswith(".lm_head.base_layer.weight"):       # PEFT's copy, if lm_head is adapted
             bases[key.removeprefix("base_model.model.").removesuffix(".base_layer.weight")] = M

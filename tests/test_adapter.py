@@ -583,7 +583,7 @@ def test_unequal_ranks(tmp_path, net, tokens, method):
         config = theirs.LoraConfig(
             r=4, lora_alpha=8, target_modules=["q_proj", "up_proj", "down_proj"],
             init_lora_weights=False, rank_pattern={"layers.1.self_attn.q_proj": 2, "up_proj": 5},
-            alpha_pattern={"^model.layers.0.mlp": 3})
+            alpha_pattern={"^model.layers.0.mlp.*": 3})
         trained = theirs.get_peft_model(hugging_face(small_net()), config).eval()
         trained.save_pretrained(str(tmp_path / "peft"))
         adapter.load(net, tmp_path / "peft")
@@ -703,6 +703,19 @@ def test_wrapped_networks(tmp_path, how):
                     tmp_path / "adapter_model.safetensors").read_bytes()
                 assert_logits_equal(pissa.merge(copy.deepcopy(other))(x), want, 1e-5)
                 torch.testing.assert_close(pissa.remove(other)(x), before)
+
+
+def test_names_of_a_compiled_network_in_a_file(tmp_path, net, tokens):
+    """PEFT writes them, and so did we."""
+    config = pytest.importorskip("peft").LoraConfig(r=4, target_modules=["q_proj"],
+                                                    init_lora_weights=False)
+    theirs = import_module("peft").get_peft_model(hugging_face(net), config).eval()
+    torch.compile(theirs, backend="eager").save_pretrained(str(tmp_path))
+    tensors = peft.read_tensors(tmp_path, peft.WEIGHTS)
+    import_module("safetensors.torch").save_file(
+        {k.replace(".layers.1.", ".layers.1._orig_mod."): M for k, M in tensors.items()},
+        tmp_path / "adapter_model.safetensors")
+    assert_logits_equal(adapter.load(net, tmp_path)(tokens), theirs(tokens).logits)
 
 
 def test_a_compiled_layer_of_ours(tmp_path):
