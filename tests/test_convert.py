@@ -321,7 +321,7 @@ def other_rank(adapter):
     (lambda b, a: (shutil.rmtree(b), write_base(b, "hf", small_net(n_layers=1))),
      "the model has no linear layer model.layers.1"),
     (lambda b, a: other_rank(a), "q_proj is 50 x 48, the model's is 48 x 48"),
-    (lambda b, a: (a / "adapter_config.json").write_text("[]"), "adapter_config.json: a JSON object is expected"),
+    (lambda b, a: (a / "adapter_config.json").write_text("[]"), "a JSON object is expected"),
     (lambda b, a: (a / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is miss"),
     (lambda b, a: (b / "config.json").unlink(), "consolidated.00.pth is missing"),
     (lambda b, a: shutil.rmtree(b), "no checkpoint"),
