@@ -9,8 +9,8 @@ So adapter_config.json and adapter_model.safetensors are PEFT's. They hold all i
 training: W_res = W - A_0 B_0 needs no second SVD. Two more files are ours, and PEFT ignores them:
 
     pissa.json          facts: bits of the frozen weight, whether a pair was subtracted from W, the
-                        rank ... and a checksum of adapter_model. If another tool has rewritten
-                        that, the directory is a plain LoRA.
+                        rank ... and checksums. If another tool has rewritten adapter_model, the
+                        directory is a plain LoRA. If it is damaged, it is refused.
     pissa.safetensors   256 sampled entries of every W, by which another base is refused, and the
                         pair (A_q, B_q) with Q = nf4(W - A_q B_q), if that is not (A_0, B_0).
 
@@ -32,11 +32,11 @@ import nf4
 import pissa
 import qpissa
 from formats import peft
-from support.files import check_room, replaced, restored, sha256
+from formats.peft import FACTS, LORA, plain, read_facts, unwrapped
+from support.files import check_room, replaced
 
-FACTS, EXTRAS = "pissa.json", "pissa"                                # EXTRAS.safetensors or .bin
+EXTRAS = "pissa"                                                     # EXTRAS.safetensors or .bin
 OURS = "adapter_config.json", "adapter_model.*", "pissa.*", "pissa_quantised_from.*"
-LORA = {"method": "lora", "bits": 16, "subtracted": False, "own_pair": False}
 ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than on the machine that "
                      "trained them. Another dtype or kind of device can be the reason. Outputs "
                      "differ a little")
@@ -50,18 +50,22 @@ def facts(net):
     """What `save` writes to pissa.json of an injected `net`: a dict.
 
     bits: of the frozen weights, 16 (any float dtype) or 4. double_quant: see nf4.py. subtracted:
-    whether a pair was subtracted from W; own_pair: whether that is not (A_0, B_0). rank, and for
-    people: method, niter, seed ...
+    whether a pair was subtracted from W; own_pair: whether that is not (A_0, B_0). rank: the
+    largest. For people: method, niter, seed ... ValueError if the layers are not of one kind.
     """
-    layers = pissa.layers(net)
-    if not layers:
+    found, Qs = layers(net), quantised(net)
+    if not found:
         raise ValueError("nothing to save: the model has no adapter")
-    m, Qs = layers[0][1], quantised(net)
-    found = {**getattr(net, "pissa", {}), "rank": m.A.shape[1], "bits": 4 if Qs else 16,
-             "subtracted": m.A0 is not None,
-             "own_pair": m.subtracted is not None and m.subtracted[0] is not m.A0}
-    return found | ({"double_quant": m.frozen.scale is not None,
-                     "codes": codes({n: Q.checksum() for n, Q in Qs.items()})} if Qs else {})
+    kinds = {(m.A0 is not None, m.subtracted is not None and m.subtracted[0] is not m.A0,
+              n in Qs and m.frozen.scale is not None, n in Qs) for n, m in found}
+    if len(kinds) > 1:
+        raise ValueError("layers of several kinds cannot be saved as one adapter: each should have "
+                         "a pair subtracted from W or none, and as many bits as the others")
+    (subtracted, own_pair, double_quant, four), = kinds
+    return {**getattr(unwrapped(net), "pissa", {}), "rank": max(m.A.shape[1] for _, m in found),
+            "bits": 4 if four else 16, "subtracted": subtracted, "own_pair": own_pair} | (
+        {"double_quant": double_quant, "codes": codes({n: Q.checksum() for n, Q in Qs.items()})}
+        if four else {})
 
 
 def facts_of(method, **options):
@@ -73,38 +77,17 @@ def facts_of(method, **options):
 
 def quantised(net):
     """{module name: NF4} of the layers that are in four bits."""
-    return {n: m.frozen for n, m in pissa.layers(net) if isinstance(m.frozen, nf4.NF4)}
+    return {n: m.frozen for n, m in layers(net) if isinstance(m.frozen, nf4.NF4)}
+
+
+def layers(net):
+    """pissa.layers, with the names that they have without torch.compile's and other wrappers."""
+    return [(plain(n), m) for n, m in pissa.layers(unwrapped(net))]
 
 
 def codes(sums):
     """A hash of {module name: NF4.checksum()}, to tell whether weights were rounded alike."""
     return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16]
-
-
-def read_facts(directory):
-    """The facts of a saved adapter; of one that is not ours, those of a LoRA."""
-    directory = restored(directory)
-    config, path = peft.read_config(directory), directory / FACTS
-    if not path.is_file():
-        return peft.old_facts(config, directory) or {**LORA, "rank": config.get("r")}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        bits, r = found["bits"], found["rank"] * (1 + found["subtracted"])
-        if (bits not in (16, 4) or {found["subtracted"], found["own_pair"]} - {True, False}
-                or type(r) is not int or not isinstance(found["weights"], str)
-                or bits == 4 and not {"double_quant", "codes"} <= set(found)):
-            raise ValueError(f"{found}"[:200])
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: damaged, or of a newer version ({e!r})") from None
-    files = sorted(directory.glob(f"{peft.WEIGHTS}.*"))
-    if files and [found["weights"]] != [sha256(p) for p in files]:
-        warnings.warn(f"{directory}: another tool has rewritten the weights, so this is a plain "
-                      "LoRA now", stacklevel=1)             # 1: said once, however often it is read
-        return {**LORA, "rank": config.get("r")}
-    if not config.get("r") == float(config["lora_alpha"]) == r:
-        raise ValueError(f"{directory}/adapter_config.json: r is {config.get('r')}, lora_alpha is "
-                         f"{config['lora_alpha']}, but {FACTS} tells of {r}")
-    return found
 
 
 def is_quantised(directory):
@@ -122,6 +105,7 @@ class Saved:
     facts: dict
     pairs: dict
     extras: dict          # {"<module>.fingerprint": entries of W, "<module>.A_q": ..., ".B_q": ...}
+    force_base: bool      # warn of another base, instead of ValueError
 
     def check(self, name, W):
         """W (out, in), if it is the module's base weight; ValueError if it is not."""
@@ -132,13 +116,20 @@ class Saved:
         if not W.is_meta and (a := self.extras.get(f"{name}.fingerprint")) is not None:
             a, b = a.float(), pissa.sampled(W).float()
             if a.shape != b.shape or not ((a - b).abs() <= a.abs() * 2**-8 + 2**-24).all():
-                raise ValueError(f"{self.directory} was made on another base model: {name} differs")
+                self.differs(f": {name} differs")
         return W
 
     def check_old(self, entries):
         """ValueError if {module: (shape, entries)} are not those of the base of an old adapter."""
         if "base" in self.facts and self.facts["base"] != peft.old_fingerprint(entries):
-            raise ValueError(f"{self.directory} was made on another base model")
+            self.differs()
+
+    def differs(self, what=""):
+        """The base is another one: ValueError, or a warning if that is wanted."""
+        if not self.force_base:
+            raise ValueError(f"{self.directory} was made on another base model{what}; --force-base "
+                             "uses it all the same")
+        warnings.warn(f"{self.directory} was made on another base model", stacklevel=1)
 
     def rebuild(self, name, W):
         """frozen, A, B, A0, B0, subtracted for the base weight W (out, in), without any SVD."""
@@ -163,31 +154,29 @@ def frozen_of(W, subtracted, bits, double_quant):
     return pissa.residual(W, *subtracted) if subtracted else W
 
 
-def read_adapter(directory):
+def read_adapter(directory, force_base=False):
     """`Saved` of an adapter directory, ours or PEFT's. FileNotFoundError or ValueError names the
     file that is missing or damaged, or that would be loaded wrongly."""
     directory, found = Path(directory), read_facts(directory)
     config = peft.read_config(directory)
-    pairs, extras = peft.read_pairs(directory, config), {}
-    if "weights" in found:
-        extras = peft.read_tensors(directory, EXTRAS)
-    elif "seen" in found:                                            # of before pissa.json
-        extras = peft.read_tensors(directory, found["seen"])
-    for name, (A, B) in pairs.items():
-        Aq, Bq = (extras.get(f"{name}.{k}_q") for k in "AB")
-        r = A.shape[1] // 2
-        if found["own_pair"] and (Aq is None or Bq is None or Aq.shape != (A.shape[0], r)
-                       or Bq.shape != (r, B.shape[1])):
-            raise ValueError(f"{directory}: A_q and B_q of {name} are missing, or have another "
-                             "shape")
-    return Saved(directory, config, found, pairs, extras)
+    pairs, bases = peft.read_pairs(directory, config)
+    extras = {f"{name}.fingerprint": pissa.sampled(W) for name, W in bases.items()}
+    if "weights" in found or "seen" in found:                        # "seen": before pissa.json
+        read = peft.read_tensors(directory, found.get("seen", EXTRAS))
+        extras |= {plain(name): M for name, M in read.items()}
+    peft.check_extras(directory, EXTRAS, found, pairs, extras)
+    found["rank"] = max(A.shape[1] for A, _ in pairs.values()) // (1 + found["subtracted"])
+    return Saved(directory, config, found, pairs, extras, force_base)
 
 
-def write(directory, pairs, found, extras, task_type=None):
+def write(directory, pairs, found, extras, task_type=None, modules=None):
     """Write a directory: see `Saved`. It appears when it is complete. Files of others stay in it.
-    OSError if it cannot be written."""
+    modules: the names of all modules of the network. OSError if it cannot be written, ValueError
+    before anything is written if it could not be read again."""
     save_file, suffix, _ = peft.writer()
-    texts = {"adapter_config.json": peft.config_json(pairs, task_type)}
+    texts = {"adapter_config.json": peft.config_json(pairs, task_type, modules)}
+    peft.check_finite([*((n, M) for n, pair in pairs.items() for M in pair), *extras.items()],
+                      f"{directory} is not written")
     check_room(directory, sum(A.nbytes + B.nbytes for A, B in pairs.values()), "the adapter")
     with replaced(directory, OURS) as tmp:
         try:
@@ -197,7 +186,8 @@ def write(directory, pairs, found, extras, task_type=None):
         except Exception as e:    # each writer raises its own kind if, say, the disk is full
             raise OSError(f"{directory}: not written ({str(e)[:100]})") from None
         if found:
-            texts[FACTS] = {**found, "weights": sha256(tmp / (peft.WEIGHTS + suffix))}
+            texts[FACTS] = found | peft.checksums(tmp / (peft.WEIGHTS + suffix),
+                                                  tmp / (EXTRAS + suffix))
         for name, content in texts.items():
             (tmp / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -205,26 +195,25 @@ def write(directory, pairs, found, extras, task_type=None):
 def compress(directory: str | Path, out: str | Path, rank: int | None = None) -> dict:
     """Cut a saved adapter down to `rank` (default half, 2r -> r) and write it to `out` as a LoRA.
 
+    A matrix whose rank is `rank` or less keeps its own.
     The best approximation of Delta W = M N takes two thin QRs and a small SVD, never the full
     matrix: M = Q_M R_M, N^T = Q_N R_N, then the leading triplets of R_M R_N^T.
     Returns {module name: (||Delta W - Delta W_r||, ||Delta W||)}, Frobenius norms.
     """
     saved, small, errors = read_adapter(directory), {}, {}
-    smallest = min(A.shape[1] for A, _ in saved.pairs.values())
-    r = smallest // 2 if rank is None else rank
-    if not 1 <= r <= smallest:
-        raise ValueError(f"{directory}: cannot compress rank {smallest} to {r}")
+    largest = max(A.shape[1] for A, _ in saved.pairs.values())
+    if not 1 <= (r := largest // 2 if rank is None else rank) <= largest:
+        raise ValueError(f"{directory}: cannot compress rank {largest} to {r}")
     for name, (M, N) in saved.pairs.items():
-        if not (M.isfinite().all() and N.isfinite().all()):
-            raise ValueError(f"{directory}: {name} holds NaN or Inf")
+        r = max(1, M.shape[1] // 2) if rank is None else min(rank, M.shape[1])
         (QM, RM), (QN, RN) = torch.linalg.qr(M.double()), torch.linalg.qr(N.T.double())
         U, S, Vh = torch.linalg.svd(RM @ RN.T)
         small[name] = ((QM @ (U * S.sqrt())[:, :r]).float(),
                        ((S.sqrt()[:, None] * Vh)[:r] @ QN.T).float())
         errors[name] = S[r:].norm().item(), S.norm().item()
-    found = {**saved.facts, "rank": r}
+    found = {**saved.facts, "rank": max(A.shape[1] for A, _ in small.values())}
     if found["subtracted"]:                                          # it ends as a LoRA on W
-        found = {**LORA, "rank": r} | {k: found[k] for k in ("niter", "seed", "base") if k in found}
+        found = {k: found[k] for k in ("rank", "niter", "seed", "base") if k in found} | LORA
     ours = {"weights", "base"} & set(saved.facts)
     prints = {k: M for k, M in saved.extras.items() if k.endswith(".fingerprint")}
     write(out, small, found if ours else None, prints, saved.config.get("task_type"))
@@ -241,49 +230,54 @@ def save(net: nn.Module, directory: str | Path, learnt: dict | None = None) -> N
     W the outputs differ by what rounding W - A_q B_q to Q lost.
     """
     found, pairs, extras = facts(net), {}, {}
-    for name, m in pissa.layers(net):
+    for name, m in layers(net):
         A, B = ((learnt or {}).get(f"{name}.{k}", getattr(m, k)).detach().cpu() for k in "AB")
         if m.A0 is not None:                           # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
             A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
         pairs[name] = A, B
-        extras[f"{name}.fingerprint"] = m.fingerprint.bfloat16()
+        extras[f"{name}.fingerprint"] = m.fingerprint
         if found["own_pair"]:
             extras[f"{name}.A_q"], extras[f"{name}.B_q"] = m.subtracted
-    write(directory, pairs, found, extras, "CAUSAL_LM" if hasattr(net, "lm_head") else None)
+    modules = [plain(n) for n, _ in unwrapped(net).named_modules()]
+    write(directory, pairs, found, extras, "CAUSAL_LM" if "lm_head" in modules else None, modules)
 
 
-def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False) -> nn.Module:
+def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
+         force_base=False) -> nn.Module:
     """Put an adapter on `net`, in place: one of ours, to use or to train on, or a LoRA of PEFT's.
 
     An adapter already on `net` is removed first, which needs keep_base=True when it was put there.
     read, keep_base: as for `pissa.inject`. Raises ValueError, before anything changes, for an
     adapter of ours that was made on another base, or whose modules `net` does not have; with
-    `read`, a base is checked matrix by matrix.
+    `read`, a base is checked matrix by matrix. force_base: only a warning for another base.
     """
-    saved, entries = read_adapter(directory), {}
+    outside, net = net, unwrapped(net)
+    saved, entries = read_adapter(directory, force_base), {}
+    paths = {plain(n): n for n, _ in reversed([*net.named_modules()])}   # the outermost of a name
     for name in saved.pairs:
-        W = saved.check(name, base_weight(net, name, directory))
+        W = saved.check(name, base_weight(net, paths.get(name, name), directory))
         entries[name] = W.shape, None if read else pissa.sampled(W)
     if not read:
         saved.check_old(entries)
         pissa.remove(net)
     net.requires_grad_(False)
     for name in tqdm(saved.pairs, "adapter", unit="matrix", delay=1, leave=False):
-        linear = net.get_submodule(name)
+        path = paths.get(name, name)
+        linear = net.get_submodule(path)
         if read:
             linear.weight = nn.Parameter(saved.check(name, read(name)), requires_grad=False)
             entries[name] = linear.weight.shape, pissa.sampled(linear.weight)
         W = linear.weight.detach()
         frozen, A, B, A0, B0, subtracted = saved.rebuild(name, W)
         original = W.cpu() if keep_base and frozen is not W else None
-        net.set_submodule(name, pissa.PissaLinear(linear, frozen, A, B, A0, B0, subtracted,
+        net.set_submodule(path, pissa.PissaLinear(linear, frozen, A, B, A0, B0, subtracted,
                                                   original))
         del W, linear, frozen, original                  # freed before the next one is asked for
     saved.check_old(entries)
-    net.pissa = {k: v for k, v in saved.facts.items() if k not in ("base", "seen", "weights")}
+    net.pissa = {k: v for k, v in saved.facts.items() if k not in ("base", "seen", *peft.SUMS)}
     if "codes" in saved.facts and facts(net)["codes"] != saved.facts["codes"]:
         warnings.warn(ROUNDED_ELSEWHERE.format(directory), stacklevel=2)
-    return net
+    return outside
 
 
 def base_weight(net, name, directory):

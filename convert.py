@@ -175,7 +175,7 @@ def merge(args):
     source, where = base_and_adapter(args.run, args.ckpt)
     check_out(args.out)
     config, tensors = model.open_checkpoint(source)
-    saved = where and adapter.read_adapter(where)
+    saved = where and adapter.read_adapter(where, args.force_base)
     pairs, sums = saved.pairs if saved else {}, {}
     if config.tied and "lm_head" in pairs:        # one matrix with two uses; only one is changed
         config = replace(config, tied=False)
@@ -233,7 +233,8 @@ def compress(args):
     """An adapter to one of lower rank."""
     check_out(args.out)
     errors = adapter.compress(args.adapter, args.out, args.rank)
-    rank = adapter.read_adapter(args.out).config["r"]
+    ranks = {A.shape[1] for A, _ in adapter.read_adapter(args.out).pairs.values()}
+    rank = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
     lost, whole = (math.hypot(*(e[i] for e in errors.values())) for i in (0, 1))
     worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], 1e-30))
     if adapter.is_quantised(args.adapter):

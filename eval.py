@@ -193,7 +193,8 @@ def main():
 
     def adapt(net, read=None):
         keep_base = bool(args.prompt) and not quantised
-        adapter.load(net, args.adapter, read=read, keep_base=keep_base)
+        adapter.load(net, args.adapter, read=read, keep_base=keep_base,
+                     force_base=args.force_base)
 
     net = load_model(args.ckpt, tok, args.device, prepare=adapt if quantised else None)
     if args.adapter and not quantised:

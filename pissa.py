@@ -270,6 +270,6 @@ def to_linears(net, weight):
         W = weight(m).to(m.frozen.device, m.frozen.dtype)
         linear = nn.Linear(*reversed(W.shape), bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), m.bias
-        net.set_submodule(name, linear)
+        net.set_submodule(name.removesuffix("._orig_mod"), linear)      # torch.compile's wrapper
     net.__dict__.pop("pissa", None)
     return net

@@ -206,7 +206,7 @@ def prepare(net, args, seconds, read=None):
         net.requires_grad_(True)
     elif begun or args.adapter:
         where = resume.start_of(args.out) if begun else args.adapter
-        adapter.load(net, where, read=read)
+        adapter.load(net, where, read=read, force_base=args.force_base)
         if not begun:
             vars(args).update({key: net.pissa[key] for key in (
                 "method", "rank", "niter", "quant_iters") if key in net.pissa})

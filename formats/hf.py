@@ -16,7 +16,7 @@ import torch
 
 from formats import CHECKPOINT_FILES
 from formats.meta import check_heads, check_names, check_number, mapped
-from support.files import replaced
+from support.files import read_json, replaced
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -48,19 +48,6 @@ SCALINGS = {"default": (), "linear": ("factor",),
 
 
 # ------------------------------------------------------------------------------------- config.json
-
-def read_json(path):
-    """The object in a JSON file; ValueError or FileNotFoundError naming the file."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as e:                        # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not JSON ({str(e)[:100]})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not {type(value).__name__}")
-    return value
-
 
 def read_config(path):
     """{field of model.Config: value}; ValueError naming what this network does not compute."""
@@ -261,5 +248,7 @@ def save_folder(directory, config, tensors, shard_bytes=5_000_000_000):
                           for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if any("lm_head.weight" in names for names in shards):     # tied once, but adapted since
+            config = {**config, "tie_word_embeddings": False}
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (tmp / "config.json").write_text(text + "\n", encoding="utf-8")

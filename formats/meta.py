@@ -40,7 +40,7 @@ def read_params(directory, shards):
         scaled = p.pop("use_scaled_rope", False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: it comes with Meta's weights") from None
-    except (TypeError, ValueError) as e:                 # not an object, not JSON, not UTF-8
+    except (TypeError, ValueError, RecursionError) as e:        # not an object, JSON or UTF-8
         raise ValueError(f"{path}: not a LLaMA's params.json ({e})") from None
     for name in INTS + FLOATS:
         if name not in OPEN or p[name] != OPEN[name]:

@@ -1,10 +1,9 @@
-"""Files and directories that are complete or absent, and locks. Imports nothing of ours.
+"""Files and directories that are complete or absent, locks, JSON. Imports nothing of ours.
 
 What is written stands aside as `.writing-NAME` until it is complete and on the disk. Then it takes
 its place. A kill at any moment leaves the old or the new, never a mixture.
 """
-import functools
-import hashlib
+import json
 import os
 import shutil
 from contextlib import contextmanager, suppress
@@ -139,16 +138,14 @@ def check_room(directory, size, what):
                       "free")
 
 
-def sha256(path):
-    """The SHA-256 of a file, in hex. Reading it again takes no time, if it has not changed."""
-    info = os.stat(path)
-    return _sha256(str(path), info.st_mtime_ns, info.st_size, info.st_ino)
-
-
-@functools.cache
-def _sha256(path, *version):
-    h = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            h.update(block)
-    return h.hexdigest()
+def read_json(path):
+    """The object in a JSON file. ValueError or FileNotFoundError names the file."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as e:               # not JSON, not UTF-8, or nested deeply
+        raise ValueError(f"{path}: not JSON ({str(e)[:100]})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not {type(value).__name__}")
+    return value

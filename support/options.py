@@ -25,6 +25,8 @@ MAX_NEW_TOKENS = {"strict": 256, "paper": 1024}                     # of the pro
 AT_LEAST_1 = (1, math.inf)
 SEEDS = (0, 2**63 - 1)
 
+FORCE_BASE = "use an adapter on another base than it was made on, with a warning"
+
 GGUF_HELP = """Weights are read out of their quantisation into plain numbers, one tensor at a time.
 Works for the architectures llama (Llama 1 to 3, SmolLM2, TinyLlama ...) and qwen2, with byte-level
 or sentencepiece vocabularies. A file that would become another model is refused, and the key is
@@ -119,6 +121,7 @@ def add_model(add):
     add("--targets", type=names, default=TARGETS,
         help="leaf names of the linear layers, e.g. q_proj,v_proj (default: all seven)")
     add("--adapter", help="go on training this adapter instead of a new one")
+    add("--force-base", action="store_true", help=FORCE_BASE)
     add("--out", help="directory of the run (default: runs/CKPT-METHOD, or the first free of "
         "...-2, ...-3)")
 
@@ -231,7 +234,7 @@ def as_before(p, stored, args):
     """The arguments of a run that is resumed, overridden by those that are given."""
     try:
         before = json.loads(stored.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         p.error(f"{stored} is damaged: --resume needs it")
     known = {a.dest for a in p._actions} - {"resume", "overwrite", "out", "plan", "max_hours"}
     p.set_defaults(**{k: tuple(v) if type(v) is list else v for k, v in before.items()
@@ -266,6 +269,7 @@ def eval_parser(doc):
     p.epilog, add = "Not here: multiple-choice benchmarks, MATH.", p.add_argument
     add("--ckpt", default="tiny", help="directory, or a name under checkpoints/")
     add("--adapter", help="adapter directory, as train.py or PEFT wrote it")
+    add("--force-base", action="store_true", help=FORCE_BASE)
     add("--prompt", help="an instruction to answer")
     add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
     add("--protocol", choices=list(MAX_NEW_TOKENS), default="strict",
@@ -329,6 +333,7 @@ def for_convert(doc):
         help="of the weights (default: of every tensor, the base's)")
     add("--ckpt", help="the base, a directory or a name under checkpoints/ (default: the one that "
         "the run was trained on)")
+    add("--force-base", action="store_true", help=FORCE_BASE)
     add = command("compress", "an adapter to one of lower rank", COMPRESS_HELP)
     add("adapter", metavar="ADAPTER", type=Path, help="directory of an adapter")
     add("out", metavar="OUT", type=Path, help="directory for the smaller one")

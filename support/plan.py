@@ -57,6 +57,7 @@ class Job:
     config: model.Config
     rank: int = 128
     targets: tuple = pissa.TARGETS
+    ranks: dict | None = None               # {module: rank} of an adapter; None: rank, of targets
     full: bool = False                      # every weight is trained, without A and B
     bits: int = 16                          # of the frozen weights: 4, or 16 for any float dtype
     subtracted: bool = True                 # frozen is W - A_0 B_0, so W is decomposed
@@ -89,10 +90,10 @@ class Job:
 def job_of(config, method="pissa", rank=128, targets=pissa.TARGETS, *, double_quant=True, **more):
     """The Job of a method: a name, a function like pissa.init_pissa, or "full". more: see Job."""
     if method == "full":
-        return Job(config, rank, targets, True, 16, False, **more)
+        return Job(config, rank, targets, None, True, 16, False, **more)
     facts = adapter.facts_of(method, double_quant=double_quant)
-    return Job(config, rank, targets, False, facts["bits"], facts["subtracted"], double_quant,
-               **more)
+    return Job(config, rank, targets, None, False, facts["bits"], facts["subtracted"],
+               double_quant, **more)
 
 
 def estimate(config, method="pissa", rank=128, targets=pissa.TARGETS, **more):
@@ -114,13 +115,24 @@ def estimate_of(job):
 
 
 def shapes(job):
-    """[(in, out)] of all matrices of the layers, of the targets; how many parameters there are."""
+    """{name: (in, out)} of all matrices of the layers, {name: (in, out, rank)} of the targets; how
+    many parameters there are."""
     with torch.device("meta"):
         net = model.Llama(job.config)
-    targets = {} if job.full else pissa.find_linears(net, job.targets, job.rank)
-    every, chosen = ([tuple(m.weight.shape[::-1]) for m in found.values()]
-                     for found in (pissa.find_linears(net, pissa.TARGETS), targets))
+    ranks = {} if job.full else job.ranks or dict.fromkeys(
+        pissa.find_linears(net, job.targets, job.rank), job.rank)
+    every = {n: tuple(m.weight.shape[::-1])
+             for n, m in pissa.find_linears(net, (*pissa.TARGETS, "lm_head")).items()}
+    if unknown := ranks.keys() - every.keys():
+        raise ValueError(f"the adapter is of another model: there is no {min(unknown)}")
+    chosen = {n: (*every[n], r) for n, r in ranks.items()}
+    del every["lm_head"]
     return every, chosen, sum(p.numel() for p in net.parameters())
+
+
+def pair_numbers(chosen):
+    """How many numbers the A and B of these targets have: see `shapes`."""
+    return sum(r * (a + b) for a, b, r in chosen.values())
 
 
 def nf4_bytes(n, double):
@@ -130,8 +142,9 @@ def nf4_bytes(n, double):
     return math.ceil(n / 2) + (absmax + 4 * scales if double else 4 * absmax)
 
 
-def kept(job):
-    """Bytes that a layer keeps for backward, without copies of A, B or whole weights."""
+def kept(job, ranks):
+    """Bytes that a layer keeps for backward, without copies of A, B or whole weights. ranks: the
+    sum of those of its targets."""
     c, e, n, count = job.config, job.dtype.itemsize, job.tokens, job.count
     normed = (count("q_proj", "k_proj", "v_proj") > 0) + (count("gate_proj", "up_proj") > 0)
     if job.full and e < 4:                # autocast makes a copy of a float32 x for every product
@@ -140,8 +153,7 @@ def kept(job):
     copied = job.packed and not job.flash                              # out of attention's output
     # The outputs of norms and SwiGLU. Compiled layers compute them again.
     outputs = 0 if job.compiled else normed * c.dim + count("down_proj") * c.ffn_dim
-    numbers = (outputs + copied * count("o_proj") * width + 2 * c.ffn_dim
-               + count(*pissa.TARGETS) * job.rank * (not job.full))
+    numbers = outputs + copied * count("o_proj") * width + 2 * c.ffn_dim + ranks
     # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H), or n and no H K
     return (n * (2 * job.x_bytes * c.dim + e * numbers + 8)
             + job.attended * (2 * e * (width + kv_width) + 4 * c.n_heads))
@@ -168,15 +180,17 @@ DECOMPOSING = {(4, True): (6, 6), (4, False): (1, 1), (16, True): (6, 4), (16, F
 def memory(job):
     """({kind: parameters}, {kind: bytes}, {moment: bytes}): the last one's largest is the peak."""
     c, (every, chosen, total), e = job.config, shapes(job), job.dtype.itemsize
-    sizes = [a * b for a, b in chosen]
-    pairs, largest = job.rank * sum(map(sum, chosen)), max(sizes, default=0)
+    sizes = [a * b for a, b, _ in chosen.values()]
+    pairs, largest = pair_numbers(chosen), max(sizes, default=0)
+    ranks = -(-sum(r for *_, r in chosen.values()) // c.n_layers)
     rest = 0 if job.full else total - sum(sizes)
     numbers = {"frozen matrices": sum(sizes), "frozen embedding, norms, head": rest,
                "trained, float32": total if job.full else pairs}
-    trained, layer, x = numbers["trained, float32"], kept(job), job.tokens * job.x_bytes * c.dim
+    trained, layer = numbers["trained, float32"], kept(job, ranks)
+    x = job.tokens * job.x_bytes * c.dim
     # Copies in 16 bits, of A and B, or by autocast of whole matrices.
-    copies = e * (e < 4 and not job.compiled) * (sum(a * b for a, b in every) if job.full
-                                                 else pairs)
+    copies = e * (e < 4 and not job.compiled) * (sum(a * b for a, b in every.values())
+                                                 if job.full else pairs)
     # The input x of every layer, the loss's gradient of the last one, RoPE's two tables.
     chosen_x = job.labels * job.x_bytes * c.dim
     between = (c.n_layers + 1) * x + chosen_x + 8 * c.head_dim * (
@@ -203,7 +217,7 @@ def memory(job):
     if job.bits == 4:          # matrices are made one by one from W, before anything else is read
         made += e * (largest - rest)
     elif job.subtracted:
-        made = max(made, weights + grouped(job, chosen))
+        made = max(made, weights + grouped(job, [(a, b) for a, b, _ in chosen.values()]))
     fixed = weights + 8 * trained
     start = fixed + 4 * trained * job.accumulate + all_kept
     moments = {"loading": max(weights, made), "the end of forward": start + head + held["loss"],
@@ -223,14 +237,14 @@ def flops(job):
     ends before a layer's last product, if that is a PissaLinear and not compiled.
     """
     c, (every, chosen, _) = job.config, shapes(job)
-    W, pairs = 2 * sum(a * b for a, b in every), 2 * job.rank * sum(map(sum, chosen))
+    W, pairs = 2 * sum(a * b for a, b in every.values()), 2 * pair_numbers(chosen)
     head = 2 * c.vocab_size * c.dim * job.labels / job.tokens
     attention = 2 * c.n_layers * job.length * c.n_heads * c.head_dim * job.attended / job.tokens
-    first = every[:3]           # layer 0's q, k and v: no layer before them wants a gradient of x
-    spared = -W - head if job.full else sum(2 * a * b for a, b in first) + 2 * job.rank * sum(
-        a for (a, _), name in zip(first, pissa.TARGETS[:3], strict=True) if name in job.targets)
-    last = 2 * c.n_layers * c.dim * (c.ffn_dim + job.rank) * (
-        "down_proj" in job.targets and not job.full and not job.compiled)
+    # Layer 0's q, k and v: no layer before them wants a gradient of x.
+    spared = -W - head if job.full else sum(
+        2 * a * (b + chosen[n][2] if n in chosen else b) for n, (a, b) in [*every.items()][:3])
+    last = 0 if job.compiled else sum(2 * b * (a + r) for n, (a, b, r) in chosen.items()
+                                      if n.endswith("down_proj"))
     return {"forward": W + pairs + head + attention, "attention": attention,
             "backward": W + 2 * pairs + head + 2.5 * attention - spared,
             "recomputation": job.checkpointing * (W + pairs + attention - last)}
@@ -269,14 +283,12 @@ def from_arguments(args):
     if not args.adapter:
         return job_of(config, args.method, args.rank, args.targets,
                       double_quant=not args.no_double_quant, **more), args.method
-    facts, found = adapter.read_facts(args.adapter), peft.read_config(args.adapter)
-    rank, found = facts["rank"], found.get("target_modules")
-    if type(rank) is not int or type(found) is not list:            # PEFT also takes a pattern
-        raise ValueError(f"{args.adapter}: a plan takes a number as r and a list as "
-                         f"target_modules, not {rank!r} and {found!r}")
-    targets = tuple({name.rpartition(".")[2] for name in found})
-    return Job(config, rank, targets, False, facts["bits"], facts["subtracted"],
-               facts.get("double_quant", True), **more), facts["method"]
+    facts = adapter.read_facts(args.adapter)
+    pairs, _ = peft.find_pairs(args.adapter, peft.read_config(args.adapter))
+    ranks = {n: A.shape[0] // (1 + facts["subtracted"]) for n, (A, _) in pairs.items()}
+    targets = tuple({name.rpartition(".")[2] for name in ranks})
+    return Job(config, max(ranks.values()), targets, ranks, False, facts["bits"],
+               facts["subtracted"], facts.get("double_quant", True), **more), facts.get("method")
 
 
 def sharded(job, gpus):
@@ -288,7 +300,7 @@ def sharded(job, gpus):
     """
     found = estimate_of(job)
     spread = 16 * found["trained"] if job.full else found["held"]["frozen matrices"]
-    numbers = sum(a * b for a, b in shapes(job)[0]) // job.config.n_layers
+    numbers = sum(a * b for a, b in shapes(job)[0].values()) // job.config.n_layers
     one = 12 * numbers if job.full else 2 * found["held"]["frozen matrices"] // job.config.n_layers
     return found["peak"] - spread * (gpus - 1) // gpus + one
 

@@ -31,7 +31,7 @@ ASKED, LOCKS = [], []                     # numbers of the signals that came; lo
 # Arguments that change no result, or only by rounding. A run may go on with others.
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "max_hours", "device", "micro_batch",
         "no_packing", "checkpointing", "compile", "plain", "shard", "gpus", "plan", "steps",
-        "epochs", "adapter", "max_new_tokens"}
+        "epochs", "adapter", "max_new_tokens", "ckpt", "force_base"}
 
 
 class Stop(NamedTuple):

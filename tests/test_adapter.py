@@ -1,11 +1,16 @@
 """adapter.py: save and load, facts, compress, methods of one's own, older versions, PEFT."""
 import copy
 import json
+import random
+import resource
 import warnings
+from dataclasses import fields, replace
+from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import adapter
 import model
@@ -18,6 +23,7 @@ from conftest import (
     assert_logits_equal,
     changed,
     hugging_face,
+    mlp,
     optimise,
     quiet,
     rounded_base,
@@ -282,6 +288,37 @@ def test_a_base_in_another_dtype_is_the_same_base(tmp_path, made, used):
     assert len(pissa.layers(net)) == 14 and net.model.layers[0].mlp.up_proj.frozen.dtype == used
 
 
+def test_roundings_of_one_base_are_the_same_base(tmp_path):
+    """A float32 base that was rounded to float16 for one and to bfloat16 for another, with numbers
+    near halfway, tiny ones and zeros."""
+    nets = [small_net(n_layers=1) for _ in DTYPES]
+    for net, dtype in zip(nets, DTYPES):
+        W = net.model.layers[0].mlp.up_proj.weight.data.flatten()
+        near = torch.tensor([1 + 2**-8 - 2**-14, 1 + 2**-8 + 2**-14, 3e-8, 2**-24, 0, -1e-12])
+        W.copy_(near.repeat(W.numel() // 6))
+        net.to(dtype)
+    for made in nets:
+        adapter.save(quiet(copy.deepcopy(made), 2, "lora"), tmp_path)
+        for used in nets:
+            adapter.load(copy.deepcopy(used), tmp_path)
+
+
+def test_force_base(tmp_path, tokens):
+    """Another base with a warning; but not one of another shape."""
+    adapter.save(quiet(small_net(), 2, "lora"), tmp_path)
+    with pytest.raises(ValueError, match="another base model: .*--force-base"):
+        adapter.load(small_net(seed=1), tmp_path)
+    with pytest.warns(UserWarning, match="made on another base model"):
+        forced = adapter.load(small_net(seed=1), tmp_path, force_base=True)
+    assert torch.equal(forced(tokens), small_net(seed=1)(tokens))            # B is zero
+    with pytest.raises(ValueError, match="the model's is"):
+        adapter.load(small_net(ffn_dim=96), tmp_path, force_base=True)
+    with pytest.warns(UserWarning, match="made on another base model"):
+        net = tiny()
+        net.model.layers[3].self_attn.v_proj.weight.data *= 1.1
+        adapter.load(net, OLD / "lora", force_base=True)
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_a_base_that_is_not_finite_is_another(tmp_path, number):
     adapter.save(quiet(small_net(), niter=0), tmp_path)
@@ -337,7 +374,7 @@ def damage(tmp_path, change, file="adapter_config.json"):
 
 @pytest.mark.parametrize("change, message", [
     (dict(use_dora=True), "use_dora is not supported"),
-    (dict(peft_type="LOHA"), "not the config of a LoRA adapter .*peft_type is LOHA"),
+    (dict(peft_type="LOHA"), "not the config of a LoRA adapter .*peft_type is 'LOHA'"),
     (dict(lora_alpha=None), "not the config of a LoRA adapter"),
     (dict(r=16), "adapter_config.json: r is 16, lora_alpha is 8, but pissa.json tells of 8"),
     (dict(lora_alpha=16), "adapter_config.json: r is 8, lora_alpha is 16, but pissa.json"),
@@ -386,7 +423,7 @@ def test_damaged_adapters(tmp_path, net):
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
         adapter.load(net, tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"r": 4')
-    with pytest.raises(ValueError, match="adapter_config.json: not the config of a LoRA adapter"):
+    with pytest.raises(ValueError, match="adapter_config.json: not JSON"):
         adapter.load(net, tmp_path)
     assert not pissa.layers(net)
 
@@ -404,6 +441,296 @@ def test_failed_save_leaves_the_old_adapter(tmp_path, net, tokens, monkeypatch):
         adapter.save(net, tmp_path)
     assert torch.equal(adapter.load(small_net(), tmp_path)(tokens), want)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+# --- damage
+
+def test_a_flipped_bit_is_noticed(tmp_path, net, tokens):
+    """Whatever the file: one line, or exactly the same model."""
+    optimise(quiet(net, 2, "qpissa", targets=("q_proj", "down_proj")), tokens, 1)
+    adapter.save(net, tmp_path)
+    want, rng, refused = net(tokens), random.Random(0), 0
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for at in [rng.randrange(8 * len(whole)) for _ in range(12)]:
+            damaged = bytearray(whole)
+            damaged[at // 8] ^= 1 << at % 8
+            path.write_bytes(damaged)
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", ".*another tool")
+                    assert torch.equal(adapter.load(small_net(), tmp_path)(tokens), want)
+            except ValueError as e:
+                assert str(tmp_path) in str(e) and "\n" not in str(e)
+                refused += 1
+        path.write_bytes(whole)
+    assert refused > 24
+
+
+def test_weights_changed_by_hand(tmp_path, net):
+    """Of the same size with our own config they look damaged, and the line says what to do. Of
+    another size, or beside PEFT's config, they are another tool's."""
+    from safetensors.torch import save_file
+    adapter.save(quiet(net), tmp_path)
+    tensors = peft.read_tensors(tmp_path, peft.WEIGHTS)
+    key = next(k for k in tensors if "lora_B" in k)
+    path, found = tmp_path / "adapter_model.safetensors", tensors | {key: 2 * tensors[key]}
+    save_file(found, path)
+    with pytest.raises(ValueError, match="damaged, its checksum .* remove pissa.json"):
+        adapter.read_adapter(tmp_path)
+    save_file({k: M.bfloat16() for k, M in found.items()}, path)
+    with pytest.warns(UserWarning, match="another tool has rewritten"):
+        assert not adapter.read_adapter(tmp_path).facts["subtracted"]
+    save_file(found, path)
+    (tmp_path / "pissa.json").unlink()
+    assert not adapter.read_adapter(tmp_path).facts["subtracted"]
+
+
+def lora(directory, A, B, suffix=".bin", name="layers.0.self_attn.q_proj", **config):
+    """A PEFT LoRA with these lora_A and lora_B."""
+    tensors = {f"base_model.model.model.{name}.lora_{k}.weight": M for k, M in zip("AB", (A, B))}
+    (torch.save if suffix == ".bin" else import_module("safetensors.torch").save_file)(
+        tensors, directory / f"adapter_model{suffix}")
+    (directory / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 4, "lora_alpha": 4, **config}))
+
+
+A, B = torch.ones(4, 48), torch.ones(48, 4)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("A, B, message", [
+    (A * torch.nan, B, "q_proj holds NaN or Inf"), (A, B * torch.inf, "q_proj holds NaN or Inf"),
+    (A, B.double() * 1e300, "q_proj holds NaN or Inf"), (A, B.int(), "not int32"),
+    (A.to(torch.complex64), B, "not complex64"), (A.to(torch.float8_e4m3fn), B, "not float8_e4m"),
+    (A.bool(), B, "not bool"), (A[0], B, "do not belong together"),
+    (A[:0], B[:, :0], "do not belong together"), (A[..., None], B, "do not belong together"),
+    (A[0, 0], B[0, 0], "do not belong together"), (A[:2], B, "do not belong together"),
+    (A[:2], B[:, :2].clone(), "has rank 2, but rank 4 in adapter_config"),
+    (A[:, :40].clone(), B, "q_proj is 40 x 48, the model's is 48 x 48")],
+    ids=lambda v: v if isinstance(v, str) else "")
+def test_tensors_that_are_no_lora(tmp_path, net, A, B, message, suffix):
+    lora(tmp_path, A, B, suffix)
+    with pytest.raises(ValueError, match=message) as e:
+        adapter.load(net, tmp_path)
+    assert not pissa.layers(net) and "\n" not in str(e.value)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_%s.weight"
+BAD = {"a list": [1, 2], "a number": 3, "a tensor": torch.ones(3), "numbers": {KEY % "A": 3},
+       "int keys": {1: torch.ones(2, 2)}, "nested": {"model": {KEY % "A": A, KEY % "B": B}},
+       "empty": {}, "sparse": {KEY % "A": A.to_sparse(), KEY % "B": B},
+       "meta": {KEY % "A": A.to("meta"), KEY % "B": B},
+       "huge": {KEY % "A": A, KEY % "B": torch.zeros(1, 1).expand(10**10, 4)},
+       "huge together": {f"{i}": torch.zeros(1000).expand(1000, 1000) for i in range(9)},
+       "twice": {KEY % "A": A, KEY[17:] % "A": A + 1, KEY % "B": B}}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bin_file_of_something_else(tmp_path, net, kind):
+    lora(tmp_path, A, B)
+    torch.save(BAD[kind], tmp_path / "adapter_model.bin")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError) as e:
+        adapter.load(net, tmp_path)
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000       # KiB
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "pissa.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[]", "3", '{"r": 1e999', "\0"])
+def test_json_that_is_no_config(tmp_path, net, file, text):
+    adapter.save(quiet(net, niter=0), tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}: ") as e:
+        adapter.load(small_net(), tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change", [
+    dict(r=0), dict(r=-4), dict(r=True), dict(r=4.0), dict(r=2**40), dict(lora_alpha=torch.nan),
+    dict(lora_alpha=True), dict(lora_alpha=10**400), dict(rank_pattern=[4]), dict(rank_pattern="q"),
+    dict(rank_pattern={"q_proj": "4"}), dict(rank_pattern={"(": 4}),
+    dict(alpha_pattern={"q_proj": None})], ids=str)
+def test_numbers_that_are_none(tmp_path, net, change):
+    lora(tmp_path, A, B, **change)
+    with pytest.raises(ValueError, match="adapter_config.json: not the config of a LoRA adapter"):
+        adapter.load(net, tmp_path)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_nan_is_not_saved(tmp_path, net, number):
+    adapter.save(quiet(net), tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    pissa.layers(net)[3][1].B.data[0, 0] = number
+    with pytest.raises(ValueError, match="is not written: .*o_proj holds NaN or Inf"):
+        adapter.save(net, tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+# --- ranks of their own
+
+def several_ranks(weight, options):
+    """PiSSA, with a rank that depends on the shape."""
+    return pissa.init_pissa(weight, replace(options, rank=2 + (weight.shape[0] > 48)))
+
+
+@pytest.mark.parametrize("method", [several_ranks, "lora"])
+def test_unequal_ranks(tmp_path, net, tokens, method):
+    """They are saved, loaded, trained on, compressed, and read by PEFT."""
+    theirs = pytest.importorskip("peft")
+    if method == "lora":
+        config = theirs.LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "up_proj", "down_proj"],
+            init_lora_weights=False, rank_pattern={"layers.1.self_attn.q_proj": 2, "up_proj": 5},
+            alpha_pattern={"^model.layers.0.mlp.*": 3})
+        trained = theirs.get_peft_model(hugging_face(small_net()), config).eval()
+        trained.save_pretrained(str(tmp_path / "peft"))
+        adapter.load(net, tmp_path / "peft")
+        assert_logits_equal(net(tokens), trained(tokens).logits)
+    else:
+        quiet(net, 3, method)
+    optimise(net, tokens, 2)
+    adapter.save(net, tmp_path / "a")
+    again = adapter.load(small_net(), tmp_path / "a")
+    ranks = {n: m.A.shape[1] for n, m in pissa.layers(net)}
+    assert {n: m.A.shape[1] for n, m in pissa.layers(again)} == ranks and len({*ranks.values()}) > 1
+    assert torch.equal(again(tokens), net(tokens)) and adapter.facts(again) == adapter.facts(net)
+    assert adapter.read_facts(tmp_path / "a")["rank"] == max(ranks.values())
+    read = theirs.PeftModel.from_pretrained(hugging_face(small_net()), str(tmp_path / "a"))
+    assert_logits_equal(read(tokens).logits, net(tokens))
+    for rank, out in (None, "half"), (3, "three"):
+        adapter.compress(tmp_path / "a", tmp_path / out, rank)
+        small = {n: A.shape[1] for n, (A, _) in adapter.read_adapter(tmp_path / out).pairs.items()}
+        both = 2 if method != "lora" else 1
+        assert small == {n: max(1, both * r // 2) if rank is None else min(rank, both * r)
+                         for n, r in ranks.items()}
+        read = theirs.PeftModel.from_pretrained(hugging_face(small_net()), str(tmp_path / out))
+        assert_logits_equal(read(tokens).logits, adapter.load(small_net(), tmp_path / out)(tokens))
+    with pytest.raises(ValueError, match="cannot compress rank"):
+        adapter.compress(tmp_path / "a", tmp_path / "b", 7)
+
+
+def test_layers_of_several_kinds(tmp_path, net):
+    quiet(net.model.layers[0], 2, "pissa"), quiet(net.model.layers[1], 2, "lora")
+    with pytest.raises(ValueError, match="layers of several kinds"):
+        adapter.save(net, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def adapted_by_peft(base, directory):
+    """The names of the modules that PEFT adapts with a saved adapter."""
+    theirs = pytest.importorskip("peft").PeftModel.from_pretrained(base, str(directory))
+    return theirs, {n.removeprefix("base_model.model.").rpartition(".lora_A")[0]
+                    for n, _ in theirs.named_parameters() if ".lora_A." in n}
+
+
+def test_peft_adapts_the_same_layers(tmp_path, net, tokens, recwarn):
+    """Only one layer's, although others have the same names."""
+    quiet(net.model.layers[1], 2, targets=("q_proj", "up_proj"))
+    for name in "ab":
+        adapter.save(net, tmp_path / "a") if name == "a" else adapter.compress(
+            tmp_path / "a", tmp_path / "b")
+        recwarn.clear()
+        theirs, found = adapted_by_peft(hugging_face(small_net()), tmp_path / name)
+        assert found == {n for n, _ in pissa.layers(net)} and not [
+            w for w in recwarn if "adapter" in str(w.message)]
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.mlp.up_proj",
+                                        "model.layers.1.self_attn.q_proj"]
+
+
+def test_names_that_are_the_end_of_another(tmp_path):
+    """fc1 alone, and not inner.fc1: only a regular expression tells them apart."""
+    net = nn.Sequential()
+    net.add_module("fc1", nn.Linear(8, 8))
+    net.add_module("inner", nn.Sequential())
+    net.inner.add_module("fc1", nn.Linear(8, 8))
+    base = copy.deepcopy(net)
+    W = net.fc1.weight.detach()
+    frozen, *rest = pissa.init_pissa(W, pissa.Options(2))
+    net.fc1 = pissa.PissaLinear(net.fc1, frozen, *rest[:2], *rest[:2], rest[2])
+    adapter.save(net, tmp_path)
+    assert adapted_by_peft(base, tmp_path)[1] == {"fc1"}
+
+
+# --- networks inside others
+
+def wrapped(net, how):
+    """A network inside what torch wraps around it, or around its layers."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    if how == "compiled layer":
+        net.fc2 = nn.Sequential(net.fc2)
+        net.fc2 = torch.compile(net.fc2, backend="eager")
+    if how == "recomputed layer":
+        net.fc2 = checkpoint_wrapper(nn.Sequential(net.fc2))
+    return {"compiled": lambda: torch.compile(net, backend="eager"),
+            "replicated": lambda: nn.DataParallel(net),
+            "both": lambda: nn.DataParallel(torch.compile(net, backend="eager"))}.get(
+                how, lambda: net)()
+
+
+@pytest.mark.parametrize("how", ["compiled", "replicated", "both", "compiled layer",
+                                 "recomputed layer"])
+def test_wrapped_networks(tmp_path, how):
+    """Saved and loaded by their own names; merged and removed as others are."""
+    x, layer = torch.randn(3, 40), "layer" in how
+    targets = ("fc1", "0") if layer else ("fc1", "fc2")
+    plain = wrapped(mlp(), "compiled layer") if layer else mlp()
+    if layer:
+        plain.fc2 = plain.fc2._orig_mod
+    with torch.no_grad():
+        before = plain(x)
+        net = wrapped(mlp(), how)
+        quiet(net, 4, "qpissa" if how == "compiled" else "pissa", targets)
+        for _, m in pissa.layers(net):
+            m.B.data += 0.1
+        want = net(x)
+        adapter.save(net, tmp_path)
+        names = {"fc1", "fc2.0"} if layer else {"fc1", "fc2"}
+        assert set(adapter.read_adapter(tmp_path).pairs) == names
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert set(config["target_modules"]) == set(targets)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for other in (copy.deepcopy(plain), wrapped(mlp(), how)):
+                assert adapter.load(other, tmp_path, keep_base=True) is other
+                assert torch.equal(other(x), want)
+                with pissa.disabled(other):
+                    torch.testing.assert_close(other(x), before)
+                adapter.save(other, tmp_path / "again")
+                assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (
+                    tmp_path / "adapter_model.safetensors").read_bytes()
+                assert_logits_equal(pissa.merge(copy.deepcopy(other))(x), want, 1e-5)
+                torch.testing.assert_close(pissa.remove(other)(x), before)
+
+
+def test_names_of_a_compiled_network_in_a_file(tmp_path, net, tokens):
+    """PEFT writes them, and so did we."""
+    config = pytest.importorskip("peft").LoraConfig(r=4, target_modules=["q_proj"],
+                                                    init_lora_weights=False)
+    theirs = import_module("peft").get_peft_model(hugging_face(net), config).eval()
+    torch.compile(theirs, backend="eager").save_pretrained(str(tmp_path))
+    tensors = peft.read_tensors(tmp_path, peft.WEIGHTS)
+    import_module("safetensors.torch").save_file(
+        {k.replace(".layers.1.", ".layers.1._orig_mod."): M for k, M in tensors.items()},
+        tmp_path / "adapter_model.safetensors")
+    assert_logits_equal(adapter.load(net, tmp_path)(tokens), theirs(tokens).logits)
+
+
+def test_a_compiled_layer_of_ours(tmp_path):
+    """torch.compile around a PissaLinear itself keeps what is replaced inside: it goes, too."""
+    x, net = torch.randn(3, 40), quiet(mlp(), 4, targets=("fc1",))
+    net.fc1.B.data += 1
+    want = net(x)
+    net.fc1 = torch.compile(net.fc1, backend="eager")
+    net(x)
+    adapter.save(net, tmp_path)
+    assert torch.equal(adapter.load(mlp(), tmp_path)(x), want)
+    assert torch.equal(pissa.remove(net)(x), mlp()(x))
+    net.fc1 = torch.compile(net.fc1, backend="eager")
+    with pytest.raises(ValueError, match="fc1 is a OptimizedModule, not an nn.Linear"):
+        adapter.load(net, tmp_path)
 
 
 # --- compress
@@ -577,6 +904,75 @@ def test_difference_to_the_full_precision_base(net, tokens, method):
         error = (y - F.linear(x, full.get_submodule(name).weight)).norm(dim=-1)
         bound = lost * x.norm(dim=-1)
         assert (error <= bound * (1 + 1e-4)).all() and error.max() > 0.1 * bound.max(), name
+
+
+# Options of PEFT that change what is computed, or might: refused by name.
+OTHER = dict(
+    bias="all", modules_to_save=["lm_head"], trainable_token_indices=[1], use_dora=True,
+    alora_invocation_tokens=[5], layer_replication=[(0, 2)], lora_bias=True, use_qalora=True,
+    target_parameters=["x"], ensure_weight_tying=True, fan_in_fan_out=True,
+    megatron_config={"a": 1},
+    velora_config={"a": 1}, kasa_config={"a": 1}, arrow_config={"a": 1}, use_bdlora={"a": 1},
+    monteclora_config={"a": 1})
+CHANGED_BASE = ["olora", "OLoRA", "pissa", "pissa_niter_4", "corda", "loftq", "lora_ga", "tomorrow"]
+# Those that are computed, or change nothing: see `test_what_is_computed_of_peft`.
+SAME = dict(r=4, lora_alpha=9, use_rslora=True, rank_pattern={"layers.1.*q_proj": 2, "up_proj": 3},
+            alpha_pattern={"q_proj": 5, "^model.layers.0.mlp.up_proj": 1.5}, lora_dropout=0.5,
+            exclude_modules=["model.layers.0.self_attn.q_proj"], layers_to_transform=[0],
+            layers_pattern="layers", megatron_core="x", qalora_group_size=8, task_type="CAUSAL_LM",
+            inference_mode=True, base_model_name_or_path="x", revision="x", peft_version="1",
+            auto_mapping={"a": 1}, init_lora_weights="mica", target_modules=r".*\.(q|up)_proj",
+            loftq_config={"a": 1}, eva_config={}, corda_config={}, lora_ga_config={})
+
+
+def test_every_option_of_peft_is_known():
+    """Computed, ignored for a reason, or refused. What PEFT adds tomorrow is refused, too."""
+    config = pytest.importorskip("peft").LoraConfig
+    names = {f.name for f in fields(config)} - {"peft_type", "runtime_config"}
+    assert not (SAME.keys() | OTHER) - names - set(peft.KNOWN), "of an older PEFT"
+    assert SAME.keys() | {"peft_type", "bias", "pissa"} == peft.KNOWN
+    assert not SAME.keys() & OTHER.keys()
+
+
+@pytest.mark.parametrize("key, value", [*OTHER.items(), *(("init_lora_weights", v)
+                                                          for v in CHANGED_BASE),
+                                        ("tomorrow", 0), ("tomorrow", [0]), ("tomorrow", "x")])
+def test_what_peft_computes_otherwise_is_refused(tmp_path, net, key, value):
+    lora(tmp_path, A, B, **{key: value})
+    with pytest.raises(ValueError, match=f"adapter_config.json: .*{key}"):
+        adapter.load(net, tmp_path)
+    for neutral in (None, False, [], {}, "") if key == "tomorrow" else ():
+        lora(tmp_path, A, B, **{key: neutral})
+        peft.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("keys", [
+    ("rank_pattern", "alpha_pattern", "use_rslora", "r"), ("layers_to_transform", "layers_pattern"),
+    ("exclude_modules", "lora_dropout", "lora_alpha"), ("target_modules", "init_lora_weights")])
+def test_what_is_computed_of_peft(tmp_path, net, tokens, keys):
+    """The outputs are PEFT's."""
+    theirs = pytest.importorskip("peft")
+    config = theirs.LoraConfig(**{"r": 8, "target_modules": ["q_proj", "up_proj"],
+                                  **{k: SAME[k] for k in keys}})
+    trained = theirs.get_peft_model(hugging_face(net), config).eval()
+    for n, p in trained.named_parameters():
+        if "lora_" in n:
+            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n)))
+    trained.save_pretrained(str(tmp_path))
+    base = net(tokens)
+    assert_logits_equal(adapter.load(net, tmp_path)(tokens), trained(tokens).logits)
+    assert (net(tokens) - base).abs().max() > 1e-2
+
+
+def test_peft_copies_the_head_that_is_adapted(tmp_path, tokens):
+    """Its copy of the base's matrix is no LoRA, and tells which base it was."""
+    theirs = pytest.importorskip("peft")
+    config = theirs.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    trained = theirs.get_peft_model(hugging_face(small_net()), config).eval()
+    trained.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    assert_logits_equal(adapter.load(small_net(), tmp_path)(tokens), trained(tokens).logits)
+    with pytest.raises(ValueError, match="another base model: lm_head differs"):
+        adapter.load(small_net(seed=1), tmp_path)
 
 
 @pytest.mark.parametrize("alpha, rslora", [(4, False), (32, False), (32, True)])

@@ -144,6 +144,35 @@ def test_adapter_made_by_peft(tmp_path, base, tokens, alpha, rslora):
     assert changed == {n for n in found if "q_proj" in n or "down_proj" in n}
 
 
+def test_adapter_of_unequal_ranks(tmp_path, base):
+    """Merged as PEFT merges it; compressed, every matrix has half of its own rank."""
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(hugging_face(small_net()), peft.LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights=False, target_modules=["q_proj", "down_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 8}, alpha_pattern={"down_proj": 3}))
+    theirs.save_pretrained(tmp_path / "peft")
+    text = command("compress", tmp_path / "peft", tmp_path / "small")
+    assert "4 matrices at rank 2 to 4 in" in text
+    command("merge", tmp_path / "peft", tmp_path / "out", "--ckpt", base)
+    expected, found = theirs.merge_and_unload().state_dict(), read(tmp_path / "out")
+    for name, W in found.items():
+        torch.testing.assert_close(W, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_another_base(tmp_path, base, trained):
+    """Refused, or a warning; a float16 copy of the base is the same base."""
+    for other, dtype in (small_net(seed=1), torch.float32), (small_net(), torch.float16):
+        there = write_base(tmp_path / str(dtype), "hf", other.to(dtype))
+        merge = "merge", tmp_path / "adapter", tmp_path / f"{dtype} out", "--ckpt", there
+        if dtype == torch.float32:
+            assert "another base model: " in failure(*merge)
+            with pytest.warns(UserWarning, match="another base model"):
+                command(*merge, "--force-base")
+        else:
+            command(*merge)
+        assert read(tmp_path / f"{dtype} out").keys() == read(base).keys()
+
+
 @pytest.mark.parametrize("dtype", ["source", "bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("key", [None, "torch_dtype", "dtype"])
@@ -195,6 +224,15 @@ def test_adapter_on_a_tied_output(tmp_path, tokens, layout):
     if layout == "hf":
         theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(out)
         assert_logits_equal(theirs(tokens).logits, net(tokens))
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_a_tied_output_that_was_adapted_in_memory(tmp_path, tokens, layout):
+    """Written by its own numbers, although its config still calls it tied."""
+    net = pissa.merge(adapted(small_net(tied=True), targets=("lm_head",)))
+    write_base(tmp_path / "out", layout, net)
+    merged = model.load(tmp_path / "out", "cpu", torch.float32)
+    assert not merged.config.tied and torch.equal(merged(tokens), net(tokens))
 
 
 def test_biases(tmp_path, tokens):
@@ -283,7 +321,7 @@ def other_rank(adapter):
     (lambda b, a: (shutil.rmtree(b), write_base(b, "hf", small_net(n_layers=1))),
      "the model has no linear layer model.layers.1"),
     (lambda b, a: other_rank(a), "q_proj is 50 x 48, the model's is 48 x 48"),
-    (lambda b, a: (a / "adapter_config.json").write_text("[]"), "not the config of a LoRA"),
+    (lambda b, a: (a / "adapter_config.json").write_text("[]"), "a JSON object is expected"),
     (lambda b, a: (a / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is miss"),
     (lambda b, a: (b / "config.json").unlink(), "consolidated.00.pth is missing"),
     (lambda b, a: shutil.rmtree(b), "no checkpoint"),

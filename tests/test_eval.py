@@ -489,11 +489,12 @@ def base(tmp_path):
 
 
 def other_adapter(base, saved):
-    """One number of B changes, by its last bit."""
+    """One number of B changes, by its last bit; on purpose, so it is a plain LoRA now."""
     path, = saved.glob("adapter_model.*")
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
     path.write_bytes(content)
+    (saved / "pissa.json").unlink()
 
 
 def other_base(base, saved):

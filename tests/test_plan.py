@@ -383,24 +383,32 @@ def test_errors(llama2, flags, words):
     assert "no checkpoint llama3" in failure("train.py", "--ckpt", "llama3", "--plan")
 
 
+def write_adapter(directory, ranks, **changes):
+    """A PEFT LoRA of these {module of Llama-2-7B's q and v: rank}."""
+    tensors = {f"base_model.model.{n}.lora_{k}.weight": torch.zeros(shape)
+               for n, r in ranks.items() for k, shape in (("A", (r, 4096)), ("B", (4096, r)))}
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": "all-linear"}
+    torch.save(tensors, directory / "adapter_model.bin")
+    (directory / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
 @pytest.mark.parametrize("changes, words", [
-    ({"target_modules": "all-linear"}, "not 8 and 'all-linear'"),
-    ({"target_modules": None}, "not 8 and None"),
-    ({"r": "8"}, "not '8' and"),
-    ({"pissa": {"method": "new", "rank": 8, "base": ""}}, "method new is none of")])
+    ({"r": "8"}, "r is '8'"), ({"r": 4}, "q_proj has rank 8, but rank 4 in adapter_config.json"),
+    ({"pissa": {"method": "new", "rank": 8, "base": ""}}, "method new is none of"),
+    ({}, "of another model: there is no model.layers.99.self_attn.q_proj")])
 def test_errors_of_adapters(llama2, changes, words):
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]} | changes
-    (llama2 / "adapter_config.json").write_text(json.dumps(config))
+    write_adapter(llama2, {f"model.layers.{i}.self_attn.q_proj": 8 for i in (0, 99)}, **changes)
     text = failure("train.py", "--ckpt", "llama2", "--plan", "--adapter", ".")
     assert words in text and "Traceback" not in text
 
 
-def test_adapters_that_name_whole_paths(llama2):
-    names = [f"model.layers.{i}.self_attn.{k}_proj" for i in range(32) for k in "qv"]
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": names}
-    (llama2 / "adapter_config.json").write_text(json.dumps(config))
+def test_plan_of_an_adapter_is_of_its_own_matrices(llama2):
+    """Whatever target_modules says, and of unequal ranks."""
+    ranks = {f"model.layers.{i}.self_attn.{k}_proj": 8 for i in range(31) for k in "qv"}
+    ranks["model.layers.3.self_attn.q_proj"] = 24
+    write_adapter(llama2, ranks, rank_pattern={"layers.3.self_attn.q_proj": 24})
     text = command(train.main, "--ckpt", "llama2", "--plan", "--adapter", ".")
-    assert f"{32 * 2 * 8 * 2 * 4096:,} of them trained" in text
+    assert f"{sum(ranks.values()) * 2 * 4096:,} of them trained" in text
 
 
 def test_several_gpus(capsys):

@@ -130,6 +130,17 @@ def test_another_run_is_refused(flags, whole, tmp_path, more, message):
     assert_same(whole, out)
 
 
+@pytest.mark.long
+def test_a_checkpoint_that_was_moved(flags, whole, tmp_path, monkeypatch):
+    """The base is known by its weights, not by its path."""
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        interrupt(patch, 4, RuntimeError("a CUDA error"))
+        command(train.main, *flags, "--out", tmp_path / "run")
+    shutil.copytree(TINY, tmp_path / "moved")
+    command(train.main, "--resume", "--out", tmp_path / "run", "--ckpt", tmp_path / "moved")
+    assert_same(whole, tmp_path / "run")
+
+
 def test_without_a_state_it_begins(flags, tmp_path):
     command(train.main, *flags, "--steps", 1, "--resume", "--out", tmp_path / "run")
     assert len(rows(tmp_path / "run")) == 1

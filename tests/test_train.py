@@ -511,6 +511,38 @@ def test_adapter_and_other_flags(run, flags, tmp_path, adapter):
     assert (args["rank"], args["method"]) == (8, "pissa")
 
 
+def test_going_on_with_unequal_ranks(flags, tmp_path):
+    """What PEFT's rank_pattern gives is trained, saved and read again."""
+    tensors, q_proj = {}, "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    for i, r in enumerate((4, 8)):
+        tensors |= {q_proj.format(i, "A"): torch.randn(r, 256) / 16,
+                    q_proj.format(i, "B"): torch.zeros(256, r)}
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8,
+        "rank_pattern": {"layers.1.self_attn.q_proj": 8}}))
+    command(train.main, *flags, "--steps", 1, "--adapter", tmp_path, "--out", tmp_path / "out")
+    found = adapter.read_adapter(tmp_path / "out" / "adapter").pairs
+    assert [A.shape[1] for A, _ in found.values()] == [4, 8]
+    assert all(B.abs().max() > 0 for _, B in found.values())
+
+
+@pytest.mark.long
+def test_force_base(flags, tmp_path):
+    """An adapter of another base: refused, or used with a warning, by train.py and eval.py."""
+    net = model.load("tiny", "cpu")
+    for p in net.parameters():
+        p.data *= 1.1
+    adapter.save(pissa.inject(net, 2, "lora", "v_proj", progress=False), tmp_path / "a")
+    asked = ["--ckpt", "tiny", "--adapter", tmp_path / "a", "--prompt", "x", "--max-new-tokens", 1]
+    more = ["--steps", 1, "--adapter", tmp_path / "a", "--out", tmp_path / "out"]
+    assert "another base model: " in failure("eval.py", *asked)
+    assert "another base model: " in failure("train.py", *flags, *more)
+    for main, argv in (evaluation.main, asked), (train.main, [*flags, *more]):
+        with pytest.warns(UserWarning, match="another base model"):
+            command(main, *argv, "--force-base")
+
+
 @pytest.mark.long
 def test_full_writes_a_checkpoint(flags, tok, files, tmp_path):
     """In Meta's layout, the tokenizer beside it: it loads like any other."""
