@@ -166,6 +166,15 @@ def check_heads(numbers, path, any_width=False):
     return numbers
 
 
+def check_finite(W, where):
+    """W, if it holds neither NaN nor Inf: either makes the sum NaN or Inf, and a sum is ten times
+    cheaper. A sum of finite numbers can overflow. Only then is every entry checked."""
+    if W.sum().isfinite() or W.isfinite().all():
+        return W
+    raise ValueError(f"{where} holds NaN or Inf in {str(W.dtype).removeprefix('torch.')}: the "
+                     "checkpoint is damaged, or its numbers are too large for this dtype")
+
+
 def check_names(found, expected, where):
     """ValueError unless a file holds exactly the tensors that it should."""
     expected, found = set(expected), set(found)
