@@ -47,8 +47,8 @@ def read_params(directory, shards):
         if name not in OPEN or p[name] != OPEN[name]:
             check_number(p.get(name), name, path, whole=name in INTS)
     if unknown := {k: v for k, v in p.items() if v and k not in (*INTS, *FLOATS, "max_batch_size")}:
-        raise ValueError(f"{path}: this model does not know {str(unknown)[:150]}; it would compute something "
-                         "else than the weights were trained for")
+        raise ValueError(f"{path}: this model does not know {str(unknown)[:150]}; it would "
+                         "compute something else than the weights were trained for")
     rows, width = shards[0]["tok_embeddings.weight"].shape
     if (vocab := p["vocab_size"]) == -1:                 # Llama 1 and 2: "ask the tokenizer"
         vocab = rows if width != p["dim"] else rows * len(shards)
@@ -81,7 +81,9 @@ def open_shards(directory):
     for i in range(max(1, len(list(directory.glob("consolidated.*.pth"))))):
         file = directory / f"consolidated.{i:02d}.pth"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing")
+            also = next(directory.glob("model*.safetensors*"), None)
+            raise FileNotFoundError(f"{file} is missing" + (
+                f"; or is it config.json, which belongs to {also.name}?" if also else ""))
         try:
             shard = mapped(file)
             shards.append({k: v for k, v in shard.items() if k != "rope.freqs"})

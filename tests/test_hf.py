@@ -210,7 +210,7 @@ REAL = {
     "smollm2": {**LLAMA, "is_llama_config": True, "rope_interleaved": False, "pad_token_id": 2,
                 "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
     "vicuna": {**LLAMA, "max_sequence_length": 2048, "pad_token_id": 0, "temperature": 0.9,
-               "do_sample": True, "_attn_implementation_autoset": True, "unsloth_version": "2025.1"},
+               "do_sample": True, "_attn_implementation_autoset": True, "unsloth_version": "2025"},
     "mistral": {**COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
                 "sliding_window": 4096},
     "qwen2": QWEN, "qwen2.5": {**QWEN, "use_mrope": False, "tie_word_embeddings": True},

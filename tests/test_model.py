@@ -622,6 +622,33 @@ def test_name_under_checkpoints():
         model.load("llama9")
 
 
+@pytest.mark.parametrize("files, message", [
+    (["original/consolidated.00.pth", "README.md"], "are in {0}/original: name that directory"),
+    (["consolidated.safetensors", "tekken.json"], "Mistral's own layout is not read: download c"),
+    (["adapter_config.json"], "this is an adapter: name its base as the checkpoint"),
+    (["adapter/adapter_config.json", "args.json"], "adapter is {0}/adapter, and args.json names "),
+    (["checkpoint/config.json", "args.json"], "the run's checkpoint is {0}/checkpoint"),
+    (["snapshots/0a1b/config.json", "refs/main"], "name the directory {0}/snapshots/0a1b"),
+    (["a b.gguf"], "python convert.py gguf '{0}/a b.gguf' OUT"),
+    (["added_tokens.json"], "these are a tokenizer's files: download the weights, too"),
+    (["tokenizer.json"], "it should hold params.json, consolidated.00.pth"),
+    ([], "it should hold params.json, consolidated.00.pth"),
+    (["model.safetensors"], "consolidated.00.pth is missing; or is it config.json, which belongs")])
+def test_what_is_no_checkpoint(tmp_path, files, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / file).touch()
+    with pytest.raises(FileNotFoundError) as e:
+        model.load(tmp_path, "cpu")
+    assert message.format(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_another_directory_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert model.find("tiny") == TINY
+
+
 def break_shard(directory, change, i=0):
     path = directory / f"consolidated.{i:02d}.pth"
     state = torch.load(path, weights_only=True)
