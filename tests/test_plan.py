@@ -383,6 +383,26 @@ def test_errors(llama2, flags, words):
     assert "no checkpoint llama3" in failure("train.py", "--ckpt", "llama3", "--plan")
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--rank", 10**9], "rank 1000000000 is not between"), (["--batch", 10**9], "TFLOPs a step"),
+    (["--micro-batch", 10**9, "--batch", 10**9, "--max-length", 10**9], "TFLOPs a step"),
+    (["--gpus", 10**9], "each of 1000000000 GPUs"),
+    (["--max-length", 10**30], "--max-length must")])
+def test_a_plan_with_huge_numbers(llama2, flags, words):
+    argv = "--ckpt", "llama2", "--plan", *flags
+    huge = "must" in words or "not" in words
+    assert words in (failure("train.py", *argv) if huge else command(train.main, *argv))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"n_layers": 2**29}, "layers are too many for a plan"), ({"dim": 10**30}, "dim is missing or"),
+    ({"ffn_dim_multiplier": 1e18}, "ffn_dim, of dim,")])
+def test_a_plan_of_huge_numbers(llama2, changes, words):
+    path = llama2 / "llama2" / "params.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert words in failure("train.py", "--ckpt", "llama2", "--plan")
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"target_modules": "all-linear"}, "not 8 and 'all-linear'"),
     ({"target_modules": None}, "not 8 and None"),
