@@ -255,10 +255,10 @@ def print_summary(summary, args):
 
 def weights_written(directory, args, prompts):
     """Print where the weights are, and the command that uses them."""
-    use = (f"--ckpt {directory}" if args.method == "full"
-           else f"--ckpt {args.ckpt} --adapter {directory}")
-    print(f"weights in {directory}; use them:\n  python eval.py {use} --prompt "
-          + shlex.quote(next(iter(prompts), "your question")))
+    use = ["--ckpt", directory] if args.method == "full" else [
+        "--ckpt", args.ckpt, "--adapter", directory]
+    use += ["--prompt", next(iter(prompts), "your question")]
+    print(f"weights in {directory}; use them:\n  python eval.py {shlex.join(map(str, use))}")
 
 
 # ------------------------------------------------------------------------------------ train --plan
