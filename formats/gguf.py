@@ -26,7 +26,7 @@ from mmap import ACCESS_READ, mmap
 import sentencepiece
 import torch
 
-from formats.meta import check_heads, check_names, check_number
+from formats.meta import check_finite, check_heads, check_names, check_number
 
 # Our names of the numbers: the keys, after "llama." or "qwen2.".
 NUMBERS = {"dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
@@ -100,9 +100,10 @@ def open_gguf(path):
 
     def read(t):
         try:
-            return torch.tensor(dequantize(t.data, t.tensor_type))
+            W = torch.tensor(dequantize(t.data, t.tensor_type))
         except RuntimeError as e:
             raise ValueError(f"{path}: {t.name}: {e}") from None
+        return check_finite(W, f"{path}: {t.name}")
 
     # GGUF counts the axes from the last one.
     found = {n: (tuple(t.shape[::-1].tolist()), partial(read, t)) for n, t in tensors.items()}

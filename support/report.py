@@ -230,11 +230,14 @@ def summarise(rows, before, after, args, seconds, device, accuracy_by):
 def finished(args):
     """True if the run in --out has done all that is asked for; then its results are printed."""
     path = args.out / "summary.json"
-    summary = json.loads(path.read_text()) if path.is_file() else {}
-    if summary.get("asked") != [args.epochs, args.steps]:
-        return False
-    print(f"{args.out} is finished:")
-    print_summary(summary, args)
+    try:
+        summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if summary.get("asked") != [args.epochs, args.steps]:
+            return False
+        print(f"{args.out} is finished:")
+        print_summary(summary, args)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
     return True
 
 
