@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import adapter
 import data
 import train
 from conftest import ROOT, TINY, command, failure
-from support import options, resume
+from support import options, report, resume
 
 STEPS = 8
 
@@ -402,3 +403,41 @@ def test_a_base_that_is_no_number(flags, tmp_path):
     text = failure("train.py", *flags, "--ckpt", tmp_path / "base", "--out", tmp_path / "out")
     assert "the validation loss is nan before the first step" in text and "--lr" not in text
     assert not (tmp_path / "out").exists()
+
+
+# --- what a run has written, damaged
+
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c[:-1], lambda c: b"", lambda c: b"x" * 99, lambda c: c[:len(c) // 2],
+    lambda c: flipped(c, len(c) // 2), lambda c: flipped(c, len(c) // 3), lambda c: c[999:]],
+    ids=["end", "empty", "other", "half", "bit", "another bit", "begin"])
+def test_damaged_state(whole, tmp_path, change):
+    """One changed bit of a number would be another run, without a word: the checksums tell."""
+    content = (resume.newest(whole) / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(content)
+    assert resume.read_state(tmp_path)["step"] == STEPS
+    (tmp_path / "state.pt").write_bytes(change(content))
+    with pytest.raises(ValueError, match=f"{tmp_path}/state.pt is damaged .*: remove") as e:
+        resume.read_state(tmp_path)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "", "7", "[]", b"\xff", '{"loss": 1}'],
+                         ids=lambda content: content[:9])
+def test_damaged_results(whole, tmp_path, content):
+    shutil.copytree(whole, tmp_path / "run")
+    args = Namespace(out=tmp_path / "run", resume=True, epochs=1, steps=STEPS, test_data=None)
+    content = content if type(content) is bytes else content.encode()
+    for name, read in ("val.jsonl", resume.measured), ("summary.json", report.finished):
+        assert read(args)
+        (args.out / name).write_bytes(content)
+        if content == b'{"loss": 1}' and name == "summary.json":
+            content = json.dumps({"asked": [1, STEPS]}).encode()              # and nothing else
+            (args.out / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{args.out / name} is damaged .*: remove it") as e:
+            read(args)
+        assert "\n" not in str(e.value) and len(str(e.value)) < 300
