@@ -128,6 +128,11 @@ def check_header(data, blocks):
     def number(size=8):
         return int.from_bytes(data[skip(size)], order)
 
+    def name():
+        if (size := number()) > MANY:
+            raise ValueError(f"a name of {size} bytes")
+        return data[skip(size)]
+
     def skip_value(kind):
         if kind in BYTES:
             skip(BYTES[kind])
@@ -148,25 +153,24 @@ def check_header(data, blocks):
     if version not in (2, 3) or max(tensors, keys) > MANY:
         raise ValueError(f"version {version}, {tensors} tensors, {keys} keys")
     for _ in range(keys):
-        key, kind = data[skip(min(number(), MANY))], number(4)
-        where = at
+        key, kind, where = name(), number(4), at
         skip_value(kind)
         if key == b"general.alignment":
             alignment = int.from_bytes(data[where:at], order)
     if alignment.bit_count() != 1:
         raise ValueError(f"general.alignment is {alignment}")
     for _ in range(tensors):
-        name, axes = str(data[skip(min(number(), MANY))], "utf-8"), number(4)
+        tensor, axes = str(name(), "utf-8"), number(4)
         if axes > 4:
-            raise ValueError(f"{name} has {axes} axes")
+            raise ValueError(f"{tensor} has {axes} axes")
         count, kind, offset = prod(number() for _ in range(axes)), number(4), number()
         if kind not in blocks or offset % alignment:
-            raise ValueError(f"{name} is of type {kind}, at {offset}")
-        ends[name] = offset + count // blocks[kind][0] * blocks[kind][1]
+            raise ValueError(f"{tensor} is of type {kind}, at {offset}")
+        ends[tensor] = offset + count // blocks[kind][0] * blocks[kind][1]
     start = -(-at // alignment) * alignment
-    for name, end in ends.items():
+    for tensor, end in ends.items():
         if start + end > len(data):
-            raise ValueError(f"{name} ends at byte {start + end} of {len(data)}")
+            raise ValueError(f"{tensor} ends at byte {start + end} of {len(data)}")
 
 
 def checked(found, shapes, path):

@@ -3,13 +3,15 @@
 Parameter names are ours already, and RoPE pairs stand half a head apart as `model.rotate` expects
 them, so weights are read as they are. What needs care is config.json: `model.Llama` computes what
 transformers computes for the families below. A config that asks for something else is refused by
-name. A wrong model that still speaks English is worse than none. This file imports no model.
+name. A wrong model that still speaks English is worse than none. Keys that are not known are named
+on stderr. This file imports no model.
 
     numbers = hf.read_config(directory / "config.json")           # the fields of model.Config
     tensors = hf.open_files(directory)                            # {name: function that reads it}
     hf.save_folder(out, hf.config_json(numbers), ((name, read()) for name, read in tensors.items()))
 """
 import json
+import os
 import sys
 from functools import cache, partial
 
@@ -125,8 +127,9 @@ def read_config(path):
 
 @cache
 def say(text):
-    """Print a line on stderr, once."""
-    print(text, file=sys.stderr)
+    """Print a line on stderr: once, and by one of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def rope(p, path):
