@@ -173,13 +173,14 @@ def check_heads(numbers, path, any_width=False):
     return numbers
 
 
-def check_finite(W, where):
+def check_finite(W, name):
     """W, if it holds neither NaN nor Inf: either makes the sum NaN or Inf, and a sum is ten times
     cheaper. A sum of finite numbers can overflow. Only then is every entry checked."""
     if W.sum().isfinite() or W.isfinite().all():
         return W
-    raise ValueError(f"{where} holds NaN or Inf in {str(W.dtype).removeprefix('torch.')}: the "
-                     "checkpoint is damaged, or its numbers are too large for this dtype")
+    module, _, leaf = name.rpartition(".")
+    raise ValueError(f"{module}: the {leaf} holds NaN or Inf in {str(W.dtype)[6:]}: the checkpoint "
+                     "is damaged, or its numbers are too large for this dtype")
 
 
 def check_names(found, expected, where):

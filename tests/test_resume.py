@@ -397,7 +397,7 @@ def test_a_base_that_is_no_number(flags, tmp_path):
     state["norm.weight"][3] = float("nan")
     torch.save(state, path)
     text = failure("train.py", *flags, "--ckpt", tmp_path / "base", "--out", tmp_path / "out")
-    assert "model.norm.weight holds NaN or Inf" in text and "--lr" not in text
+    assert "model.norm: the weight holds NaN or Inf" in text and "--lr" not in text
     state["norm.weight"][:] = 3e38                                    # numbers, but not for long
     torch.save(state, path)
     text = failure("train.py", *flags, "--ckpt", tmp_path / "base", "--out", tmp_path / "out")
