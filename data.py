@@ -136,7 +136,7 @@ def batches(examples, batch_size, seed, epoch):
 
 
 def _shuffle(items, seed):
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed % 2**63))
     return [items[i] for i in order.tolist()]
 
 

@@ -110,8 +110,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))
         if slot is not None:                # a KV cache: write to it, attend to what it holds now
             kv, index, S = slot
-            k = kv[0].index_copy_(2, index, k)[:, :, :S]                          # (B, G, S, K)
-            v = kv[1].index_copy_(2, index, v)[:, :, :S]
+            k = kv[0].index_copy_(2, index, k.to(kv.dtype))[:, :, :S].to(q.dtype)  # (B, G, S, K)
+            v = kv[1].index_copy_(2, index, v.to(kv.dtype))[:, :, :S].to(q.dtype)
         y = (attend(q, k, v, mask) if packed is None                # packed: see `attend_packed`
              else attend_packed(q, k, v, mask, *packed))                  # (B, T, H K)
         return self.o_proj(y)                                                     # (B, T, D)
@@ -321,8 +321,9 @@ def sample(logits: torch.Tensor, temperature, top_k, top_p, generator) -> torch.
     if top_k:
         logits[:, top_k:] = -inf
     probs = torch.softmax(logits, -1)
-    # Keep a token if the mass before it is below top_p: the most likely one always stays.
-    probs = probs * (probs.cumsum(-1) - probs < top_p)
+    # Keep a token if the mass before it, up to rounding, is below top_p: the first always stays.
+    if top_p < 1:
+        probs = probs * (probs.cumsum(-1) - probs < max(top_p - 1e-6, 1e-9))
     return order.gather(-1, torch.multinomial(probs, 1, generator=generator))
 
 
@@ -413,18 +414,17 @@ def load(ckpt: str | Path, device=None, dtype: torch.dtype | None = None, prepar
         net = Llama(config)
 
     def read(name, leaf="weight"):
-        tied = config.tied and name == "lm_head"
-        return tensors[f"{'model.embed_tokens' if tied else name}.{leaf}"]().to(device, dtype)
+        name = f"{'model.embed_tokens' if config.tied and name == 'lm_head' else name}.{leaf}"
+        return meta.check_finite(tensors[name]().to(device, dtype), f"{find(ckpt)}: {name}")
 
     if prepare:
         prepare(net, read=read)
     for name in tqdm(tensors, f"load {find(ckpt).name}", unit="tensor", delay=1, leave=False):
-        module, _, leaf = name.rpartition(".")
-        module = net.get_submodule(module)
+        path, _, leaf = name.rpartition(".")
+        module = net.get_submodule(path)
         here = getattr(module, leaf)
         if getattr(here, "is_meta", False):
-            setattr(module, leaf, nn.Parameter(tensors[name]().to(device, dtype),
-                                               requires_grad=here.requires_grad))
+            setattr(module, leaf, nn.Parameter(read(path, leaf), requires_grad=here.requires_grad))
     if config.tied and getattr(net.lm_head.weight, "is_meta", False):
         net.lm_head.weight = net.model.embed_tokens.weight
     return net

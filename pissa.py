@@ -118,6 +118,7 @@ class PissaLinear(nn.Module):
         self.bias, self.W = linear.bias, None                 # W: set only inside `disabled(net)`
         self.A0, self.B0, self.subtracted, self.original = A0, B0, subtracted, original
         self.fingerprint = sampled(linear.weight)
+        self.train(linear.training)
 
     @classmethod
     def from_linear(cls, linear, init, options, keep_base=False):
@@ -202,14 +203,14 @@ def generator_of(name, seed, device):
 def find_linears(net, targets, rank=1):
     """{name: nn.Linear} of the modules whose leaf name is among `targets`. ValueError for a name
     that no module has, a module that cannot be replaced, a rank out of range, NaN or Inf."""
-    targets = {targets} if isinstance(targets, str) else set(targets)
+    targets = {t or "(empty)" for t in ([targets] if isinstance(targets, str) else targets or [""])}
     leaves = {n: n.rpartition(".")[2] for n, _ in net.named_modules() if n}
     if layers(net):
         raise ValueError("the model is injected already: merge(net) or remove(net) first")
     if nothing := targets - set(leaves.values()):
         there = {leaf for n, leaf in leaves.items() if type(net.get_submodule(n)) is nn.Linear}
-        raise ValueError(f"no module is called {', '.join(sorted(nothing))}; the linear layers "
-                         f"here are {', '.join(sorted(there)) or 'none'}")
+        raise ValueError(f"no module is called {', '.join(sorted(map(str, nothing)))}; the linear "
+                         f"layers here are {', '.join(sorted(there)) or 'none'}")
     found = {n: net.get_submodule(n) for n, leaf in leaves.items() if leaf in targets}
     for n, m in found.items():
         if type(m) is not nn.Linear:      # a subclass may read its weight in ways of its own
@@ -249,8 +250,7 @@ def merge(net: nn.Module) -> nn.Module:
 
 
 def remove(net: nn.Module) -> nn.Module:
-    """nn.Linear again, without what was learnt: the base model, bit for bit. Needs keep_base=True
-    if `frozen` is not W."""
+    """nn.Linear again: the base model, bit for bit. Needs keep_base=True unless `frozen` is W."""
     for _, m in layers(net):
         m.base()                                     # raises before anything changes
     return to_linears(net, lambda m: m.base())
@@ -268,7 +268,7 @@ def to_linears(net, weight):
     for name in [name for name, _ in layers(net)]:    # names alone: each m is freed when replaced
         m = net.get_submodule(name)
         W = weight(m).to(m.frozen.device, m.frozen.dtype)
-        linear = nn.Linear(*reversed(W.shape), bias=False, device="meta")
+        linear = nn.Linear(*reversed(W.shape), bias=False, device="meta").train(m.training)
         linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), m.bias
         net.set_submodule(name.removesuffix("._orig_mod"), linear)      # torch.compile's wrapper
     net.__dict__.pop("pissa", None)

@@ -160,6 +160,9 @@ def train(net, examples, args, autocast):
 def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     """{"loss": validation loss, "answers": {prompt: answer} for two prompts, "accuracy": share}."""
     n, loss = args.max_new_tokens, validation_loss(net, val, args, autocast)
+    if when == "before" and not math.isfinite(loss):           # the first step would blame --lr
+        raise ValueError(f"{args.adapter or args.ckpt}: the validation loss is {loss} before the "
+                         "first step: the model is damaged, or too large for its dtype")
     shown = [prompt for prompt, _ in val_texts if prompt][:2]
     with parallel.generation():
         mine = parallel.share(shown)

@@ -20,11 +20,13 @@ imports no model.
 """
 import json
 from functools import partial
+from math import prod
+from mmap import ACCESS_READ, mmap
 
 import sentencepiece
 import torch
 
-from formats.meta import check_heads, check_names, check_number
+from formats.meta import check_finite, check_heads, check_names, check_number
 
 # Our names of the numbers: the keys, after "llama." or "qwen2.".
 NUMBERS = {"dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
@@ -42,6 +44,11 @@ GGUF = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"
 
 # Kinds of tokens; the numbers are sentencepiece's.
 CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6
+
+# Kinds of values in the header: the bytes of a number by its kind; and the two others. A list is
+# longer than any vocabulary from MANY entries on.
+BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, LIST, MANY = 8, 9, 2**20
 
 # The lists of a vocabulary, and the type of their entries.
 LISTS = {"tokens": str, "token_type": int, "merges": str, "scores": float}
@@ -73,7 +80,7 @@ def open_gguf(path):
     in float32)}. info: all of the file's keys. ValueError for a file that cannot be used.
     """
     try:
-        from gguf import GGUFReader
+        from gguf import GGML_QUANT_SIZES, GGUFReader
         from gguf.quants import dequantize
     except ImportError:
         raise ValueError(f"{path} needs the gguf package: pip install gguf") from None
@@ -81,6 +88,8 @@ def open_gguf(path):
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file")
     try:
+        with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            check_header(data, GGML_QUANT_SIZES)
         reader = GGUFReader(path)
         tensors = {t.name: t for t in reader.tensors}
         info = {key: value(field) for key, field in reader.fields.items()}
@@ -91,13 +100,76 @@ def open_gguf(path):
 
     def read(t):
         try:
-            return torch.tensor(dequantize(t.data, t.tensor_type))
+            W = torch.tensor(dequantize(t.data, t.tensor_type))
         except RuntimeError as e:
             raise ValueError(f"{path}: {t.name}: {e}") from None
+        return check_finite(W, f"{path}: {t.name}")
 
     # GGUF counts the axes from the last one.
     found = {n: (tuple(t.shape[::-1].tolist()), partial(read, t)) for n, t in tensors.items()}
     return read_numbers(info, found, path), found, info
+
+
+def check_header(data, blocks):
+    """ValueError unless all that a header tells of is in the file: GGUFReader believes every number
+    and would run, or fill the memory, without end.
+
+    data: the file's bytes. blocks: {type of a tensor: (numbers in a block, bytes of a block)}.
+    """
+    at, order, alignment, ends = 4, "little", 32, {}
+
+    def skip(size):                                        # the bytes that are passed over
+        nonlocal at
+        if size > len(data) - at:
+            raise ValueError("it ends too early")
+        at += size
+        return slice(at - size, at)
+
+    def number(size=8):
+        return int.from_bytes(data[skip(size)], order)
+
+    def name():
+        size = number()
+        return data[skip(size if size < MANY else len(data))]      # too long: it ends too early
+
+    def skip_value(kind):
+        if kind in BYTES:
+            skip(BYTES[kind])
+        elif kind == STRING:
+            skip(number())
+        elif kind == LIST:
+            of, count = number(4), number()
+            if of not in (*BYTES, STRING) or count > MANY:
+                raise ValueError(f"a list of {count} entries of kind {of}")
+            for _ in range(count):
+                skip_value(of)
+        else:
+            raise ValueError(f"a value of kind {kind}")
+
+    if not data[4:6].strip(b"\0"):                         # the version, 2 or 3
+        order = "big"
+    version, tensors, keys = number(4), number(), number()
+    if version not in (2, 3) or max(tensors, keys) > MANY:
+        raise ValueError(f"version {version}, {tensors} tensors, {keys} keys")
+    for _ in range(keys):
+        key, kind, where = name(), number(4), at
+        skip_value(kind)
+        if key == b"general.alignment":
+            alignment = int.from_bytes(data[where:at], order)
+    if alignment.bit_count() != 1:
+        raise ValueError(f"general.alignment is {alignment}")
+    for _ in range(tensors):
+        tensor, axes = str(name(), "utf-8"), number(4)
+        if axes > 4:
+            raise ValueError(f"{tensor} has {axes} axes")
+        count, kind, offset = prod(number() for _ in range(axes)), number(4), number()
+        if kind not in blocks or offset % alignment:
+            raise ValueError(f"{tensor} is of type {kind}, at {offset}")
+        ends[tensor] = offset + count // blocks[kind][0] * blocks[kind][1]
+    start = -(-at // alignment) * alignment
+    for tensor, end in ends.items():
+        if start + end > len(data):
+            raise ValueError(f"{tensor} ends at byte {start + end} of {len(data)}")
 
 
 def checked(found, shapes, path):
@@ -141,7 +213,7 @@ def read_numbers(info, tensors, path):
                          "here")
     p = {k.removeprefix(f"{family}."): v for k, v in info.items() if k.startswith(f"{family}.")}
     p.setdefault("attention.head_count_kv", p.get("attention.head_count"))
-    numbers = {}
+    numbers = {"rope_scaling": rope_scaling(p, path)}
     for ours, theirs in NUMBERS.items():
         if theirs in p or ours not in OPTIONAL:
             check_number(p.get(theirs), f"{family}.{theirs}", path,
@@ -155,12 +227,27 @@ def read_numbers(info, tensors, path):
     # All other keys may only say what holds anyway, or that something is off.
     head_dim = numbers.get("head_dim") or numbers["dim"] // numbers["n_heads"]
     same = {"vocab_size": numbers["vocab_size"], "rope.dimension_count": head_dim,
-            "attention.value_length": head_dim}
+            "attention.value_length": head_dim, "rope.scaling.attn_factor": 1,
+            "rope.scale_linear": 1}
     for key, found in p.items():
         if key not in NUMBERS.values() and found and found != same.get(key):
             raise ValueError(f"{path}: {family}.{key} is {str(found)[:80]}, which this network "
                              "does not compute; it would be a wrong model")
     return numbers
+
+
+def rope_scaling(p, path):
+    """model.Config's rope_scaling. What it understands is taken out of the keys p: "none", and
+    "linear" with a factor. Everything else is left there, and refused."""
+    kind, factor = p.get("rope.scaling.type"), p.get("rope.scaling.factor")
+    if kind != "none" and not (kind == "linear" and factor):
+        return None
+    for key in ("type", "factor", "finetuned", "original_context_length"):    # the last is YaRN's
+        p.pop(f"rope.scaling.{key}", None)
+    if kind == "none":
+        return None
+    check_number(factor, "rope.scaling.factor", path)
+    return {"rope_type": "linear", "factor": factor}
 
 
 # --------------------------------------------------------------------------------------- tokenizer

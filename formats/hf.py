@@ -3,14 +3,17 @@
 Parameter names are ours already, and RoPE pairs stand half a head apart as `model.rotate` expects
 them, so weights are read as they are. What needs care is config.json: `model.Llama` computes what
 transformers computes for the families below. A config that asks for something else is refused by
-name. A wrong model that still speaks English is worse than none. This file imports no model.
+name. A wrong model that still speaks English is worse than none. Keys that are not known are named
+on stderr. This file imports no model.
 
     numbers = hf.read_config(directory / "config.json")           # the fields of model.Config
     tensors = hf.open_files(directory)                            # {name: function that reads it}
     hf.save_folder(out, hf.config_json(numbers), ((name, read()) for name, read in tensors.items()))
 """
 import json
-from functools import partial
+import os
+import sys
+from functools import cache, partial
 
 import torch
 
@@ -29,7 +32,7 @@ NUMBERS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "nu
 OPTIONAL = ("max_seq_len", "head_dim", "sliding_window")      # may be missing or null
 
 # Keys that change what is computed, here or in relatives of LLaMA, and the values at which they do
-# not. Others (bos_token_id, torch_dtype, transformers_version ...) change nothing.
+# not.
 NEUTRAL = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
            "partial_rotary_factor": (1,), "rope_interleaved": (False,), "layer_types": (),
            "use_sliding_window": (False,), "quantization_config": (), "clip_qkv": (),
@@ -39,7 +42,26 @@ NEUTRAL = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bia
            "residual_multiplier": (1,), "attention_multiplier": (), "query_pre_attn_scalar": (),
            "final_logit_softcapping": (), "attn_logit_softcapping": (), "num_experts": (0,),
            "num_local_experts": (0,), "n_routed_experts": (0,), "is_encoder_decoder": (False,),
-           "add_cross_attention": (False,)}
+           "add_cross_attention": (False,), "is_causal": (True,), "attention_chunk_size": ()}
+
+# Keys that change nothing here, in this order: of the maker, of the files, of initialisation and
+# execution, of the tokenizer, of generation, of other tasks, of a sliding window that is off.
+# Others are named: transformers ignores them, but perhaps a later version does not.
+HARMLESS = set("""
+    architectures model_type transformers_version transformers.js_config is_llama_config
+    unsloth_version unsloth_fixed   torch_dtype dtype use_safetensors
+    initializer_range use_cache pretraining_tp gradient_checkpointing torchscript use_bfloat16
+    chunk_size_feed_forward pruned_heads return_dict output_attentions output_hidden_states
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
+    tokenizer_class prefix max_sequence_length model_max_length
+    do_sample temperature top_k top_p typical_p num_beams num_beam_groups num_return_sequences
+    max_length min_length max_new_tokens length_penalty repetition_penalty diversity_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size early_stopping bad_words_ids
+    suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id
+    exponential_decay_length_penalty remove_invalid_values return_dict_in_generate output_scores
+    id2label label2id problem_type finetuning_task task_specific_params classifier_dropout
+    is_decoder cross_attention_hidden_size tie_encoder_decoder tf_legacy_loss
+    max_window_layers""".split())
 
 # What a RoPE scaling of a known type consists of.
 SCALINGS = {"default": (), "linear": ("factor",),
@@ -82,7 +104,19 @@ def read_config(path):
             check_number(p.get(theirs), theirs, path, whole=ours not in ("norm_eps", "rope_theta"))
             numbers[ours] = p[theirs]
     numbers |= {"tied": tied, "qkv_bias": family == "qwen2", "rope_scaling": p["scaling"]}
+    known = {*NEUTRAL, *HARMLESS, *NUMBERS.values(), "tie_word_embeddings", "scaling",
+             "rope_scaling", "rope_parameters"}
+    if other := [f"{k} = {json.dumps(v)[:40]}" for k, v in p.items()
+                 if v and k not in known and not k.startswith("_")]:
+        say(f"note: {path}: without effect here: {', '.join(other)[:300]}")
     return check_heads(numbers, path, any_width="head_dim" in numbers)
+
+
+@cache
+def say(text):
+    """Print a line on stderr: once, and by one of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def rope(p, path):

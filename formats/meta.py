@@ -22,6 +22,7 @@ OPEN = {"n_kv_heads": None, "vocab_size": -1, "max_seq_len": None, "ffn_dim_mult
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 ROPE_KEYS = {"factor": "rope_scaling_factor", "high_freq_factor": "rope_high_freq_factor"}
+LARGE = 2**30                 # no whole number of a model is so large
 REMAP = 1 << 27               # bytes that are read before a file is mapped anew
 
 
@@ -40,14 +41,14 @@ def read_params(directory, shards):
         scaled = p.pop("use_scaled_rope", False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: it comes with Meta's weights") from None
-    except (TypeError, ValueError, RecursionError) as e:        # not an object, JSON or UTF-8
-        raise ValueError(f"{path}: not a LLaMA's params.json ({e})") from None
+    except (TypeError, ValueError, RecursionError) as e:      # not an object, not JSON, not UTF-8
+        raise ValueError(f"{path}: not a LLaMA's params.json ({str(e)[:100]})") from None
     for name in INTS + FLOATS:
         if name not in OPEN or p[name] != OPEN[name]:
             check_number(p.get(name), name, path, whole=name in INTS)
     if unknown := {k: v for k, v in p.items() if v and k not in (*INTS, *FLOATS, "max_batch_size")}:
-        raise ValueError(f"{path}: this model does not know {unknown}; it would compute something "
-                         "else than the weights were trained for")
+        raise ValueError(f"{path}: this model does not know {str(unknown)[:150]}; it would "
+                         "compute something else than the weights were trained for")
     rows, width = shards[0]["tok_embeddings.weight"].shape
     if (vocab := p["vocab_size"]) == -1:                 # Llama 1 and 2: "ask the tokenizer"
         vocab = rows if width != p["dim"] else rows * len(shards)
@@ -57,6 +58,7 @@ def read_params(directory, shards):
             check_number(v, ROPE_KEYS[k], path)
         scaled = {**LLAMA3_ROPE, "factor": 32.0 if p["dim"] in (2048, 3072) else 8.0, **given}
     width = ffn_dim(p["dim"], p["multiple_of"], p["ffn_dim_multiplier"])
+    check_number(width, "ffn_dim, of dim, multiple_of and ffn_dim_multiplier,", path, whole=True)
     return check_heads({
         "dim": p["dim"], "n_layers": p["n_layers"], "n_heads": p["n_heads"],
         "n_kv_heads": p["n_kv_heads"] or p["n_heads"], "vocab_size": vocab, "ffn_dim": width,
@@ -79,7 +81,9 @@ def open_shards(directory):
     for i in range(max(1, len(list(directory.glob("consolidated.*.pth"))))):
         file = directory / f"consolidated.{i:02d}.pth"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing")
+            also = next(directory.glob("model*.safetensors*"), None)
+            raise FileNotFoundError(f"{file} is missing" + (
+                f"; or is it config.json, which belongs to {also.name}?" if also else ""))
         try:
             shard = mapped(file)
             shards.append({k: v for k, v in shard.items() if k != "rope.freqs"})
@@ -148,9 +152,10 @@ def check_number(v, name, path, whole=False):
     """ValueError unless v is a number above 0, and no larger than a model may have: a larger one
     would only fill memory."""
     good = type(v) is int or type(v) is float and not whole
-    if not good or not 0 < v < (2**30 if whole else 2**63):
-        kind = "whole number" if whole else "number"
-        raise ValueError(f"{path}: {name} is missing or not a {kind} above 0: {json.dumps(v)}")
+    if not good or not 0 < v < (LARGE if whole else 2**63):
+        kind, large = "whole number" if whole else "number", type(v) is int and v > 0
+        raise ValueError(f"{path}: {name} is missing or not a {kind} above 0: "
+                         f"{json.dumps(v)[:60]}{', which is too large' * large}")
 
 
 def check_heads(numbers, path, any_width=False):
@@ -163,7 +168,19 @@ def check_heads(numbers, path, any_width=False):
     if n_heads % n_kv_heads or width % 2 or not width or not any_width and width * n_heads != dim:
         raise ValueError(f"{path}: {dim} / {n_heads} heads / {n_kv_heads} kv heads do not "
                          "divide into heads of even width")
+    if width * n_heads >= LARGE:
+        raise ValueError(f"{path}: {n_heads} heads of width {width} are too many")
     return numbers
+
+
+def check_finite(W, name):
+    """W, if it holds neither NaN nor Inf: either makes the sum NaN or Inf, and a sum is ten times
+    cheaper. A sum of finite numbers can overflow. Only then is every entry checked."""
+    if W.sum().isfinite() or W.isfinite().all():
+        return W
+    module, _, leaf = name.rpartition(".")
+    raise ValueError(f"{module}: the {leaf} holds NaN or Inf in {str(W.dtype)[6:]}: the checkpoint "
+                     "is damaged, or its numbers are too large for this dtype")
 
 
 def check_names(found, expected, where):

@@ -22,7 +22,7 @@ METHODS = ("pissa", "lora", "qpissa", "qlora", "loftq")             # those of p
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_NEW_TOKENS = {"strict": 256, "paper": 1024}                     # of the protocols of eval.py
-AT_LEAST_1 = (1, math.inf)
+AT_LEAST_1 = (1, 10**9)
 SEEDS = (0, 2**63 - 1)
 
 FORCE_BASE = "use an adapter on another base than it was made on, with a warning"
@@ -58,7 +58,8 @@ def check_ranges(parser, args, **ranges):
     for name, (low, high) in ranges.items():
         value, limit = getattr(args, name), f" and at most {high:g}" if high < math.inf else ""
         if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low:g}{limit}, not {value}")
+            parser.error(f"--{name.replace('_', '-')} must be at least {low:g}{limit}, not "
+                         + str(value)[:40])
 
 
 # ------------------------------------------------------------------------------------------- train
@@ -166,7 +167,7 @@ def interval(text):
     """--save-every: a number of steps, or of minutes with an m, or: never."""
     number = "1" if text == "never" else text.removesuffix("m")
     if not (number.isdigit() or text.endswith("m") and number.replace(".", "", 1).isdigit()) or (
-            float(number) <= 0):
+            not 0 < float(number) <= 10**9):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of steps nor, as 10m, of "
                                          "minutes")
     return text
@@ -207,14 +208,13 @@ def for_train(doc):
               + shlex.join([*demo(), "--out", str(args.out), *given]))
     if args.resume and (stored := args.out / "args.json").is_file():
         args = as_before(p, stored, args)
-    elif args.ckpt is None:
-        p.error(f"--resume: {args.out} has no args.json, so --ckpt is needed")
-    inf = math.inf
+    if args.ckpt is None:
+        p.error(f"--resume: {args.out} has no args.json that names it, so --ckpt is needed")
     check_ranges(p, args, rank=AT_LEAST_1, batch=AT_LEAST_1, micro_batch=AT_LEAST_1,
-                 max_length=(2, inf), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, inf),
-                 quant_iters=AT_LEAST_1, max_new_tokens=AT_LEAST_1, lr=(1e-12, 1e38),
-                 clip=(1e-12, inf), weight_decay=(0, inf), warmup=(0, 1), seed=SEEDS,
-                 keep=AT_LEAST_1, max_hours=(1e-9, inf), gpus=AT_LEAST_1)
+                 max_length=(2, 10**9), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, 1000),
+                 quant_iters=(1, 1000), max_new_tokens=AT_LEAST_1, lr=(1e-12, 1e38),
+                 clip=(1e-12, math.inf), weight_decay=(0, 1000), warmup=(0, 1), seed=SEEDS,
+                 keep=AT_LEAST_1, max_hours=(1e-9, math.inf), gpus=AT_LEAST_1)
     if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
         p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
     check_out(p, args)
@@ -233,13 +233,28 @@ def directory_of(args, name):
 def as_before(p, stored, args):
     """The arguments of a run that is resumed, overridden by those that are given."""
     try:
-        before = json.loads(stored.read_text())
-    except (ValueError, RecursionError):
+        before, given = json.loads(stored.read_text("utf-8")), []
+        p.set_defaults(method=str(before.pop("method", "pissa")))      # perhaps one of an adapter's
+    except (ValueError, RecursionError, TypeError, AttributeError):
         p.error(f"{stored} is damaged: --resume needs it")
-    known = {a.dest for a in p._actions} - {"resume", "overwrite", "out", "plan", "max_hours"}
-    p.set_defaults(**{k: tuple(v) if type(v) is list else v for k, v in before.items()
-                      if k in known})
-    again = p.parse_args(sys.argv[1:])
+    for a in p._actions:                         # as a command line, so that all of it is checked
+        value = before.get(a.dest)
+        if a.dest not in before or a.dest in ("resume", "overwrite", "out", "plan", "max_hours"):
+            continue
+        if a.nargs == 0 and type(value) is bool:
+            given += a.option_strings[-1:] * value
+        elif value is not None or a.dest == "niter":
+            text = "exact" if value is None else value
+            if a.dest == "targets" and type(value) is list:
+                text = ",".join(map(str, value))
+            given.append(f"{a.option_strings[-1]}={text}")
+    try:
+        p.exit_on_error = False
+        p.parse_args(given)
+    except argparse.ArgumentError as e:
+        p.error(f"{stored}: {str(e)[:150]}")
+    p.exit_on_error = True
+    again = p.parse_args([*given, *sys.argv[1:]])
     again.out, again.resume = args.out, True
     return again
 

@@ -280,6 +280,8 @@ def from_arguments(args):
             "checkpointing": args.checkpointing, "accumulate": args.batch > args.micro_batch,
             "group": 1 if on_cpu or args.adapter or args.niter is None else fast.GROUP}
     config = read_config(args.ckpt)
+    if config.n_layers > 1000:                            # no tensors contradict a damaged number
+        raise ValueError(f"{args.ckpt}: {config.n_layers} layers are too many for a plan")
     if not args.adapter:
         return job_of(config, args.method, args.rank, args.targets,
                       double_quant=not args.no_double_quant, **more), args.method

@@ -233,11 +233,14 @@ def summarise(rows, before, after, args, seconds, device, accuracy_by):
 def finished(args):
     """True if the run in --out has done all that is asked for; then its results are printed."""
     path = args.out / "summary.json"
-    summary = json.loads(path.read_text()) if path.is_file() else {}
-    if summary.get("asked") != [args.epochs, args.steps]:
-        return False
-    print(f"{args.out} is finished:")
-    print_summary(summary, args)
+    try:
+        summary = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if summary.get("asked") != [args.epochs, args.steps]:
+            return False
+        print(f"{args.out} is finished:")
+        print_summary(summary, args)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
     return True
 
 
@@ -258,10 +261,10 @@ def print_summary(summary, args):
 
 def weights_written(directory, args, prompts):
     """Print where the weights are, and the command that uses them."""
-    use = (f"--ckpt {directory}" if args.method == "full"
-           else f"--ckpt {args.ckpt} --adapter {directory}")
-    print(f"weights in {directory}; use them:\n  python eval.py {use} --prompt "
-          + shlex.quote(next(iter(prompts), "your question")))
+    use = ["--ckpt", directory] if args.method == "full" else [
+        "--ckpt", args.ckpt, "--adapter", directory]
+    use += ["--prompt", next(iter(prompts), "your question")]
+    print(f"weights in {directory}; use them:\n  python eval.py {shlex.join(map(str, use))}")
 
 
 # ------------------------------------------------------------------------------------ train --plan

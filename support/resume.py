@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 import time
+import zipfile
 from array import array
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -68,6 +69,19 @@ def newest(out):
     return found[-1].parent if found else None
 
 
+def read_state(path):
+    """What `Run.write` wrote to a directory. ValueError if a bit of it has changed."""
+    try:
+        with zipfile.ZipFile(path / "state.pt") as file:
+            if bad := file.testzip():
+                raise ValueError(f"the checksum of {bad} differs")
+        return torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:                              # of many kinds
+        reason = str(e).strip().partition("\n")[0][:100]
+        raise ValueError(f"{path}/state.pt is damaged ({reason}): remove {path}, and the run goes "
+                         "on with an earlier state, or begins") from None
+
+
 def start_of(out):
     """The directory of a run's adapter at step 0; its A and B may be later ones."""
     return out / "states" / "start"
@@ -76,8 +90,11 @@ def start_of(out):
 def measured(args):
     """What `train.evaluate` found before the first step of a run that goes on, or None."""
     if args.resume and newest(args.out) and (path := args.out / "val.jsonl").is_file():
-        row = json.loads(path.read_text("utf-8").splitlines()[0])
-        return {k: row[k] for k in ("loss", "answers", "accuracy")}
+        try:
+            row = json.loads(path.read_text("utf-8").splitlines()[0])
+            return {k: row[k] for k in ("loss", "answers", "accuracy")}
+        except (ValueError, RecursionError, LookupError, TypeError) as e:
+            raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
     return None
 
 
@@ -165,7 +182,7 @@ class Run:
 
     def put_back(self, path):
         """Go on with a state. ValueError if it is of other data or arguments."""
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        state = read_state(path)
         theirs, ours = ({**f["args"], "the data": f["data"][:8]} for f in (state, self.facts))
         if other := [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]:
             raise ValueError(f"{path} is of another run: " + ", ".join(

@@ -762,6 +762,13 @@ def test_sentencepiece_options(tmp_path):
     (dict(family="gpt2"), "the architecture is gpt2; what works here is llama and qwen2"),
     ({"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type is linear, which"),
     ({"llama.rope.scaling.factor": 4.0}, "llama.rope.scaling.factor is 4.0, which"),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": -2.0},
+     "rope.scaling.factor is missing or not a number above 0: -2.0"),
+    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0},
+     "llama.rope.scaling.type is yarn, which"),
+    ({"llama.rope.scaling.type": "none", "llama.rope.scaling.attn_factor": 1.5},
+     "llama.rope.scaling.attn_factor is 1.5, which"),
+    ({"llama.rope.scale_linear": 2.0}, "llama.rope.scale_linear is 2.0, which"),
     ({"llama.expert_count": 8}, "llama.expert_count is 8, which"),
     ({"llama.attention.sliding_window": 4096}, "attention.sliding_window is 4096, which"),
     ({"llama.logit_scale": 0.5}, "llama.logit_scale is 0.5, which"),
@@ -823,6 +830,67 @@ def test_damaged_ggufs(tmp_path):
     assert "no such file" in failure("gguf", tmp_path / "y.gguf", tmp_path / "out")
     assert "is a directory" in failure("gguf", tmp_path, tmp_path / "out")
     assert os.listdir(tmp_path) == ["x.gguf"]
+
+
+@pytest.mark.parametrize("more, scaling", [
+    ({"type": "none", "factor": 1.0}, None), ({"type": "none", "factor": 3.0}, None),
+    ({"type": "linear", "factor": 4.0, "finetuned": True, "original_context_length": 32},
+     {"rope_type": "linear", "factor": 4.0})])
+def test_scaled_rope_of_a_gguf(tmp_path, tokens, more, scaling):
+    net = small_net(rope_scaling=scaling)
+    path = write_gguf(tmp_path / "x.gguf", net, **{
+        f"llama.rope.scaling.{k}": v for k, v in more.items()})
+    command("gguf", path, tmp_path / "out", "--dtype", "float32")
+    ours = model.load(tmp_path / "out", "cpu", torch.float32)
+    assert ours.config.rope_scaling == scaling
+    assert torch.equal(ours(tokens), net(tokens))
+
+
+def gguf_bytes(*values):
+    """Bytes of a GGUF: text, numbers of 8 bytes, or of the (size, number) in a pair."""
+    return b"".join(len(v).to_bytes(8, "little") + v.encode() if isinstance(v, str) else
+                    v[1].to_bytes(v[0], "little") if isinstance(v, tuple) else
+                    v.to_bytes(8, "little") for v in values)
+
+
+HUGE, KEY, TENSOR = 2**63, (0, 1), (1, 0)                     # (tensors, keys)
+
+
+@pytest.mark.parametrize("counts, rest, message", [
+    (KEY, ("k", (4, 9), (4, 8), HUGE), "a list of 9223372036854775808 entries of kind 8"),
+    (KEY, ("k", (4, 9), (4, 0), 2**20), "it ends too early"),
+    (KEY, ("k", (4, 9), (4, 9), 5), "a list of 5 entries of kind 9"),
+    (KEY, ("k", (4, 8), HUGE), "it ends too early"), (KEY, (HUGE,), "it ends too early"),
+    (KEY, (99,), "it ends too early"), (TENSOR, (2**60,), "it ends too early"),
+    (KEY, ("k", (4, 99)), "a value of kind 99"),
+    ((HUGE, 0), (), "version 3, 9223372036854775808 tensors, 0 keys"),
+    ((0, 2**60), (), "version 3, 0 tensors, 1152921504606846976 keys"),
+    ((2**19, 2**19), (), "it ends too early"),
+    (KEY, ("general.alignment", (4, 4), (4, 0)), "general.alignment is 0"),
+    (KEY, ("general.alignment", (4, 4), (4, 48)), "general.alignment is 48"),
+    (TENSOR, ("w", (4, 2**31)), "w has 2147483648 axes"),
+    (TENSOR, ("w", (4, 2), 2**40, 2**40, (4, 0), 0), "w ends at byte 48357032784585166988"),
+    (TENSOR, ("w", (4, 1), 1, (4, 0), 2**62), "w ends at byte 4611686018427387"),
+    (TENSOR, ("w", (4, 1), 1, (4, 0), 7), "w is of type 0, at 7"),
+    (TENSOR, ("w", (4, 1), 1, (4, 4), 0), "w is of type 4, at 0")])
+def test_a_gguf_counts_what_is_not_there(tmp_path, monkeypatch, counts, rest, message):
+    """It is refused before the reader, which would believe it, sees it: no hang, no memory."""
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: pytest.fail("read"))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + gguf_bytes((4, 3), *counts, *rest))
+    text = failure("gguf", path, tmp_path / "out")
+    assert "not readable, perhaps truncated" in text and message in text and "\n" not in text
+
+
+def test_a_big_endian_gguf_is_checked_too(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path, header = tmp_path / "x.gguf", b"GGUF" + (3).to_bytes(4, "big")
+    path.write_bytes(header + (2**60).to_bytes(8, "big") + bytes(8))
+    assert "version 3, 1152921504606846976 tensors" in failure("gguf", path, tmp_path / "out")
+    writer = gguf.GGUFWriter(path, "bert", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.close()
+    assert "the architecture is bert" in failure("gguf", path, tmp_path / "out")
 
 
 def test_a_quantisation_that_is_not_read(tmp_path, monkeypatch):

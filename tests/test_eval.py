@@ -576,6 +576,9 @@ def test_mistakes(tmp_path, argv, message):
     (["--prompt", "Hi", "--max-new-tokens", 0], "--max-new-tokens"),
     (["--prompt", "Hi", "--top-p", 0], "--top-p"),
     (["--prompt", "Hi", "--top-k", -1], "--top-k"),
+    *((["--prompt", "Hi", name, 10**30], name) for name in (
+        "--limit", "--max-new-tokens", "--batch", "--length", "--stride", "--top-k", "--seed",
+        "--temperature")),
     (["--prompt", "Hi", "--stop", "x", "--stop", ""], "--stop is empty"),
     (["--prompt", "Hi", "--stop", "\udcff"], "--stop is not valid UTF-8"),
     (["--prompt", "\udcff"], "--prompt is not valid UTF-8"),

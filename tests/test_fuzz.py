@@ -2,15 +2,19 @@
 allocation."""
 import copy
 import json
+import os
 import random
 import resource
 import signal
 import struct
+import time
 
 import pytest
 import torch
 
 import model
+from bench.damage import Wrong, damaged
+from bench.damage import outcome as outcome_of
 from conftest import assert_logits_equal, small_net
 from formats import meta_write
 from test_hf import twin, weights
@@ -194,3 +198,36 @@ def test_damage_is_of_every_kind(originals, outcomes, alarm):
     assert loaded + compared > 20 and refused > 200 and compared > 10, (loaded, compared, refused)
     grown = memory() - originals["memory"]
     assert grown < 300_000, f"{grown} KiB more memory"
+
+
+def fails(error):
+    """A function that raises an error, or, if it is a function, calls it."""
+    def attempt():
+        if callable(error):
+            return error()
+        raise error
+
+    return attempt
+
+
+@pytest.mark.parametrize("found, error", [
+    ("accepted", lambda: print("to nowhere")), ("refused", ValueError("{path}: it is damaged")),
+    ("unclear", ValueError("it is damaged")), ("unclear", ValueError("{path}: two\nlines")),
+    ("traceback", KeyError("x")), ("wrong", Wrong("x")), ("hang", lambda: time.sleep(9)),
+    ("memory", lambda: bytearray(2**33)), ("memory", lambda: torch.empty(2**33)),
+    ("crash", lambda: os.kill(os.getpid(), signal.SIGKILL))], ids=lambda x: str(x)[:12])
+def test_what_comes_of_an_attempt(found, error, tmp_path):
+    """bench.fuzz can tell these apart."""
+    path = tmp_path / "x.json"
+    if isinstance(error, ValueError):
+        error = ValueError(str(error).format(path=path))
+    assert outcome_of(fails(error), path, seconds=1)[0] == found
+
+
+@pytest.mark.parametrize("suffix, content", [
+    (".json", b'{"a": [1, 2.5, {"b": null}]}'), (".jsonl", b'{"a": 1}\n{"b": "x"}\n'),
+    (".safetensors", b"\x08" + bytes(7) + b'{"a": 1}' + bytes(99)), (".bin", bytes(range(200)))])
+def test_damage_is_a_function_of_its_number(suffix, content):
+    found = [damaged(content, random.Random(i), suffix) for i in range(300)]
+    assert found == [damaged(content, random.Random(i), suffix) for i in range(300)]
+    assert len(set(found)) > 100 and sum(f == content for f in found) < 30

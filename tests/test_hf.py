@@ -196,12 +196,56 @@ def test_llama1_config_is_enough(folder):
     assert (c.n_kv_heads, c.rope_theta, c.tied, c.head_dim, c.max_seq_len) == (6, 1e4, False, 8, 0)
 
 
+# Keys of config.json as they stand in the folders of real models, besides the numbers.
+COMMON = {"attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16",
+          "transformers_version": "4.40.0", "use_cache": True, "hidden_act": "silu"}
+LLAMA = {**COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False,
+         "attention_bias": False, "pretraining_tp": 1, "bos_token_id": 128000}
+QWEN = {**COMMON, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+        "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False}
+REAL = {
+    "llama2": {**LLAMA, "_name_or_path": "meta-llama/Llama-2-7b-hf", "rope_scaling": None},
+    "llama3.1": {**LLAMA, "eos_token_id": [128001, 128008, 128009], "rope_scaling": LLAMA3},
+    "tinyllama": {**LLAMA, "rope_scaling": None, "max_position_embeddings": 2048},
+    "smollm2": {**LLAMA, "is_llama_config": True, "rope_interleaved": False, "pad_token_id": 2,
+                "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+    "vicuna": {**LLAMA, "max_sequence_length": 2048, "pad_token_id": 0, "temperature": 0.9,
+               "do_sample": True, "_attn_implementation_autoset": True, "unsloth_version": "2025"},
+    "mistral": {**COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+                "sliding_window": 4096},
+    "qwen2": QWEN, "qwen2.5": {**QWEN, "use_mrope": False, "tie_word_embeddings": True},
+    **{name: getattr(transformers, f"{name}Config") for name in ("Llama", "Mistral", "Qwen2")}}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configs_need_no_note(name, tmp_path, capsys):
+    numbers = dict(hidden_size=64, intermediate_size=80, num_hidden_layers=2, vocab_size=101,
+                   num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6)
+    found = REAL[name] if type(REAL[name]) is dict else REAL[name](**numbers).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**numbers, **found}))
+    assert hf.read_config(tmp_path / "config.json")["dim"] == 64
+    assert capsys.readouterr() == ("", "")
+
+
+def test_keys_without_effect_are_named(folder, capsys):
+    for path, value in ("attention_dropout", 0.1), ("fancy_attention", {"a": 1}), ("auto_map", "x"):
+        change(folder, **{"attention_dropout": 0.0, "fancy_attention": None, path: value})
+        assert read_config(folder)
+        err = capsys.readouterr().err
+        assert f"{folder}/config.json: without effect here: {path} = {json.dumps(value)}" in err
+        assert err.count("\n") == 1
+        assert read_config(folder) and capsys.readouterr().err == ""             # said once
+        change(folder, **{path: ...})
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(model_type="gpt2"), 'model_type is "gpt2"; what works here is llama, mistral, qwen2'),
     (dict(model_type="mixtral"), 'model_type is "mixtral"'),
     (dict(hidden_act="gelu"), 'hidden_act is "gelu", which this network does not compute'),
     (dict(attention_bias=True), "attention_bias is true, which"),
     (dict(mlp_bias=True), "mlp_bias is true, which"),
+    (dict(is_causal=False), "is_causal is false, which"),
+    (dict(num_attention_heads=2**29, head_dim=2**29, num_key_value_heads=2), "are too many"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5, which"),
     (dict(logit_scale=0.1), "logit_scale is 0.1, which"),
     (dict(num_local_experts=8), "num_local_experts is 8, which"),
@@ -236,6 +280,15 @@ def test_refused_by_name(folder, changes, message):
     with pytest.raises(ValueError, match=message) as e:
         model.load(folder, "cpu")
     assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, '{"hidden_size": 1%s}' % (
+    "0" * 5000)], ids=["list", "dict", "number"])
+def test_json_that_is_no_config(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json: not JSON") as e:
+        model.load(tmp_path, "cpu")
+    assert len(str(e.value)) < 300
 
 
 def test_biases_on_o_are_refused(tmp_path):

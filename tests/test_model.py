@@ -397,6 +397,21 @@ def test_kv_cache_in_two_pieces(n, heads, tokens):
     assert_logits_equal(got, net(tokens), 1e-5)
 
 
+@pytest.mark.parametrize("method", [None, "pissa", "qpissa"])
+def test_kv_cache_under_autocast(method, tokens):
+    """The cache is float32, what autocast computes is not."""
+    net, pad = small_net(), torch.tensor([0, 3, 1])
+    if method:
+        pissa.inject(net, 4, method, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache, want = net.new_cache(3, 17), net(tokens, pad=pad)
+        got = [net(tokens[:, :7], cache=cache, pad=pad)]
+        got += [net(tokens[:, t:t + 1], cache=cache, start=t, pad=pad) for t in range(7, 17)]
+        assert len(model.generate(net, [[1, 5], [7]], 5)[0]) == 5
+    assert_logits_equal(torch.cat(got, 1), want, 2e-2)
+    assert_logits_equal(want, net(tokens, pad=pad), 5e-2)
+
+
 @pytest.mark.parametrize("heads", [6, 2, 1])
 def test_left_padding_equals_no_padding(heads, tokens):
     net, row, pad = small_net(n_kv_heads=heads), tokens[:1, :6], torch.tensor([5])
@@ -445,6 +460,43 @@ def test_top_p_keeps_the_nucleus():
     g = torch.Generator().manual_seed(0)
     drawn = model.sample(logits, 1.0, 0, 0.7, g).flatten().bincount(minlength=4) / 20000
     torch.testing.assert_close(drawn, torch.tensor([0.625, 0.375, 0, 0]), atol=0.02, rtol=0)
+
+
+def kept(probs, top_p):
+    """How many tokens sampling draws from."""
+    g, logits = torch.Generator().manual_seed(0), torch.tensor([probs]).log()
+    return len(model.sample(logits.expand(3000, -1), 1.0, 0, top_p, g).unique())
+
+
+@pytest.mark.parametrize("probs, top_p, count", [
+    ([.5, .25, .125, .125], .75, 2), ([.5, .3, .15, .05], .8, 2), ([.5, .3, .15, .05], .95, 3),
+    ([.4, .3, .2, .1], .7, 2), ([.4, .3, .2, .1], .9, 3), ([.1] * 10, .3, 3), ([.1] * 10, .6, 6),
+    ([1 / 3] * 3, 2 / 3, 2), ([.05] * 20, .3, 6), ([.1] * 10, .7, 7),
+    ([.1] * 10, .7001, 8), ([.4, .3, .2, .1], 1e-9, 1), ([.4, .3, .2, .1], 1e-6, 1)])
+def test_top_p_at_a_tie(probs, top_p, count):
+    """A nucleus that reaches top_p, up to rounding, takes no further token."""
+    assert kept(probs, top_p) == count
+
+
+@pytest.mark.parametrize("top_p", [0.123, 0.5, 0.9, 0.97])
+def test_top_p_equals_transformers(top_p, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    seen, logits = [], 3 * torch.randn(20, 500, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(torch, "multinomial", lambda probs, n, generator: seen.append(probs)
+                        or probs.argmax(-1, keepdim=True))
+    model.sample(logits, 1.0, 0, top_p, None)
+    theirs = transformers.TopPLogitsWarper(top_p)(None, logits.clone()).isfinite().sum(1)
+    assert torch.equal((seen[0] > 0).sum(1), theirs)
+
+
+def test_top_p_of_1_cuts_nothing(monkeypatch):
+    """Although a sum of 200,000 probabilities may be above 1 before the last of them."""
+    seen, logits = [], torch.zeros(4, 200_000)
+    logits[1:] = torch.randn(3, 200_000, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(torch, "multinomial", lambda probs, n, generator: seen.append(probs)
+                        or probs.argmax(-1, keepdim=True))
+    model.sample(logits, 1.0, 0, 1.0, None)
+    assert (seen[0] > 0).all()
 
 
 @pytest.mark.parametrize("options, message", [
@@ -570,6 +622,33 @@ def test_name_under_checkpoints():
         model.load("llama9")
 
 
+@pytest.mark.parametrize("files, message", [
+    (["original/consolidated.00.pth", "README.md"], "are in {0}/original: name that directory"),
+    (["consolidated.safetensors", "tekken.json"], "Mistral's own layout is not read: download c"),
+    (["adapter_config.json"], "this is an adapter: name its base as the checkpoint"),
+    (["adapter/adapter_config.json", "args.json"], "adapter is {0}/adapter, and args.json names "),
+    (["checkpoint/config.json", "args.json"], "the run's checkpoint is {0}/checkpoint"),
+    (["snapshots/0a1b/config.json", "refs/main"], "name the directory {0}/snapshots/0a1b"),
+    (["a b.gguf"], "python convert.py gguf '{0}/a b.gguf' OUT"),
+    (["added_tokens.json"], "these are a tokenizer's files: download the weights, too"),
+    (["tokenizer.json"], "it should hold params.json, consolidated.00.pth"),
+    ([], "it should hold params.json, consolidated.00.pth"),
+    (["model.safetensors"], "consolidated.00.pth is missing; or is it config.json, which belongs")])
+def test_what_is_no_checkpoint(tmp_path, files, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / file).touch()
+    with pytest.raises(FileNotFoundError) as e:
+        model.load(tmp_path, "cpu")
+    assert message.format(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_another_directory_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert model.find("tiny") == TINY
+
+
 def break_shard(directory, change, i=0):
     path = directory / f"consolidated.{i:02d}.pth"
     state = torch.load(path, weights_only=True)
@@ -619,6 +698,28 @@ def test_wrong_files(tmp_path, net):
         model.load(tmp_path, "cpu")
 
 
+@pytest.mark.parametrize("name", ["tok_embeddings", "output", "norm", "layers.1.attention.wk",
+                                  "layers.0.ffn_norm"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers(tmp_path, net, name, bad):
+    """They are named on reading: otherwise training would blame the learning rate."""
+    break_shard(write(tmp_path, net), lambda s: s[f"{name}.weight"].view(-1)[5:6].fill_(bad))
+    ours = next(n for n, _ in net.named_parameters() if model.meta_name(n) == f"{name}.weight")
+    ours = ours.removesuffix(".weight")
+    with pytest.raises(ValueError, match=f"{tmp_path}: {ours}: the weight holds NaN or Inf in flo"):
+        model.load(tmp_path, "cpu", torch.float32)
+
+
+def test_weights_too_large_for_a_dtype(tmp_path, net):
+    net.model.norm.weight[3] = 1e5
+    write(tmp_path, net)
+    with pytest.raises(ValueError, match="norm: the weight holds NaN or Inf in float16: .*too la"):
+        model.load(tmp_path, "cpu", torch.float16)
+    net.model.norm.weight[3:9] = 6e4             # the sum is too large for float16, no entry is
+    write(tmp_path, net)
+    assert model.load(tmp_path, "cpu", torch.float16).model.norm.weight[3] == 6e4
+
+
 def test_pickled_code_is_not_run(tmp_path, net):
     write(tmp_path, net)
 
@@ -639,6 +740,8 @@ def test_pickled_code_is_not_run(tmp_path, net):
     (dict(moe={"num_experts": 8}), "does not know {'moe': {'num_experts': 8}}"),
     (dict(use_scaled_rope=True, rope_scaling_factor=-1),
      "rope_scaling_factor is missing or not a number above 0: -1"),
+    (dict(ffn_dim_multiplier=2.0**62, dim=2**20, n_heads=2**16), "ffn_dim, of dim, .*too large"),
+    (dict(dim=10**30), "dim is missing or not a whole number above 0: 10+, which is too large"),
     (dict(dim="wide"), 'params.json: dim is missing or not a whole number above 0: "wide"'),
     (dict(n_layers=3), r"9 missing tensor\(s\), first layers.2"),
     (dict(multiple_of=100), r"w1.weight: expected shape \(200, 48\), found \(128, 48\)")])
@@ -683,7 +786,9 @@ def test_max_seq_len_is_kept(tmp_path, net):
     assert "max_seq_len" not in (tmp_path / "params.json").read_text()
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"[1, 2]", b"7", b'{"dim": "\xff"}'])
+@pytest.mark.parametrize("content", [b"{", b"", b"[1, 2]", b"7", b'{"dim": "\xff"}',
+                                     b"[" * 100_000, b'{"dim": 1' + b"0" * 5000 + b"}"],
+                         ids=lambda content: content[:12])
 def test_params_missing_or_broken(tmp_path, net, content):
     write(tmp_path, net)
     (tmp_path / "params.json").write_bytes(content)

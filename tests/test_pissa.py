@@ -121,6 +121,9 @@ def test_inject_reports(net, capsys):
     (dict(rank=4, method="dora"), "method 'dora' is none of pissa, lora"),
     (dict(rank=4, targets=["mlp"]), "model.layers.0.mlp is a MLP, not an nn.Linear"),
     (dict(rank=4, targets="attn"), "no module is called attn;"),
+    *((dict(rank=4, targets=targets), r"no module is called \(empty\); the linear layers here are "
+       "down_proj, gate_proj") for targets in ((), [], set(), "", ("q_proj", ""), None)),
+    (dict(rank=4, targets=("q_proj", 7)), "no module is called 7;"),
     (dict(rank=4, niter=-1), "niter -1"),
     (dict(rank=4, method="qpissa", quant_iters=0), "quant_iters should be at least 1, not 0"),
     (dict(rank=4, method="loftq", quant_iters=1, last_svd=False), "nothing would ever be trained")])
@@ -130,6 +133,32 @@ def test_inject_errors_change_nothing(net, call, message):
         pissa.inject(net, **call)
     after = net.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_targets_may_be_a_name_or_repeat_one():
+    found = [[n for n, _ in pissa.layers(quiet(small_net(), 4, "lora", targets=targets))]
+             for targets in ("q_proj", ("q_proj", "q_proj"), ["q_proj"])]
+    assert found[0] == found[1] == found[2] and len(found[0]) == small_net().config.n_layers
+
+
+@pytest.mark.parametrize("method", ["pissa", "qpissa"])
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_stay(method, training, tmp_path):
+    """What replaces a module is in train or eval mode as that was, and so are its parts."""
+    def modes():
+        return {m.training for m in net.modules()}
+
+    net = quiet(small_net().train(training), 4, method)
+    assert modes() == {training}
+    adapter.save(net, tmp_path / "adapter")
+    assert pissa.remove(net) and modes() == {training}
+    assert adapter.load(net, tmp_path / "adapter") and modes() == {training}
+    assert pissa.merge(net) and modes() == {training}
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, 2**64, -1, 10**30])
+def test_any_seed(seed):
+    assert pissa.layers(quiet(small_net(), 4, "lora", seed=seed))
 
 
 def test_a_refused_method_changes_nothing(net):

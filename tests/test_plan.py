@@ -392,6 +392,26 @@ def write_adapter(directory, ranks, **changes):
     (directory / "adapter_config.json").write_text(json.dumps(config | changes))
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--rank", 10**9], "rank 1000000000 is not between"), (["--batch", 10**9], "TFLOPs a step"),
+    (["--micro-batch", 10**9, "--batch", 10**9, "--max-length", 10**9], "TFLOPs a step"),
+    (["--gpus", 10**9], "each of 1000000000 GPUs"),
+    (["--max-length", 10**30], "--max-length must")])
+def test_a_plan_with_huge_numbers(llama2, flags, words):
+    argv = "--ckpt", "llama2", "--plan", *flags
+    huge = "must" in words or "not" in words
+    assert words in (failure("train.py", *argv) if huge else command(train.main, *argv))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"n_layers": 2**29}, "layers are too many for a plan"), ({"dim": 10**30}, "dim is missing or"),
+    ({"ffn_dim_multiplier": 1e18}, "ffn_dim, of dim,")])
+def test_a_plan_of_huge_numbers(llama2, changes, words):
+    path = llama2 / "llama2" / "params.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert words in failure("train.py", "--ckpt", "llama2", "--plan")
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"r": "8"}, "r is '8'"), ({"r": 4}, "q_proj has rank 8, but rank 4 in adapter_config.json"),
     ({"pissa": {"method": "new", "rank": 8, "base": ""}}, "method new is none of"),

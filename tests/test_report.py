@@ -1,7 +1,9 @@
 """support/report.py and support/options.py: numbers that are printed, and help without torch."""
 import re
+import shlex
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -128,3 +130,13 @@ def test_starts_at_the_largest_of_a_method_of_ones_own():
 
     net = injected(smallest)
     assert not any(report.starts_at_the_largest(m) for _, m in pissa.layers(net))
+
+
+@pytest.mark.parametrize("method, words", [
+    ("pissa", ["--ckpt", "my models/x", "--adapter", "runs of $HOME/adapter"]),
+    ("full", ["--ckpt", "runs of $HOME/adapter"])])
+def test_printed_commands_can_be_pasted(capsys, method, words):
+    args = Namespace(method=method, ckpt="my models/x")
+    report.weights_written("runs of $HOME/adapter", args, {"What's 1 + 1?": ""})
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(line) == ["python", "eval.py", *words, "--prompt", "What's 1 + 1?"]

@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 
 import adapter
+import data
 import train
 from conftest import ROOT, TINY, command, failure
-from support import resume
+from support import options, report, resume
 
 STEPS = 8
 
@@ -350,3 +352,103 @@ def test_a_file_that_cannot_grow(flags, whole, tmp_path):
     assert "Traceback" not in done.stderr and "GB are free" in line
     assert line.count("is not written") == 1
     assert not (out / "adapter").exists() and len(rows(out)) <= 4
+
+
+# --- args.json
+
+@pytest.mark.parametrize("content, message", [
+    ("[" * 100_000, "args.json is damaged"), ("[1]", "args.json is damaged"), ("7", "is damaged"),
+    ("{", "args.json is damaged"), (b"\xff", "args.json is damaged"), ("", "is damaged"),
+    ({"rank": "wide"}, "args.json: argument --rank: invalid int value: 'wide'"),
+    ({"rank": 1.5}, "args.json: argument --rank: invalid int value: '1.5'"),
+    ({"rank": [1]}, "args.json: argument --rank: invalid int value: '[1]'"),
+    ({"rank": True}, "args.json: argument --rank: invalid int value: 'True'"),
+    ({"rank": 10**30}, "--rank must be at least 1 and at most 1e+09, not 1000"),
+    ({"lr": {}}, "args.json: argument --lr: invalid float value"),
+    ({"lr": 1e999}, "--lr must be"), ({"targets": []}, "args.json: argument --targets: names"),
+    ({"shard": "perhaps"}, "args.json: argument --shard: invalid choice"),
+    ({"checkpointing": 5}, "args.json: argument --checkpointing: ignored explicit argument '5'"),
+    ({"method": ["pissa"]}, "none of pissa, lora"), ({"save_every": "1h"}, "argument --save-every"),
+    ({"ckpt": None}, "--ckpt"), ({"niter": -1}, "--niter must be at least 0")])
+def test_damaged_arguments_of_a_run(whole, tmp_path, content, message):
+    """What is stored is checked as a command line is."""
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((whole / "args.json").read_text()), **content})
+    (tmp_path / "args.json").write_bytes(content if type(content) is bytes else content.encode())
+    text = failure("train.py", "--resume", "--out", tmp_path)
+    assert message in text.splitlines()[-1] and len(text.splitlines()) <= 2, text
+
+
+def test_stored_arguments_come_back(whole, tmp_path, monkeypatch):
+    """Every kind of them: lists, flags, none, exact."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(tmp_path)])
+    stored = {**json.loads((whole / "args.json").read_text()), "niter": None, "checkpointing": True,
+              "targets": ["q_proj", "v_proj"], "lr": 1.25e-7, "fields": "a b,-c", "method": "mine"}
+    (tmp_path / "args.json").write_text(json.dumps(stored))
+    again = json.loads(json.dumps(vars(options.for_train("")), default=str))
+    same = {k: v for k, v in stored.items() if k not in ("out", "resume")}
+    assert {k: again[k] for k in same} == same
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, 2**62, 10**30])
+def test_a_large_seed(seed):
+    """It fails before anything is read (--seed), or not at all."""
+    examples = list(range(9))
+    assert sorted(sum(data.batches(examples, 2, seed, 3), [])) == examples
+    assert sorted(sum(data.split(examples, 0.3, seed), [])) == examples
+    if seed < 2**63:
+        assert data.batches(examples, 2, seed, 3) != data.batches(examples, 2, seed - 1, 3)
+
+
+def test_a_base_that_is_no_number(flags, tmp_path):
+    """It is named before the first step, and not --lr."""
+    shutil.copytree(TINY, tmp_path / "base")
+    path = tmp_path / "base" / "consolidated.00.pth"
+    state = torch.load(path, weights_only=True)
+    state["norm.weight"][3] = float("nan")
+    torch.save(state, path)
+    text = failure("train.py", *flags, "--ckpt", tmp_path / "base", "--out", tmp_path / "out")
+    assert "model.norm: the weight holds NaN or Inf" in text and "--lr" not in text
+    state["norm.weight"][:] = 3e38                                    # numbers, but not for long
+    torch.save(state, path)
+    text = failure("train.py", *flags, "--ckpt", tmp_path / "base", "--out", tmp_path / "out")
+    assert "the validation loss is nan before the first step" in text and "--lr" not in text
+    assert not (tmp_path / "out").exists()
+
+
+# --- what a run has written, damaged
+
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c[:-1], lambda c: b"", lambda c: b"x" * 99, lambda c: c[:len(c) // 2],
+    lambda c: flipped(c, len(c) // 2), lambda c: flipped(c, len(c) // 3), lambda c: c[999:]],
+    ids=["end", "empty", "other", "half", "bit", "another bit", "begin"])
+def test_damaged_state(whole, tmp_path, change):
+    """One changed bit of a number would be another run, without a word: the checksums tell."""
+    content = (resume.newest(whole) / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(content)
+    assert resume.read_state(tmp_path)["step"] == STEPS
+    (tmp_path / "state.pt").write_bytes(change(content))
+    with pytest.raises(ValueError, match=f"{tmp_path}/state.pt is damaged .*: remove") as e:
+        resume.read_state(tmp_path)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "", "7", "[]", b"\xff", '{"loss": 1}'],
+                         ids=lambda content: content[:9])
+def test_damaged_results(whole, tmp_path, content):
+    shutil.copytree(whole, tmp_path / "run")
+    args = Namespace(out=tmp_path / "run", resume=True, epochs=1, steps=STEPS, test_data=None)
+    content = content if type(content) is bytes else content.encode()
+    for name, read in ("val.jsonl", resume.measured), ("summary.json", report.finished):
+        assert read(args)
+        (args.out / name).write_bytes(content)
+        if content == b'{"loss": 1}' and name == "summary.json":
+            content = json.dumps({"asked": [1, STEPS]}).encode()              # and nothing else
+            (args.out / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{args.out / name} is damaged .*: remove it") as e:
+            read(args)
+        assert "\n" not in str(e.value) and len(str(e.value)) < 300

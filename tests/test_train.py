@@ -808,7 +808,13 @@ def test_mistakes(flags, tmp_path, argv, message):
     ["--lr", "nan"], ["--clip", 0], ["--niter", -1], ["--niter", "some"], ["--method", "dora"],
     ["--dtype", "int8"], ["--warmup", -0.5], ["--targets", ""], ["--ranks", 3],
     ["--save-every", 0], ["--save-every", "m"], ["--save-every", "1h"], ["--keep", 0],
-    ["--max-hours", 0], ["--shard", "perhaps"], ["--gpus", 0]])
+    ["--max-hours", 0], ["--shard", "perhaps"], ["--gpus", 0],
+    *([name, 10**30] for name in ("--rank", "--niter", "--quant-iters", "--max-length", "--steps",
+                                  "--max-new-tokens", "--batch", "--epochs", "--seed", "--keep",
+                                  "--micro-batch", "--gpus", "--save-every", "--weight-decay")),
+    ["--seed", 2**63], ["--seed", -1], ["--niter", 1001], ["--lr", "1e400"], ["--lr", 10**400],
+    ["--weight-decay", "inf"], ["--save-every", "1" * 400 + "m"], ["--save-every", "1e30"]],
+    ids=lambda argv: f"{argv[0]} {argv[1]}"[:40])
 def test_numbers_out_of_range(tmp_path, argv):
     """Refused before anything is read; a line of usage and a line that names the flag."""
     text = failure("train.py", "--ckpt", "nowhere", "--out", tmp_path / "out", *argv)

@@ -1,0 +1,200 @@
+"""Damaged inputs: each should work as it says, or be refused in one line that names the file.
+
+    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 9 kinds, 10 min
+    python -m bench.fuzz --kinds gguf state --cases 50          # of some kinds
+
+A case is a function of (kind, number). It runs in a process of its own, forked from this one, with
+1 GB more memory and 10 s. What is accepted is compared: text with json, ids with sentencepiece,
+logits with transformers and PEFT, tensors with what was written. Faults are counted and listed:
+traceback, hang, memory, crash, unclear (no line, or not of this file), wrong (not what it says).
+"""
+import argparse
+import copy
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import sentencepiece
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+import adapter
+import convert
+import data
+import model
+import train
+from bench import report as publish
+from bench.damage import Wrong, damaged, outcome, write_gguf
+from formats import gguf
+from support import options, report, resume
+
+TOKENS = torch.arange(3, 40)[None]
+FAULTS = "traceback", "hang", "memory", "crash", "unclear", "wrong"
+
+
+# ------------------------------------------------------------------------------- the nine attempts
+
+def same(ours, read):
+    """Wrong unless another program's model, if that takes the file, has our logits."""
+    try:
+        theirs = read()(TOKENS).logits
+    except Exception:
+        return                                                 # it is stricter
+    if not (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max():
+        raise Wrong(f"logits differ by {(ours - theirs).abs().max()}")
+
+
+def read_jsonl(tok, answers, path):
+    """--data, or --test-data with reference answers: as json reads it."""
+    found = data.read(path)
+    data.encode(found, tok, 256)
+    if answers:
+        data.references(found, path)
+    lines = [line for line in path.read_text("utf-8-sig").split("\n") if line.strip("\ufeff \t\r")]
+    if found != [(r["question"], r["answer"]) for r in map(json.loads, lines)]:
+        raise Wrong(f"{len(found)} records of {len(lines)} lines")
+
+
+def read_adapter(net, twin, path):
+    """An adapter, as PEFT reads it."""
+    same(adapter.load(copy.deepcopy(net), path.parent)(TOKENS),
+         lambda: PeftModel.from_pretrained(copy.deepcopy(twin), path.parent).eval())
+
+
+def read_base(path):
+    """A checkpoint in Hugging Face's layout, as transformers reads it."""
+    same(model.load(path.parent, "cpu", torch.float32)(TOKENS),
+         lambda: AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32))
+
+
+def read_tokenizer(path):
+    """A tokenizer, as sentencepiece reads it."""
+    tok, text = data.Tokenizer(path.parent), "Tom has 12 pens, é \n ok"
+    sp = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    if tok.encode(text) != sp.encode(text) or max(tok.encode(text)) >= tok.vocab_size:
+        raise Wrong(f"{tok.encode(text)}, {sp.encode(text)} expected")
+
+
+def read_args(path):
+    """args.json of a run that goes on: every argument has the type of its default."""
+    sys.argv = ["train.py", "--resume", "--out", str(path.parent)]
+    args = vars(options.for_train(""))
+    default = vars(options.train_parser("").parse_args([]))
+    for key, value in default.items():
+        if value is not None and type(args[key]) is not type(value) and key not in ("niter", "out"):
+            raise Wrong(f"{key} is {args[key]!r}")
+
+
+def read_gguf(path):
+    """A GGUF: shapes are checked, numbers cannot be."""
+    config, tensors, info = convert.open_gguf(path)
+    gguf.tokenizer_files(info, config.vocab_size, path)
+    for name, read in tensors.items():
+        convert.converted(name, read(), torch.float32)
+
+
+def read_state(net, args, examples, before, path):
+    """A run that goes on: the parameters that were saved, or none."""
+    report.finished(args)
+    resume.measured(args)
+    net, args = copy.deepcopy(net), copy.copy(args)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr)
+    run = resume.Run(net, optimizer, args, examples, 2)
+    for name, p in run.params.items():
+        if run.rows and not torch.equal(p.detach(), before[name]):
+            raise Wrong(f"{name} is not what was saved")
+
+
+# ----------------------------------------------------------------------------------------- set up
+
+def set_up(there):
+    """{kind: (attempt(path), *paths)} of small inputs, which are made in `there`."""
+    tiny = model.find("tiny")
+    for name in "base", "data", "tok":
+        (there / name).mkdir()
+    shutil.copyfile(tiny / "tokenizer.model", there / "tok" / "tokenizer.model")
+    tok = data.Tokenizer(there / "tok")
+    net = model.init_weights(model.Llama(model.Config(
+        32, 2, 4, 2, tok.vocab_size, 48)), std=0.3).requires_grad_(False)
+    convert.write_checkpoint(there / "base", there / "tok", net.config, net.state_dict().items(),
+                             torch.float32, "hf")
+    for name in "train", "test":
+        lines = (tiny / f"{name}.jsonl").read_text().splitlines(keepends=True)[:24]
+        (there / "data" / f"{name}.jsonl").write_text("".join(lines))
+    sys.argv = list(map(str, ["train.py", "--ckpt", there / "base", "--data", there / "data" /
+                              "train.jsonl", "--rank", 2, "--steps", 2, "--batch", 4, "--lr", 1e-2,
+                              "--max-new-tokens", 1, "--device", "cpu", "--out", there / "run"]))
+    args = options.for_train("")
+    train.fine_tune(args)
+    args.resume = True
+    examples, *_ = train.read_data(args, tok)
+    started = adapter.load(copy.deepcopy(net), resume.start_of(args.out))
+    state = resume.newest(args.out) / "state.pt"
+    before = torch.load(state, weights_only=True)["parameters"]
+    shutil.copytree(args.out / "adapter", there / "bin")
+    torch.save(load_file(there / "bin" / "adapter_model.safetensors"),
+               there / "bin" / "adapter_model.bin")
+    (there / "bin" / "adapter_model.safetensors").unlink()
+    write_gguf(there / "x.gguf", net, sentencepiece.SentencePieceProcessor(
+        model_file=str(tiny / "tokenizer.model")))
+    twin = AutoModelForCausalLM.from_pretrained(there / "base", dtype=torch.float32)
+    both, folder, out = partial(read_adapter, net, twin), there / "data", args.out
+    return {
+        "training jsonl": (partial(read_jsonl, tok, False), folder / "train.jsonl"),
+        "test jsonl": (partial(read_jsonl, tok, True), folder / "test.jsonl"),
+        "adapter config": (both, *(out / "adapter" / f"{name}.json"
+                                   for name in ("adapter_config", "pissa"))),
+        "safetensors": (read_base, there / "base" / "model.safetensors"),
+        "bin": (both, there / "bin" / "adapter_model.bin"),
+        "tokenizer.model": (read_tokenizer, there / "tok" / "tokenizer.model"),
+        "args.json": (read_args, out / "args.json"),
+        "gguf": (read_gguf, there / "x.gguf"),
+        "state": (partial(read_state, started, args, examples, before), state, state,
+                  out / "val.jsonl", out / "summary.json")}
+
+
+def main():
+    """All cases; prints what came of them."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("--cases", type=int, default=300, help="of each kind")
+    p.add_argument("--kinds", nargs="*", help="default: all nine")
+    p.add_argument("--out")
+    asked, argv, begin, counts, faults = p.parse_args(), sys.argv, time.perf_counter(), {}, []
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as there:
+        kinds = set_up(Path(there))
+        for kind in asked.kinds or kinds:
+            attempt, *files = kinds[kind]
+            for path in files:                               # undamaged, all of them are accepted
+                found = outcome(partial(attempt, path), path)
+                assert found == ("accepted", ""), (path, found)
+            count = counts[kind] = Counter()
+            for case in tqdm(range(asked.cases), kind, leave=False):
+                rng = random.Random(f"{kind} {case}")
+                path = rng.choice(files)
+                whole = path.read_bytes()
+                path.write_bytes(damaged(whole, rng, path.suffix))
+                found, line = outcome(partial(attempt, path), path)
+                path.write_bytes(whole)
+                count[found] += 1
+                if found in FAULTS:
+                    faults.append([kind, case, path.name, found, line.replace(there, "")])
+            print(f"{kind:16}", ", ".join(f"{n} {name}" for name, n in count.most_common()))
+    print(*(" ".join(map(str, fault)) for fault in faults), sep="\n")
+    sys.argv = argv
+    publish({"cases": asked.cases, "counts": counts, "faults": faults,
+             "seconds": round(time.perf_counter() - begin)}, asked.out)
+
+
+if __name__ == "__main__":
+    main()
