@@ -172,7 +172,7 @@ AMONG_OTHERS = re.compile(" *[,;]")                       # behind a bracket: (2
 MARKERS = [re.compile(m) for m in (
     r"#{4,}(?! *\d{1,2}[.):] +[^\W\d])",             # no heading, such as "#### 1. Count the eggs"
     "the (?:final )?answer is:", "the (?:final )?answer is", r"\\boxed(?= *\{)")]
-RULE = r"the first number right after '####', 'The answer is' or \boxed{"
+RULE = r"the first number right after '####', 'The answer is' or '\boxed{'"
 
 
 def final_answer(text: str) -> str | None:
@@ -204,7 +204,7 @@ def _plain(text):
 
 
 def _number(text, start=0):
-    """(the number at `start` as a str, as a Fraction, the text after it); None, None, "" for none."""
+    """(the number at `start` as a str, as a Fraction, the text after it); or None, None, ""."""
     m = NUMBER.match(text, start)
     if not m or GOES_ON.match(text, m.end()) or m["open"] and AMONG_OTHERS.match(text, m.end()) or (
             m["power"] and len(m["above"]) > 9):

@@ -8,59 +8,69 @@ TABLE = ("python -c \"import pandas; pandas.read_KIND('FILE').to_json('FILE.json
          "orient='records', lines=True)\"")
 KINDS = {b"PAR1": ("a Parquet file", TABLE.replace("KIND", "parquet")),
          b"ARROW1": ("an Arrow file", TABLE.replace("KIND", "feather")),
-         b"\x1f\x8b": ("compressed by gzip", "gzip -dc FILE > FILE.jsonl"),
-         b"BZh": ("compressed by bzip2", "bzip2 -dc FILE > FILE.jsonl"),
-         b"\xfd7zXZ": ("compressed by xz", "xz -dc FILE > FILE.jsonl"),
-         b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -dc FILE > FILE.jsonl"),
+         b"\x1f\x8b": ("compressed by gzip", "gzip -dc FILE > FILE.new"),
+         b"BZh": ("compressed by bzip2", "bzip2 -dc FILE > FILE.new"),
+         b"\xfd7zXZ": ("compressed by xz", "xz -dc FILE > FILE.new"),
+         b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -dc FILE > FILE.new"),
          b"PK\x03\x04": ("a zip archive", "unzip FILE"),
-         b"\xff\xfe\x00\x00": ("UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > FILE.jsonl"),
-         b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl"),
-         b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.jsonl"),
+         b"\xff\xfe\x00\x00": ("UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > FILE.new"),
+         b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.new"),
+         b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.new"),
          b"version https://git-lfs": ("Git LFS's pointer to the file", "git lfs pull"),
          b"<": ("a web page", "download the file itself")}
 EMPTY = (None, "", [], {})
+# A terminal obeys these: control characters, ends of lines, marks that turn a text around.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text, keep="\n\t"):
+    """A text of others, harmless for a terminal: an escape is shown as \\x1b."""
+    return CONTROL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
 def records(path):
     """Yield ("file:line", record as a dict) of every line that is not blank."""
     with open(path, "rb") as file:  # bytes: an error in the encoding then has a line number too
-        refuse_other_kinds(path, file.read(1000))
+        if (head := file.read(1000)).startswith(tuple(KINDS)) or b"\0" in head:
+            raise ValueError(f"{path}: {other_kind(path)}")
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip(b"\xef\xbb\xbf \t\r\n"):  # neither blank nor a byte order mark alone
                 yield f"{path}:{number}", record(line, f"{path}:{number}")
 
 
-def refuse_other_kinds(path, head):
-    """ValueError if a file begins as another kind of file does."""
-    kind = next((kind for start, kind in KINDS.items() if head.startswith(start)), None)
-    if str(path).endswith((".csv", ".tsv")) and not head.lstrip().startswith((b"{", b"[")):
-        kind = "a table", TABLE.replace("KIND", "csv")
-    if not kind and b"\0" in head:                   # UTF-16 without a byte order mark has many
-        kind = "UTF-16 or no text at all", "iconv -f UTF-16LE -t UTF-8 FILE > FILE.jsonl"
-    if kind:
-        raise ValueError(f"{path}: {kind[0]}, not jsonl: {kind[1].replace('FILE', str(path))}")
+def other_kind(path):
+    """What a file is that should be UTF-8, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(1000)
+    kind, remedy = next((kind for start, kind in KINDS.items() if head.startswith(start)), (
+        ("UTF-16 or no text", "iconv -f UTF-16LE -t UTF-8 FILE > FILE.new") if b"\0" in head else
+        ("not UTF-8", "if it is Latin-1: iconv -f LATIN1 -t UTF-8 FILE > FILE.new")))
+    return f"{kind}: {remedy.replace('FILE', str(path))}"
 
 
 def record(line, where):
     """The object in a line of bytes."""
-    remedy = "give one object per line (one over several lines: jq -c . file.json > file.jsonl)"
+    path, start = where.rpartition(":")[0], line.lstrip(b"\xef\xbb\xbf \t")[:1]
+    remedy = (f"of an array: jq -c '.[]' {path} > {path}.new" if start == b"[" else
+              f"of one over several lines: jq -c . {path} > {path}.new")
+    if path.endswith((".csv", ".tsv")):
+        remedy = f"of a table: {TABLE.replace('KIND', 'csv').replace('FILE', path)}"
     try:
         content = json.loads(line.decode("utf-8-sig").rstrip())  # -sig: less the byte order mark
     except UnicodeDecodeError:
-        raise ValueError(f"{where}: not UTF-8; convert the file (iconv -f LATIN1 -t UTF-8, or "
-                         "what it is in)") from None
+        raise ValueError(f"{where}: not UTF-8; of Latin-1: iconv -f LATIN1 -t UTF-8 {path} > "
+                         f"{path}.new") from None
     except RecursionError:
         raise ValueError(f"{where}: JSON nested too deeply; remove the record") from None
     except ValueError as e:
-        if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-            raise ValueError(f"{where}: not JSON by lines, but an array over several lines; jq -c "
-                             "'.[]' file.json > file.jsonl") from None
-        reason = str(e).replace("line 1 ", "")  # json counts lines, too; we name the file's
-        raise ValueError(f"{where}: not JSON ({reason}); {remedy}") from None
+        reason = ("an array over several lines" if start == b"[" else
+                  str(e).replace("line 1 ", ""))  # json counts lines, too; we name the file's
+        raise ValueError(f"{where}: not JSON ({reason}); give one object per line ({remedy})"
+                         ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{where}: a JSON {type(content).__name__}, not an object; give one "
-                         "object per line (a JSON array: jq -c '.[]' file.json > file.jsonl)")
+                         f"object per line ({remedy})")
     return content
 
 
@@ -86,5 +96,5 @@ def string(content, name, where, optional=False):
 
 def columns(names):
     """Names of columns between commas, not more than a line of them."""
-    text = ", ".join(names)
+    text = printable(", ".join(names), keep="")
     return text if len(text) <= 200 else text[:200] + " ..."
