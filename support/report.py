@@ -146,8 +146,8 @@ def spelled(where, texts, tok):
     """Print a note if texts spell control tokens, as chats with a template do."""
     found = [m[0] for m in map(tok.control.search, texts) if m]
     if found:
-        print(f"note: {where}: control tokens such as {found[0]!r} are spelled in {len(found)} "
-              "texts: plain characters here, never the tokens")
+        print(f"note: {where}: texts that spell control tokens, such as {found[0]!r}: "
+              f"{len(found)}; they are plain characters here, never the tokens")
 
 
 # ---------------------------------------------------------------------------- an injected network
