@@ -163,9 +163,10 @@ NUMBER = re.compile(
     r"| (?P<word>hundred|thousand|million|billion|trillion)(?![a-z]))?")
 WORDS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
-# What follows a number that is only a part of something else: 3\sqrt{13}, 2x, 3:30, 11_2, 5 * 4.
+# What follows a number that is only a part of something else: 3\sqrt{13}, 2k, 3:30, 11_2, 5 * 4.
 GOES_ON = re.compile(r" *(?:\.?\\(?!end|q?quad|\\)[a-z]|[\^²³√π]|_ *[\d{]|[x*]+ *\d|[*/] *[\d(]|"
-                     r"sqrt|pi(?![a-z])|[xyz](?![a-z]))|[in](?![a-z])|[.:'’]\d|e[-+]?\d")
+                     r"sqrt|pi(?![a-z])|[xyz](?![a-z]))|[abeijknopqrtuvw](?![a-z])|[.:'’]\d|"
+                     r"e[-+]?\d")
 # The same for a reference, which must be the number and nothing but a unit, up to its sentence.
 MORE = re.compile(r"[\d\\^√π=<>+∞]|\A *(?:-(?! ?[a-z]{2})|!|\.\.)")
 AMONG_OTHERS = re.compile(" *[,;]")                       # behind a bracket: (2, 3), [2,5), {1; 2}
