@@ -16,12 +16,13 @@ Fine-tuning on instructions sees one example as
    padding to its right. Each micro-batch says where its text is. model.py packs the text into one
    row, in which every example keeps its own positions and attends only to itself.
 """
-import json
 import re
+import unicodedata
 from fractions import Fraction
 
 import torch
 
+from formats import jsonl
 from formats.tokenizer import Tokenizer  # noqa: F401 (as data.Tokenizer)
 
 # The Alpaca template, in the words that the PiSSA paper's scripts use.
@@ -41,57 +42,32 @@ def read(path, fields=None):
     """Read a jsonl file into a list of (prompt, response), both str.
 
     fields="question,answer" names the fields to use. The last one is the response; those before it
-    are joined by newlines. A single one is plain text: its prompt is "" and all of it is learnt.
-    Without `fields` the keys of the first record choose among FIELDS, in that order. The optional
-    "input" of Alpaca's records follows the instruction on a new line.
+    are joined by newlines, less those that are blank. A single one is plain text: its prompt is ""
+    and all of it is learnt. Without `fields` the keys of the first record choose among FIELDS, in
+    that order. The optional "input" of Alpaca's records follows the instruction on a new line.
+    Columns that hold something and are not used are named in one line.
     """
     names = tuple(name.strip() for name in fields.split(",")) if fields else None
-    examples = []
-    with open(path, "rb") as file:  # bytes: an error in the encoding then has a line number too
-        for number, line in enumerate(file, 1):
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):  # blank, or a byte order mark alone
-                continue
-            where = f"{path}:{number}"
-            record = _record(line, where)
-            names = names or next((f for f in FIELDS if record.keys() >= set(f)), None)
-            if names is None:
-                raise ValueError(f"{where}: no known fields among {', '.join(record)}; say "
-                                 'which to use with fields="prompt,response"')
-            *prompt, response = [_string(record, name, where) for name in names]
-            if names == FIELDS[0] and record.get("input"):
-                prompt.append(_string(record, "input", where))
-            examples.append(("\n".join(prompt), response))
+    examples, unused = [], {}
+    for where, record in jsonl.records(path):
+        names = names or next((f for f in FIELDS if record.keys() >= set(f)), None)
+        if names is None:
+            raise ValueError(f"{where}: no known fields among {jsonl.columns(record)}; say "
+                             'which to use with fields="prompt,response"')
+        *asked, last = names
+        asked += ["input"] * (names == FIELDS[0] and "input" in record)
+        prompt = [jsonl.string(record, name, where, len(asked) > 1) for name in asked]
+        if asked and not any(prompt):
+            jsonl.string(record, asked[0], where)  # says that it is empty
+        examples.append(("\n".join(filter(None, prompt)), jsonl.string(record, last, where)))
+        unused.update((name, None) for name, value in record.items()
+                      if name not in (*asked, last) and value not in jsonl.EMPTY)
     if not examples:
         raise ValueError(f"{path}: no records; give one JSON object per line")
+    if unused:
+        print(f"note: {path}: columns that are not used: {jsonl.columns(unused)}; say which to "
+              'use with fields="prompt,response"')
     return examples
-
-
-def _record(line, where):
-    remedy = "give one object per line (a JSON array: jq -c '.[]' file.json > file.jsonl)"
-    try:
-        record = json.loads(line.decode("utf-8-sig").rstrip())  # -sig: less the byte order mark
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: not UTF-8; convert the file (see iconv)") from None
-    except ValueError as e:
-        reason = str(e).replace("line 1 ", "")  # json counts lines, too; we name the file's
-        raise ValueError(f"{where}: not JSON ({reason}); {remedy}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object; {remedy}")
-    return record
-
-
-def _string(record, name, where):
-    if name not in record:
-        raise ValueError(f"{where}: no field '{name}' among {', '.join(record)}; add it, or say "
-                         'which to use with fields="prompt,response"')
-    value = record[name]
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: field '{name}' is not a string; put it in quotes")
-    if not value.strip():
-        raise ValueError(f"{where}: field '{name}' is empty; fill it or remove the record")
-    if re.search("[\ud800-\udfff]", value):  # JSON can spell them, UTF-8 and tokenizers cannot
-        raise ValueError(f"{where}: field '{name}' holds half a surrogate pair; remove it")
-    return value
 
 
 # From (prompt, response) to batches ---------------------------------------------------------------
@@ -166,23 +142,84 @@ def micro_batches(batch, cells, pad=0):
 
 # Final answers of maths problems ------------------------------------------------------------------
 
-# -3, 0.5, .5, 3/4, 1234, 1,234,567.89: a comma only before a group of three.
-NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
+# What people write, and what it becomes before a number is read in it.
+PLAIN = [(re.compile(pattern), new) for pattern, new in (
+    ("[−–‒﹣－]", "-"), (r"\\?\$|\\[()\[\]!]|\\(?:left|right)(?![a-z])", ""), (r"\{,\}", ","),
+    (r"[\u00a0\u2007\u2009\u202f]|\\[,;: ]|\^ ?\{? ?\\circ ?\}?|°|\\degree", " "),
+    (r"\\(?:text|mathrm|mbox|textbf|mathbf) ?\{([^{}]*)\}", r" \1 "), (r"\\%", "%"),
+    (r"\\[dtc]?frac ?(?:\{ ?(-?) ?([\d.,]+) ?\}|(\d)) ?(?:\{ ?([\d.,]+) ?\}|(\d))",
+     lambda m: f" {m[1] or ''}{m[2] or m[3]}/{m[4] or m[5]} "),
+    ("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/")),
+    (r"\\times(?![a-z])|\\cdot(?![a-z])|×", "*"), (r"\^ ?\{ ?(-?\d+) ?\}", r"^\1"),
+    (r"(?<=[a-z]) ?(?:\^[23]|[²³])", ""))]                               # a unit, such as cm^2
+
+# -3, 0.5, .5, 3/4, 2 1/2, 1234, 1,234,567.89, 1 234, 1e3, 1.5*10^6, 2^10, 3 million
+DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d{1,3}(?: \d{3})+(?![\d/])|\d+)"
+NUMBER = re.compile(
+    r"(?:[\s:*_`\"'=—€£¥₹]|(?P<open>[(\[{])|\\boxed|[a-z] ?=){0,40}(?P<sign>[-+]?)[ (\[{€£¥₹]{0,9}"
+    r"(?:(?P<whole>\d{1,9}) {1,3}(?:and )?(?=[1-9]\d* ?/ ?\d))?"
+    rf"(?P<above>{DIGITS}(?:\.\d+)?|\.\d+)(?: ?/ ?(?P<below>{DIGITS}))?"
+    r"(?:(?:e| ?[*x] ?10\^)(?P<ten>[-+]?\d{1,3})(?!\d)|\^(?P<power>-?\d{1,3})(?!\d)"
+    r"| (?P<word>hundred|thousand|million|billion|trillion)(?![a-z]))?")
+WORDS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+# What follows a number that is only a part of something else: 3\sqrt{13}, 2k, 3:30, 11_2, 5 * 4.
+GOES_ON = re.compile(r" *(?:\.?\\(?!end|q?quad|\\)[a-z]|[\^²³√π]|_ *[\d{]|[x*]+ *\d|[*/] *[\d(]|"
+                     r"sqrt|pi(?![a-z])|[xyz](?![a-z]))|[abeijknopqrtuvw](?![a-z])|[.:'’]\d|"
+                     r"e[-+]?\d")
+# The same for a reference, which must be the number and nothing but a unit, up to its sentence.
+MORE = re.compile(r"[\d\\^√π=<>+∞]|\A *(?:-(?! ?[a-z]{2})|!|\.\.)")
+AMONG_OTHERS = re.compile(" *[,;]")                       # behind a bracket: (2, 3), [2,5), {1; 2}
+MARKERS = [re.compile(m) for m in (
+    r"#{4,}(?! *\d{1,2}[.):] +[^\W\d])",             # no heading, such as "#### 1. Count the eggs"
+    "the (?:final )?answer is:", "the (?:final )?answer is", r"\\boxed(?= *\{)")]
+RULE = r"the first number right after '####', 'The answer is' or '\boxed{'"
 
 
 def final_answer(text: str) -> str | None:
-    """The number a response ends on, as a str without commas; None if it names none.
+    """The number a response ends on, such as "-1234.5" or "1/2"; None if it names none.
 
-    It is the first number after the first "####" (GSM8K), else after the first "The answer is:"
-    (MetaMath), else after the first "The answer is". First, not last: a model that misses its EOS
-    runs on, invents more questions and answers those. The answer to ours stands before them.
+    It is the first number that directly follows a "####" (GSM8K), else "The answer is:" (MetaMath),
+    else "The answer is", each also with "final", else \\boxed{. Brackets, signs of currency and
+    "x =" may stand between. First, not last: a model that misses its EOS runs on, invents more
+    questions and answers those. The answer to ours stands before them.
     Units do not count: "$5", "5%" and "5 apples" are all 5.
     """
-    text = text.lower().split("### instruction:")[0].replace("−", "-").replace("$", "")
-    for marker in ("####", "the answer is:", "the answer is"):
-        if found := NUMBER.search(text.partition(marker)[2]):
-            return found[0].replace(",", "")
-    return None
+    return _marked(text)[0]
+
+
+def _marked(text):
+    """(final_answer, the text after it)."""
+    text = _plain(text.lower().split("### instruction:")[0])
+    for found in (m for marker in MARKERS for m in marker.finditer(text)):
+        answer, _, rest = _number(text, found.end())
+        if answer:
+            return answer, rest
+    return None, ""
+
+
+def _plain(text):
+    for pattern, new in PLAIN:
+        text = pattern.sub(new, text)
+    return text
+
+
+def _number(text, start=0):
+    """(the number at `start` as a str, as a Fraction, the text after it); or None, None, ""."""
+    m = NUMBER.match(text, start)
+    if not m or GOES_ON.match(text, m.end()) or m["open"] and AMONG_OTHERS.match(text, m.end()) or (
+            m["power"] and len(m["above"]) > 9):
+        return None, None, ""
+    sign, above = m["sign"].strip("+"), re.sub("[, ]", "", m["above"])
+    below, tens = re.sub("[, ]", "", m["below"] or ""), int(m["ten"] or WORDS.get(m["word"], 0))
+    try:
+        value = int(m["whole"] or 0) + Fraction(above) / Fraction(below or 1)
+        value = value ** int(m["power"] or 1) * Fraction(10) ** tens
+        plain = not (m["whole"] or m["power"] or tens)
+        shown = sign + (above + f"/{below}" * bool(below) if plain else str(value))
+    except (ValueError, ZeroDivisionError):  # ValueError: thousands of digits, beyond int()
+        return None, None, ""
+    return shown, -value if sign else value, text[m.end():]
 
 
 def paper_answer(text):
@@ -206,25 +243,15 @@ def paper_answer(text):
 
 def references(examples, where):
     """The final answers of the responses of (prompt, response); ValueError for one without."""
-    answers = [final_answer(response) for _, response in examples]
-    for n, (answer, (_, response)) in enumerate(zip(answers, examples, strict=True), 1):
-        if not same_answer(answer, answer):  # None, or 1/0
+    found = [_marked(response) for _, response in examples]
+    for n, ((answer, rest), (_, response)) in enumerate(zip(found, examples, strict=True), 1):
+        if answer is None or MORE.search(re.split(r"\.(?= |$)|\n", rest)[0]):
             raise ValueError(f"{where}: record {n}: the reference answer names no number after "
-                             f"'####' or 'The answer is': {response[:60]!r}")
-    return answers
+                             f"'####', 'The answer is' or in \\boxed{{}}: {response[-60:]!r}")
+    return [answer for answer, _ in found]
 
 
 def same_answer(a: str | None, b: str | None) -> bool:
     """Equal as rational numbers: "1,234" and "1234.0", "1/2" and "0.5". None equals nothing."""
-    a, b = _fraction(a), _fraction(b)
-    return a is not None and a == b
-
-
-def _fraction(text):
-    if not NUMBER.fullmatch(text or ""):  # this also refuses 1e999999999, a number of 400 MB
-        return None
-    above, _, below = text.replace(",", "").partition("/")
-    try:
-        return Fraction(above) / Fraction(below or 1)
-    except (ValueError, ZeroDivisionError):  # ValueError: thousands of digits, beyond int()
-        return None
+    (_, a, more_a), (_, b, more_b) = (_number(_plain((x or "").lower())) for x in (a, b))
+    return a is not None and a == b and not (more_a + more_b).strip()

@@ -28,13 +28,15 @@ import adapter
 import data
 import model
 import pissa
+from formats import jsonl
+from formats.jsonl import printable
 from support import report
 from support.files import named
 from support.report import write_lines
 
 # Of each protocol: the text after the template, the function that reads an answer, and its rule.
 PROTOCOLS = {
-    "strict": ("", data.final_answer, "the first number after '####' or 'The answer is'"),
+    "strict": ("", data.final_answer, data.RULE),
     "paper": (data.STEPS, data.paper_answer, "the rounded number after the last 'The answer is: '")}
 
 
@@ -46,6 +48,11 @@ def describe(protocol, max_new_tokens, stop=()):
             "the reference")
 
 
+def positions(net):
+    """The most tokens that a prompt may have: those the model was trained for, if it says so."""
+    return net.config.max_seq_len or 2**17
+
+
 def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=(), **sampling):
     """Responses (str) to instructions, in the paper's template, up to the first text of `stop`.
 
@@ -53,6 +60,9 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
     """
     ids = [data.prompt_ids(p, tok, begin) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))    # like lengths: little padding
+    if order and (longest := len(ids[order[-1]])) > positions(net):
+        raise ValueError(f"the prompt {prompts[order[-1]][:60]!r} has {longest:,} tokens, more "
+                         f"than the model's {positions(net):,} positions: leave it out")
     # The tokens that may hold a stop text: a byte each, and one whose leading space decode() drops.
     width, out = 1 + max((len(s.encode()) for s in stop), default=0), [""] * len(ids)
 
@@ -74,8 +84,10 @@ def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch
 
     examples: (instruction, reference) from `data.read`. done: {index: prediction} of those answered
     before. log: a file that gets [index, prediction] of the others, batch by batch.
-    A reference without a final answer: ValueError.
+    No examples, or a reference without a final answer: ValueError.
     """
+    if not examples:
+        raise ValueError("no problems, so there is no accuracy")
     begin, read, _ = PROTOCOLS[protocol]
     answers, rows = data.references(examples, "accuracy"), dict(done)
     todo = sorted(set(range(len(examples))) - set(rows), key=lambda i: (len(examples[i][0]), i))
@@ -141,7 +153,7 @@ def resume(part, header, count):
         done = dict(map(json.loads, lines[1:])) if same else {}
         assert all(type(i) is int and 0 <= i < count and row["correct"] in (True, False)
                    for i, row in done.items())
-    except (ValueError, TypeError, KeyError, AssertionError):
+    except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
         raise ValueError(f"{part}: damaged; remove it to start anew") from None
     write_lines(part, [header, *done.items()])
     return done
@@ -187,8 +199,13 @@ def main():
     try:
         text = Path(args.ppl).read_text(encoding="utf-8") if args.ppl else ""
     except UnicodeDecodeError:
-        raise ValueError(f"{args.ppl}: not UTF-8; convert the file (see iconv)") from None
+        raise ValueError(f"{args.ppl}: {jsonl.other_kind(args.ppl)}") from None
+    if args.ppl and not text:
+        raise ValueError(f"{args.ppl}: the text is empty")
     tok = data.Tokenizer(model.find(args.ckpt))
+    for where, texts in (("--prompt", [args.prompt or ""]), (args.ppl, [text]),
+                         (args.accuracy, [prompt for prompt, _ in examples])):
+        report.spelled(where, texts, tok)
     quantised = args.adapter and adapter.is_quantised(args.adapter)
 
     def adapt(net, read=None):
@@ -204,9 +221,9 @@ def main():
                                              "top_p", "seed")}
         if args.adapter and not quantised:            # the base of a quantised one may be too large
             with pissa.disabled(net):
-                print(f"--- base\n{complete(net, tok, [args.prompt], **how)[0]}")
+                print("--- base\n" + printable(complete(net, tok, [args.prompt], **how)[0]))
             print(f"--- with {args.adapter}")
-        print(complete(net, tok, [args.prompt], **how)[0])
+        print(printable(complete(net, tok, [args.prompt], **how)[0]))
     if args.accuracy:
         show_accuracy(net, tok, examples, args)
     if args.ppl:

@@ -36,7 +36,7 @@ import fast
 import model
 import pissa
 from convert import check_layout, layout_of, write_checkpoint
-from eval import accuracy, complete, describe, load_model
+from eval import accuracy, complete, describe, load_model, positions
 from fast import faster
 from support import parallel, report, resume
 
@@ -80,15 +80,15 @@ def micro_batches(batch, longest, args):
 
 @torch.no_grad()
 def validation_loss(net, examples, args, autocast):
-    """Mean loss per learnt token."""
+    """Mean loss per learnt token. Examples as data.encode gives them, one at least."""
     total, learnt = 0.0, 0
-    longest = max((len(ids) for ids, _ in examples), default=0)
+    longest = max(len(ids) for ids, _ in examples)
     for tokens, labels, where_text in parallel.deal(micro_batches(examples, longest, args)):
         with autocast:
             total += loss_sum(net, tokens, labels, where_text).item()
         learnt += int((labels != -100).sum())
     total, learnt = parallel.add_numbers(total, learnt)
-    return total / max(learnt, 1)
+    return total / learnt
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -163,7 +163,8 @@ def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     if when == "before" and not math.isfinite(loss):           # the first step would blame --lr
         raise ValueError(f"{args.adapter or args.ckpt}: the validation loss is {loss} before the "
                          "first step: the model is damaged, or too large for its dtype")
-    shown = [prompt for prompt, _ in val_texts if prompt][:2]
+    shown = list(islice((prompt for prompt, _ in val_texts if prompt and len(
+        data.prompt_ids(prompt, tok)) <= positions(net)), 2))
     with parallel.generation():
         mine = parallel.share(shown)
         answers = parallel.union(list(zip(mine, complete(net, tok, mine, max_new_tokens=n),
@@ -186,13 +187,10 @@ def read_data(args, tok):
     if not val:
         val = train[:32]
         print("no validation examples: the validation loss below is that of 32 training examples")
-    encoded, truncated, dropped = data.encode(train, tok, args.max_length)
-    print(f"data: {args.data}, {len(encoded)} examples, {len(val)} for validation; {truncated} "
-          f"truncated to {args.max_length} tokens, {dropped} dropped (prompts that leave nothing "
-          "to learn)")
-    if not encoded:
-        raise ValueError(f"{args.data}: no example left; raise --max-length")
-    return encoded, data.encode(val, tok, args.max_length)[0], val
+    encoded = report.encoded("data", args.data, train, tok, args.max_length,
+                             f", {len(val)} for validation")
+    where = args.val_data or args.data
+    return encoded, report.encoded("validation", where, val, tok, args.max_length), val
 
 
 def prepare(net, args, seconds, read=None):
@@ -284,6 +282,7 @@ def fine_tune(args):
     examples, val, val_texts = read_data(args, tok)
     test = data.read(args.test_data, args.fields) if args.test_data else []
     data.references(test, args.test_data)
+    report.problems(args.test_data, test, tok)
     net, prepared = load(args, tok, seconds)
     device, quantised = net.lm_head.weight.device, bool(report.quantised(net))
     # Every weight is trained in float32 with bfloat16 products. A and B are float32 anyway.

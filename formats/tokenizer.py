@@ -13,6 +13,7 @@ import base64
 import json
 import re
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
@@ -25,6 +26,7 @@ class Tokenizer:
     eos: the id that ends a response. stops: frozenset of the ids that end generation, eos and more.
     start: the id before plain text: bos, even one that is declared but not prepended, else eos.
     pad: any valid id, because padding is never seen and never learnt. vocab_size: above every id.
+    control: a regular expression that finds the names of tokens which no text becomes.
 
     FileNotFoundError if there is no tokenizer, ValueError naming a file that cannot be used.
     """
@@ -36,9 +38,9 @@ class Tokenizer:
             lib = self.lib = kind(path)
         with usable(folder / "tokenizer_config.json"):
             config = optional_json(folder / "tokenizer_config.json")
-            added = config.get("added_tokens_decoder") or {}      # fine-tuning may have added them
-            ids = {**{token["content"]: int(i) for i, token in added.items()}, **lib.ids}
-            special = {ids[token["content"]] for token in added.values() if token.get("special")}
+            added = added_tokens(folder, config)
+            ids = {**{name: token["id"] for name, token in added.items()}, **lib.ids}
+            special = {ids[name] for name, token in added.items() if token["special"]}
             if min(ids.values()) < 0:
                 raise ValueError("an id below 0")
             declared, eos = token_id(config, "bos_token", ids), token_id(config, "eos_token", ids)
@@ -58,9 +60,11 @@ class Tokenizer:
         self.stops = frozenset([self.eos, *listed, *lib.stops])
         self.start = next(i for i in (self.bos, declared, self.eos) if i is not None)
         self.pad = self.eos if lib.pad is None else lib.pad
-        self.vocab_size = max(lib.size, 1 + max(self.stops), 1 + self.start)
         with usable(path):
-            lib.hide(self.stops | {self.start} | special)
+            lib.hide(hidden := self.stops | {self.start} | special, added, config.get("legacy"))
+            names = {*lib.control, *(name for name, i in ids.items() if i in hidden)} - {""}
+            self.control = re.compile("|".join(map(re.escape, sorted(names))) or "(?!)")
+            self.vocab_size = 1 + max(lib.size - 1, self.start, *self.stops, *lib.words)
             self.decode(self.encode("A 1 é\n"))          # if it does not work, it fails here
 
     def encode(self, text, bos=False, eos=False):
@@ -71,16 +75,17 @@ class Tokenizer:
     def decode(self, ids):
         """Ids to text. BOS, EOS and padding have no text and are left out. So are ids beyond the
         vocabulary: an embedding table may be padded, and a model may sample from there."""
-        ids = [int(i) for i in ids if 0 <= i < self.lib.size]
+        ids = [int(i) for i in ids if 0 <= i < self.lib.size or int(i) in self.lib.words]
         return self.lib.decode([i for i in ids if i not in (self.start, self.eos)])
 
 
 # The three kinds. ids: {token: id}. before: the BOS that the file itself puts before every text.
 # adds_bos: True if there is a BOS although neither the file nor tokenizer_config.json says so.
+# control: names of tokens that no text becomes. words: {id: text} of words added in other files.
 
 class SentencePiece:
     """tokenizer.model, as sentencepiece reads it."""
-    adds_bos, before, stops = True, None, ()
+    adds_bos, before, stops, words = True, None, (), {}
 
     def __init__(self, path):
         self.proto = path.read_bytes() or b"empty"            # No bytes at all raise no error.
@@ -90,25 +95,55 @@ class SentencePiece:
         # Llama 2 has no pad token: its id is -1, which no embedding table can look up.
         self.bos, self.eos, self.pad = [i if i >= 0 else None
                                         for i in (sp.bos_id(), sp.eos_id(), sp.pad_id())]
+        self.control = [token for token, i in self.ids.items() if sp.is_control(i)]
 
-    def hide(self, control):
-        """A text may spell pieces of type 4, as some chat tokens are: make them type 3, control."""
+    def hide(self, control, added, legacy):
+        """A text may spell pieces of type 4, as some chat tokens are: make them type 3, control.
+
+        The other added tokens are words. A text is cut around them, before its pieces are found.
+        """
         names = [re.escape(self.sp.id_to_piece(i).encode()) for i in control if i < self.size]
         # A piece in the file: newline, length of the name, name, score, type.
         piece = rb"(\n[\x00-\x7f](?:" + b"|".join(names) + rb")\x15.{4}\x18)\x04"
         proto = re.sub(piece, b"\\1\x03", self.proto, flags=re.DOTALL)
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.added = {name: token for name, token in added.items() if token["id"] not in control}
+        self.words = {token["id"]: name for name, token in self.added.items()}
+        self.cut = re.compile("(%s)" % "|".join(
+            rf"(?<!\w){re.escape(name)}(?!\w)" if self.added[name].get("single_word") else
+            re.escape(name) for name in sorted(self.added, key=len, reverse=True)))
+        # Behind a word no space is put before the text: normalizer_spec.add_dummy_prefix = false,
+        # which protobuf merges with what the file says. "legacy" is how transformers began.
+        if self.words:
+            self.inner = sentencepiece.SentencePieceProcessor(
+                model_proto=proto + b"\x1a\x02\x18\x00")
+        self.legacy = legacy
 
     def encode(self, text):
-        return self.sp.encode(text)
+        if not self.words:
+            return self.sp.encode(text)
+        parts, ids = self.cut.split(text), []                     # text, word, text ... word, text
+        words = [{}, *map(self.added.get, parts[1::2]), {}]
+        for part, before, after in zip(parts[::2], words, words[1:], strict=False):
+            part = part.lstrip() if before.get("rstrip") else part
+            part = part.rstrip() if after.get("lstrip") else part
+            first = not before or self.legacy and not part.startswith(" ")
+            ids += (self.sp if first else self.inner).encode(part)
+            ids += [after["id"]] if after else []
+        return ids
 
     def decode(self, ids):
-        return self.sp.decode(ids)
+        text, sp = "", self.sp
+        for is_word, group in groupby(ids, self.words.__contains__):
+            run = list(group)
+            text += "".join(map(self.words.get, run)) if is_word else sp.decode(run)
+            sp = self.inner if self.words else sp
+        return text
 
 
 class HuggingFace:
     """tokenizer.json, as the tokenizers package reads it."""
-    adds_bos, eos, pad, stops = False, None, None, ()
+    adds_bos, eos, pad, stops, words = False, None, None, (), {}
 
     def __init__(self, path):
         import tokenizers
@@ -121,7 +156,9 @@ class HuggingFace:
         if getattr(tok.model, "dropout", None):
             tok.model.dropout = None
         # The package numbers added tokens as it likes, whatever the file says.
-        for token in json.loads(raw).get("added_tokens") or ():
+        listed = json.loads(raw).get("added_tokens") or ()
+        self.control = [token["content"] for token in listed if token["special"]]
+        for token in listed:
             if tok.token_to_id(token["content"]) != token["id"]:
                 raise ValueError(f"{token['content']!r} cannot have the id {token['id']}")
         self.ids = tok.get_vocab()
@@ -132,7 +169,7 @@ class HuggingFace:
             raise ValueError(f"it begins texts with the ids {before}, not with one BOS")
         self.bos = self.before = before[0] if before else None
 
-    def hide(self, control):
+    def hide(self, control, added, legacy):
         """Mark as special: other added tokens (tool_call, runs of spaces) are words of a text."""
         added = self.tok.get_added_tokens_decoder()
         self.tok.add_special_tokens([added[i].content for i in control if i in added])
@@ -146,7 +183,9 @@ class HuggingFace:
 
 class Tiktoken:
     """Llama 3's tokenizer.model: the ranks of byte strings, and 256 control tokens after them."""
-    adds_bos, before, pad = True, None, None
+    adds_bos, before, pad, words = True, None, None, {}
+    control = [f"<|{name}|>" for name in ("begin_of_text", "end_of_text", "eot_id", "eom_id",
+                                          "start_header_id", "end_header_id", "python_tag")]
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -173,7 +212,7 @@ class Tiktoken:
         if size not in (-1, self.size):
             raise ValueError(f"{n} lines and 256 control tokens, but params.json says {size}")
 
-    def hide(self, control):
+    def hide(self, control, added, legacy):
         """Nothing is left to do: control tokens have no names here, so no text can spell them."""
         return None
 
@@ -221,6 +260,39 @@ def usable(path):
 def optional_json(path):
     """The object in a JSON file; {} if there is no such file."""
     return {**json.loads(path.read_bytes())} if path.exists() else {}
+
+
+def added_tokens(folder, config):
+    """{token: {"id", "special", ...}} of those that files beside a tokenizer add to it.
+
+    tokenizer_config.json has all about them, or tokenizer.json, with transformers 5. Older files
+    are special_tokens_map.json and added_tokens.json, {token: id}.
+    """
+    special, added = set(names(config)), {}
+    with usable(folder / "tokenizer.json"):
+        for token in optional_json(folder / "tokenizer.json").get("added_tokens") or ():
+            added[token["content"]] = token
+    with usable(folder / "special_tokens_map.json"):
+        special.update(names(optional_json(folder / "special_tokens_map.json")))
+    with usable(folder / "added_tokens.json"):
+        for name, i in optional_json(folder / "added_tokens.json").items():
+            added[name] = {"id": int(i)}
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
+        added[token["content"]] = {**token, "id": int(i)}
+    if not all(isinstance(name, str) and name for name in added):
+        raise ValueError("an added token has no text")
+    return {name: {**token, "special": bool(token.get("special")) or name in special}
+            for name, token in added.items()}
+
+
+def names(config):
+    """The tokens that a file names for a purpose: eos_token, additional_special_tokens ..."""
+    for key, value in config.items():
+        if re.search("_tokens?$", key):
+            values = value.values() if isinstance(value, dict) and "content" not in value else (
+                value if isinstance(value, list) else [value])
+            tokens = (v["content"] if isinstance(v, dict) and "content" in v else v for v in values)
+            yield from (token for token in tokens if isinstance(token, str))
 
 
 def token_id(config, key, ids):

@@ -41,7 +41,7 @@ def start(device):
         torch.cuda.set_device(LOCAL)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     if RANK:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
     return f"cuda:{LOCAL}" if on_gpu else "cpu"
 
 

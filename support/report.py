@@ -12,7 +12,9 @@ from contextlib import suppress
 
 import torch
 
+import data
 import pissa
+from formats.jsonl import printable
 from support import parallel
 from support.files import write_text, written
 
@@ -20,6 +22,9 @@ from support.files import write_text, written
 def run(main, name):
     """main(). An error that is no bug of ours ends the program with one line and exit code 1. A
     signal ends it with one line and 128 + its number. A closed output does not end it."""
+    for stream in (sys.stdout, sys.stderr):           # a terminal of few characters: café, caf\xe9
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = OpenEnded(sys.stdout), OpenEnded(sys.stderr)
     for number in (getattr(signal, n, None) for n in ("SIGTERM", "SIGHUP", "SIGUSR1")):
         ignored = number and signal.getsignal(number) is signal.SIG_IGN
@@ -41,6 +46,7 @@ def run(main, name):
 
 def leave(line, code):
     """End the program with a line on stderr."""
+    line = printable(line, keep="")
     if code == 1:
         sys.exit(line)
     print(line, file=sys.stderr)
@@ -100,7 +106,7 @@ class OpenEnded:
 
     def forget(self):
         """Write to nowhere from now on, what is still in a buffer included."""
-        nowhere = open(os.devnull, "w")
+        nowhere = open(os.devnull, "w", errors="replace")
         with suppress(OSError, ValueError):
             os.dup2(nowhere.fileno(), self.stream.fileno())
         self.stream = nowhere
@@ -117,6 +123,34 @@ def write_lines(path, rows):
     with written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), file=file)
+
+
+# ------------------------------------------------------------------------------------ sets of data
+
+def encoded(what, path, examples, tok, max_length, more=""):
+    """data.encode's examples, after a line that counts them. ValueError if none is left."""
+    kept, truncated, dropped = data.encode(examples, tok, max_length)
+    print(f"{what}: {path}, {len(kept)} examples{more}; {truncated} truncated to {max_length} "
+          f"tokens, {dropped} dropped (prompts that leave nothing to learn)")
+    if not kept:
+        raise ValueError(f"{path}: {what}: no example left; raise --max-length")
+    spelled(f"{what}: {path}", map(" ".join, examples), tok)
+    return kept
+
+
+def problems(path, examples, tok):
+    """Print how many problems --test-data has. Their prompts are never cut."""
+    if examples:
+        print(f"test: {path}, {len(examples)} problems, none truncated or dropped")
+        spelled(f"test: {path}", (prompt for prompt, _ in examples), tok)
+
+
+def spelled(where, texts, tok):
+    """Print a note if texts spell control tokens, as chats with a template do."""
+    found = [m[0] for m in map(tok.control.search, texts) if m]
+    if found:
+        print(f"note: {where}: texts that spell control tokens, such as {found[0]!r}: "
+              f"{len(found)}; they are plain characters here, never the tokens")
 
 
 # ---------------------------------------------------------------------------- an injected network
@@ -219,7 +253,7 @@ def summarise(rows, before, after, args, seconds, device, accuracy_by):
     trained, gpu = sum(r["seconds"] for r in rows), device.type == "cuda"
     summary = {"steps": len(rows), "asked": [args.epochs, args.steps],
                "seconds": {**seconds, "train": trained},
-               "tokens_per_second": sum(r["tokens"] for r in rows) / trained,
+               "tokens_per_second": sum(r["tokens"] for r in rows) / trained if trained else None,
                "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu else 0,
                "before": before, "after": after, "accuracy_by": accuracy_by}
     if not parallel.RANK:
@@ -248,13 +282,15 @@ def print_summary(summary, args):
     """Print what summary.json holds."""
     seconds, before, after = (summary[k] for k in ("seconds", "before", "after"))
     for prompt, answer in before["answers"].items():
-        print(f"\n--- {prompt}\nbefore: {answer[:200]}\nafter:  {after['answers'][prompt]}")
+        print(printable(f"\n--- {prompt}\nbefore: {answer[:200]}\n"
+                        f"after:  {after['answers'][prompt]}"))
     print(f"\nvalidation loss {before['loss']:.4f} -> {after['loss']:.4f}")
     if after["accuracy"] is not None:
         print(f"accuracy on {args.test_data}: {before['accuracy']:.1%} -> {after['accuracy']:.1%}\n"
               + summary["accuracy_by"])
+    speed = summary["tokens_per_second"]
     print(f"{summary['steps']} steps in {seconds['train']:.0f} s, "
-          f"{summary['tokens_per_second']:,.0f} tokens/s; {seconds['all']:.0f} s in all")
+          + (f"{speed:,.0f} tokens/s; " if speed else "") + f"{seconds['all']:.0f} s in all")
     if summary["peak_gpu_bytes"]:
         print(f"peak GPU memory {summary['peak_gpu_bytes'] / 2**30:.1f} GiB")
 
@@ -263,7 +299,7 @@ def weights_written(directory, args, prompts):
     """Print where the weights are, and the command that uses them."""
     use = ["--ckpt", directory] if args.method == "full" else [
         "--ckpt", args.ckpt, "--adapter", directory]
-    use += ["--prompt", next(iter(prompts), "your question")]
+    use += ["--prompt", printable(next(iter(prompts), "your question"))]
     print(f"weights in {directory}; use them:\n  python eval.py {shlex.join(map(str, use))}")
 
 

@@ -1,5 +1,8 @@
 """data.py against independent expectations: what a careful reader would work out by hand."""
+import gzip
 import json
+import re
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -43,6 +46,7 @@ def write(path, *records):
     ({"instruction": "i", "input": "x", "output": "o"}, ("i\nx", "o")),
     ({"instruction": "i", "input": "", "output": "o"}, ("i", "o")),
     ({"instruction": "i", "input": None, "output": "o"}, ("i", "o")),
+    ({"instruction": "i", "input": " ", "output": "o"}, ("i", "o")),
     ({"question": "q", "input": "x", "answer": "a"}, ("q", "a")),
 ])
 def test_read_finds_the_fields(tmp_path, record, expected):
@@ -55,6 +59,27 @@ def test_read_finds_the_fields(tmp_path, record, expected):
 def test_read_takes_the_fields_named(tmp_path, fields, expected):
     path = write(tmp_path / "d.jsonl", {"a": "1", "b": "2", "c": "3", "text": "t"})
     assert data.read(path, fields) == [expected]
+
+
+@pytest.mark.parametrize("blank", ["", " ", None])
+def test_optional_columns_may_be_blank(tmp_path, blank):
+    path = write(tmp_path / "d.jsonl", {"a": "1", "b": blank, "c": "3"}, {"a": "1", "b": "2",
+                                                                        "c": "3"})
+    assert data.read(path, "a,b,c") == [("1", "3"), ("1\n2", "3")]
+    for fields in ("b,c", "b,b,c", "a,b"):          # the only prompt, all of it, the response
+        with pytest.raises(ValueError, match="d.jsonl:1: field 'b' is (empty; fill it|not a str)"):
+            data.read(path, fields)
+
+
+def test_columns_that_are_not_used_are_named_once(tmp_path, capsys):
+    """Those that hold something; a terminal obeys no name."""
+    rows = [{"instruction": "i", "output": "o", "input": "", "system": "s", "history": [],
+             "id": None, "\x1b[2J": 1}, {"instruction": "i", "output": "o", "history": ["x"]}] * 3
+    data.read(write(tmp_path / "d.jsonl", *rows))
+    assert re.search(r"^note: \S+d.jsonl: columns that are not used: system, \\x1b\[2J, history; "
+                     ".*fields=.*\n$", capsys.readouterr().out)
+    data.read(write(tmp_path / "d.jsonl", GOOD))
+    assert capsys.readouterr().out == ""
 
 
 def test_read_is_lenient_about_lines(tmp_path):
@@ -79,7 +104,9 @@ GOOD = {"question": "q", "answer": "a"}
     (b"null", "a JSON NoneType, not an object"),
     ({"question": "q", "text": "t"}, "no field 'answer' among question, text; .*fields="),
     ({"question": "q", "answer": 42}, "field 'answer' is not a string; put it in quotes"),
-    ({"question": None, "answer": "a"}, "field 'question' is not a string"),
+    ({"question": None, "answer": "a"}, "field 'question' is not a string; it is null: fill it"),
+    ({"question": [{"role": "user"}], "answer": "a"}, "field 'question' is not a string; a list"),
+    (b'{"question": "q", "answer": ' + b"[" * 99999 + b"]" * 99999 + b"}", "JSON nested too"),
     ({"question": "q", "answer": " \n"}, "field 'answer' is empty; fill it or remove the record"),
     ({"question": "", "answer": "a"}, "field 'question' is empty"),
     ({"question": "q", "answer": "\ud83d"}, "field 'answer' holds half a surrogate pair"),
@@ -100,6 +127,20 @@ def test_read_errors_of_whole_files(tmp_path):
             data.read(write(tmp_path / "d.jsonl", blank))
     with pytest.raises(ValueError, match=r"d\.jsonl:1: no known fields among a, b; .*fields="):
         data.read(write(tmp_path / "d.jsonl", {"a": "1", "b": "2"}))
+    for content, message in [
+            (b"PAR1\x15\x04\xff\xfe", "a Parquet file: .*read_parquet"), (b"PK\x03\x04", "zip"),
+            (gzip.compress(b"{}"), "gzip: gzip -dc"), (b"<!DOCTYPE html>", "a web page: download"),
+            (b"version https://git-lfs.github.com/spec/v1", "Git LFS.*git lfs pull"),
+            ('{"a": 1}'.encode("utf-16"), "UTF-16: iconv -f UTF-16 "),
+            ('{"a": 1}'.encode("utf-16-le"), "UTF-16 or no text: iconv -f UTF-16LE"),
+            (json.dumps([GOOD], indent=1).encode(), "an array over several lines.*jq -c '.\\[\\]'"),
+            (json.dumps(GOOD, indent=1).encode(), r"one over several lines: jq -c \. ")]:
+        (tmp_path / "d.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"d\.jsonl.*: .*{message}"):
+            data.read(tmp_path / "d.jsonl")
+    (tmp_path / "d.csv").write_text("question,answer\na,b\n")
+    with pytest.raises(ValueError, match=r"d\.csv:1: not JSON .*pandas.read_csv"):
+        data.read(tmp_path / "d.csv")
     with pytest.raises(ValueError, match=r"d\.jsonl:1: no field '' among a"):
         data.read(write(tmp_path / "d.jsonl", {"a": "1"}), fields="a,")
     with pytest.raises(ValueError, match=r"d\.jsonl:1: field 'input' is not a string"):
@@ -291,6 +332,85 @@ def test_no_paper_answer(text):
     assert data.paper_answer(text) is None
 
 
+# Of each: what a person writes, the number that is meant (None: no number), and whether it can be
+# a reference.
+WRITTEN = [
+    (r"$-\frac{1}{2}$", "-1/2", True), (r"\frac{3}{4}", "3/4", True), (r"\dfrac34", "3/4", True),
+    (r"\tfrac{3}4", "3/4", True), (r"$2\frac{1}{2}$", "5/2", True), (r"\frac{-1}{2}", "-1/2", True),
+    (r"\left(\frac{1}{2}\right)", "1/2", True), (r"\dfrac{1{,}000}{3}", "1000/3", True),
+    ("9{,}500", "9500", True), ("$9{,}500.", "9500", True), (r"10,\!000", "10000", True),
+    (r"10\,000", "10000", True), ("1 000", "1000", True), ("1\u00a0000\u00a0000", "1000000", True),
+    ("1,00,000", "100000", True), ("2 1/2", "5/2", True), ("2 and 1/2 cups", "5/2", True),
+    ("-2 1/2", "-5/2", True), ("2½", "5/2", True), ("-½", "-1/2", True), ("1 / 2", "1/2", True),
+    ("1/1,000", "1/1000", True), ("- 5", "-5", True), ("\u20135", "-5", True),
+    ("−5", "-5", True), ("-$5", "-5", True), ("-€5", "-5", True), ("-(5)", "-5", True),
+    ("1e3", "1000", True), ("1.5E-3", "3/2000", True), ("2^{10}", "1024", True),
+    (r"1.5 \times 10^{6}", "1500000", True), ("1.5 × 10^6", "1500000", True),
+    ("1.5 million dollars", "1500000", True), (r"50\%", "50", True), (r"$\$5$", "5", True),
+    (r"\(5\)", "5", True), (r"$\boxed{-\frac{7}{3}}$", "-7/3", True), ("**$5**", "5", True),
+    (r"25 \text{ cm}^2", "25", True), (r"90^{\circ}", "90", True), (r"x=\frac{1}{3}", "1/3", True),
+    (r"\[\textbf{5}\]", "5", True), ("5-inch", "5", True), ("72 clips in April.", "72", True),
+    (r"3\sqrt{13}", None, False), ("[2,5)", None, False), ("(2, 3)", None, False),
+    (r"2\pi", None, False), (r"\frac{\pi}{2}", None, False), ("11_{2}", None, False),
+    (r"0.\overline{3}", None, False), ("2x+3", None, False), ("2 x 3", None, False),
+    ("3i", None, False), ("2k", None, False), ("3R^2", None, False), ("5m", "5", True),
+    ("3:30", None, False), ("6:1", None, False), ("1.2.3", None, False),
+    ("1'000", None, False), (r"\text{Monday}", None, False), ("about 5", None, False),
+    (r"\pm 5", None, False), ("2²", None, False), ("1234567890^9", None, False),
+    ("9" * 5000, None, False), ("1e9999", None, False), ("5 or 6", "5", False),
+    ("10 - 3 = 7", "10", False), ("5 hours and 30 minutes", "5", False), ("5!", "5", False),
+    ("2+3i", "2", False), ("3,5", "3", False), ("0.333...", "0.333", False)]
+
+
+@pytest.mark.parametrize("text, means, is_reference", WRITTEN, ids=[t[:20] for t, *_ in WRITTEN])
+def test_numbers_as_people_write_them(text, means, is_reference):
+    for marker in ("#### ", "So 99. The final answer is: ", "The final answer is "):
+        answer = data.final_answer(marker + text)
+        assert (answer is None) == (means is None)
+        assert means is None or data.same_answer(answer, means) and "," not in answer
+        if is_reference:
+            assert data.references([("q", marker + text)], "f") == [answer]
+        else:
+            with pytest.raises(ValueError, match="^f: record 1: "):
+                data.references([("q", marker + text)], "f")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("#### Step 1: Count\n3 + 4 = 7\n#### Step 2: Double\n7 * 2 = 14\n#### 14", "14"),
+    ("#### 1. Count\n3 + 4 = 7\n#### 2) Double\n#### 14", "14"), ("##### 5", "5"),
+    ("#### Solution\nShe buys 3 boxes of 4.\nThe answer is: 12", "12"),
+    ("#### none\n\nQuestion: Tom has 12 apples", None), ("The final answer is 18", "18"),
+    (r"So \boxed{\frac{3}{4}}, not \boxed{9}", "3/4"), (r"\boxed{x + 1} is \boxed{7}", "7"),
+    (r"The final answer is: $\boxed{5}$. I hope it is correct 1.", "5"), (r"\boxed 5", None),
+    ("**The answer is:** 5", "5"), ("The answer is\n\n$$5$$", "5"), ("The answer is — 5", "5")])
+def test_only_a_number_makes_a_marker(text, expected):
+    assert data.final_answer(text) == expected
+
+
+@pytest.mark.parametrize("text", [
+    "#### " * 20000, "#### " + " " * 10**5 + "x", r"\boxed{" * 15000, r"\frac{" * 15000,
+    "#### " + "1," * 50000, "#### " + "123 " * 25000, "^" + " " * 10**5, "#### " + "a= " * 30000,
+    "####(1,2 " * 10000, r"\frac{" + "9" * 10**5], ids=lambda text: text[:9])
+def test_no_response_takes_long(text):
+    """Linear in its length: a thousandth of a second here, some minutes if it were quadratic."""
+    start = time.perf_counter()
+    data.final_answer(text)
+    assert time.perf_counter() - start < 1
+
+
+@needs(GSM8K)
+def test_openais_verdicts():
+    """OpenAI graded 5,276 solutions of four models."""
+    judged = different = 0
+    for line in (GSM8K / "example_model_solutions.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line.replace("\\nA: ", "\\n#### "))
+        [reference] = data.references([("", row.pop("ground_truth"))], "f")
+        for solution in (value for value in row.values() if isinstance(value, dict)):
+            right = data.same_answer(data.final_answer(solution["solution"]), reference)
+            judged, different = judged + 1, different + (right != solution["is_correct"])
+    assert (judged, different) == (5276, 0)
+
+
 def test_references():
     assert data.references([("", "#### 1,000"), ("", "The answer is: 1/2")], "f") == ["1000", "1/2"]
     for bad in ("So it is blue.", "#### 1/0", "7"):
@@ -311,7 +431,7 @@ def test_prompt_ids_begin_the_answer(tok):
     ("1234567", "1,234,567", True), ("007", "7", True), ("10/2", "5", True), ("0.1", "1/10", True),
     ("1/3", "0.333333333333333333", False), ("3", "-3", False), ("1", "1.0000001", False),
     ("5/0", "5", False), ("5/0", "5/0", False), ("5", None, False), (None, None, False),
-    ("", "", False), ("1e3", "1000", False), ("1e999999999", "1", False), ("9" * 9999, "9", False),
+    ("", "", False), ("1e3", "1000", True), ("1e999999999", "1", False), ("9" * 9999, "9", False),
 ])
 def test_same_answer(a, b, same):
     assert data.same_answer(a, b) is same
@@ -322,7 +442,7 @@ def test_same_answer(a, b, same):
 @pytest.mark.parametrize("name, count", [("train", 7473), ("test", 1319)])
 def test_every_gsm8k_reference_parses(name, count):
     examples = data.read(GSM8K / f"{name}.jsonl")
-    assert len(examples) == count
+    assert len(examples) == count == len(data.references(examples, name))
     for _, answer in examples:
         reference = answer.split("#### ")[1]
         found = data.final_answer(answer)

@@ -1,4 +1,5 @@
 """eval.py: answers in their order, exact scores, perplexity by its definition, files, mistakes."""
+import gzip
 import io
 import json
 import math
@@ -213,6 +214,8 @@ def test_accuracy_is_the_share(monkeypatch):
 def test_accuracy_names_the_record_without_an_answer(monkeypatch):
     """Before any time is spent on answers."""
     calls = answer_with(monkeypatch, {})
+    with pytest.raises(ValueError, match="no problems"):
+        evaluation.accuracy(None, None, [])
     with pytest.raises(ValueError, match="record 2: .*names no number.*'So it is blue.'"):
         evaluation.accuracy(None, None, [("a", "#### 1"), ("b", "So it is blue."), ("c", "####")])
     assert not calls
@@ -341,6 +344,27 @@ def test_prompt_shows_the_base_beside_the_adapted(net, tok, saved):
     assert printed == f"--- base\n{base}\n--- with {saved}\n{adapted}\n"
 
 
+def test_control_characters_are_shown_and_do_nothing(monkeypatch):
+    """What a model says is printed, and no terminal obeys it."""
+    answer_with(monkeypatch, {"Hi </s>": "caf\u00e9\x1b[2J\r\u202e\tso\nit is"})
+    assert command("--prompt", "Hi </s>") == (
+        "note: --prompt: texts that spell control tokens, such as '</s>': 1; they are plain "
+        "characters here, never the tokens\ncaf\u00e9\\x1b[2J\\r\\u202e\tso\nit is\n")
+
+
+@pytest.mark.long
+def test_ascii_terminal(tmp_path):
+    """Printing never fails because of an encoding; nothing that follows is lost."""
+    (tmp_path / "d.jsonl").write_text('{"question": "?", "answer": "#### 2", "caf\u00e9": "x"}\n')
+    run = subprocess.run(
+        [sys.executable, "eval.py", "--accuracy", tmp_path / "d.jsonl", "--out", tmp_path / "p",
+         "--max-new-tokens", "2"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    note, _, score = run.stdout.splitlines()
+    assert run.returncode == 0 and "columns that are not used: caf\\xe9;" in note
+    assert score.startswith("accuracy 0.0% \\xb1 0.0% (standard error)")
+
+
 @pytest.mark.long
 def test_prompt_samples(net, tok):
     """--top-k 1 is greedy at any temperature; --stop ends the answer."""
@@ -356,7 +380,7 @@ def test_prompt_samples(net, tok):
 
 @pytest.mark.parametrize("flag, protocol, expected", [
     ("--accuracy", "strict", "protocol strict: data.PROMPT, greedy, at most 33 new tokens; the "
-     "first number after '####' or 'The answer is' must equal the reference"),
+     r"first number right after '####', 'The answer is' or '\boxed{' must equal the reference"),
     ("--gsm8k", "paper", "protocol paper: data.PROMPT + \" Let's think step by step.\", greedy, at "
      "most 33 new tokens; the rounded number after the last 'The answer is: ' must equal the "
      "reference")])
@@ -552,8 +576,12 @@ def test_a_mistake_is_one_line_on_stderr():
      "record 2: the reference answer names no number"),
     (["--accuracy", "{tmp}/open.jsonl", "--fields", "question,reply"], "no field 'reply'"),
     (["--ppl", "{tmp}/nowhere.txt"], "nowhere.txt"),
-    (["--ppl", "{tmp}/latin.txt"], "latin.txt"),
-    (["--ppl", "{tmp}/empty.txt"], "empty"),
+    (["--ppl", "{tmp}/latin.txt"], "latin.txt: not UTF-8: .*iconv"),
+    (["--ppl", "{tmp}/text.gz"], "text.gz: compressed by gzip: gzip -dc"),
+    (["--ppl", "{tmp}/empty.txt"], "empty.txt: the text is empty"),
+    (["--accuracy", "{tmp}/long.jsonl"], "'x x .*' has [0-9,]+ tokens, .*256 positions"),
+    (["--accuracy", "{tmp}/deep.jsonl"], "deep.jsonl:1: JSON nested too deeply"),
+    (["--accuracy", "{tmp}/\x1b[31m\n.jsonl"], r"\\x1b\[31m\\n\.jsonl: no such file"),
     (["--ppl", "{tmp}/broken.jsonl", "--length", "20", "--stride", "21"],
      "--stride 21 is more than --length 20"),
     (["--accuracy", "{tmp}/zero.jsonl"], "zero.jsonl: record 1: .* names no number")])
@@ -565,6 +593,9 @@ def test_mistakes(tmp_path, argv, message):
     (tmp_path / "open.jsonl").write_text(good + '{"question": "Who?", "answer": "Me."}\n')
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "text.gz").write_bytes(gzip.compress(b"Hello"))
+    (tmp_path / "long.jsonl").write_text(good.replace("1 + 1?", "x " * 300))
+    (tmp_path / "deep.jsonl").write_text('{"question": ' + "[" * 99999 + "]" * 99999 + "}")
     text = failure(*(a.format(tmp=tmp_path) for a in argv))
     assert text.startswith("eval.py: ") and "\n" not in text, text
     assert re.search(message, text)

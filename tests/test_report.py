@@ -1,4 +1,6 @@
 """support/report.py and support/options.py: numbers that are printed, and help without torch."""
+import argparse
+import io
 import re
 import shlex
 import subprocess
@@ -140,3 +142,50 @@ def test_printed_commands_can_be_pasted(capsys, method, words):
     report.weights_written("runs of $HOME/adapter", args, {"What's 1 + 1?": ""})
     line = capsys.readouterr().out.splitlines()[-1]
     assert shlex.split(line) == ["python", "eval.py", *words, "--prompt", "What's 1 + 1?"]
+
+
+class FewNames:
+    """A tokenizer of words, in which one is a control token."""
+    start, control = 1, re.compile("</s>")
+
+    def encode(self, text, bos=False, eos=False):
+        return list(range(2, 2 + len(text.split()))) + [1] * eos
+
+
+def test_counts_of_a_set_of_data(capsys):
+    examples = [("", "a b c"), ("", "a </s>"), ("q " * 50, "a")]
+    kept = report.encoded("validation", "v.jsonl", examples, FewNames(), 4)
+    assert kept == [([1, 2, 3, 4], 1), ([1, 2, 3, 1], 1)]
+    assert capsys.readouterr().out == (
+        "validation: v.jsonl, 2 examples; 1 truncated to 4 tokens, 1 dropped (prompts that leave "
+        "nothing to learn)\nnote: validation: v.jsonl: texts that spell control tokens, such as "
+        "'</s>': 1; they are plain characters here, never the tokens\n")
+    with pytest.raises(ValueError, match="^v.jsonl: validation: no example left; raise --max"):
+        report.encoded("validation", "v.jsonl", examples[2:], FewNames(), 4)
+    capsys.readouterr()
+    report.problems("t.jsonl", examples, FewNames())
+    assert capsys.readouterr().out == "test: t.jsonl, 3 problems, none truncated or dropped\n"
+
+
+def test_summary_of_what_others_wrote(capsys, tmp_path):
+    """A terminal obeys no question and no answer. In no time there is no speed."""
+    (tmp_path / "val.jsonl").write_text('{"step": 0}\n')
+    args = argparse.Namespace(out=tmp_path, epochs=1, steps=1, test_data=None)
+    before, after = ({"loss": 1.0, "accuracy": None, "answers": {"\x1b[2Jq": a}} for a in "a\x9b")
+    report.summarise([{"step": 1, "loss": 1.0, "tokens": 5, "seconds": 0.0}], before, after, args,
+                     {"all": 0.0}, torch.device("cpu"), "by hand")
+    text = capsys.readouterr().out
+    assert "--- \\x1b[2Jq\nbefore: a\nafter:  \\x9b\n" in text
+    assert "\n1 steps in 0 s, 0 s in all\n" in text
+    report.weights_written("d", argparse.Namespace(method="full"), before["answers"])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_stream_of_few_characters(monkeypatch):
+    """What it lacks is spelled out, and what follows is not lost."""
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    report.run(lambda: print("caf\u00e9\nit is"), "eval.py")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"caf\\xe9\nit is\n"

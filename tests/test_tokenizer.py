@@ -183,8 +183,56 @@ def test_added_tokens_beside_sentencepiece(tmp_path):
     folder(tmp_path, tokenizer_config={"eos_token": "<|im_end|>", "added_tokens_decoder": added},
            generation_config={"eos_token_id": [size, 2]})
     tok = Tokenizer(tmp_path)
-    assert (tok.bos, tok.eos, tok.stops, tok.vocab_size) == (1, size, {2, size}, size + 1)
+    assert (tok.bos, tok.eos, tok.stops, tok.vocab_size) == (1, size, {2, size}, size + 2)
     assert tok.decode(tok.encode("a<|im_end|>", bos=True, eos=True)) == "a<|im_end|>"
+
+
+WORD = {"content": "<tool>", "special": False}
+CONTROLS = {str(i): {"content": name, "special": True}
+            for i, name in enumerate(["<unk>", "<s>", "</s>"])}
+
+
+@pytest.mark.parametrize("legacy", [None, True])
+@pytest.mark.parametrize("where", ["config", "added_tokens", "tokenizer.json", "lstrip", "rstrip",
+                                   "single_word"])
+def test_words_added_to_sentencepiece(transformers, tmp_path, where, legacy):
+    """As transformers cuts a text of the same folder; control tokens are characters here."""
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+              "unk_token": "<unk>", "additional_special_tokens": ["<chat>"],
+              **({} if legacy is None else {"legacy": legacy})}
+    decoder = {**CONTROLS, "2048": {**WORD, **({where: True} if "_" in where or "strip" in where
+                                               else {})},
+               "2049": {**WORD, "content": "<tool>x"}, "2050": {**WORD, "content": "<chat>"}}
+    if where == "added_tokens":
+        folder(tmp_path, added_tokens={"<tool>": 2048, "<tool>x": 2049, "<chat>": 2050},
+               special_tokens_map={"additional_special_tokens": [{"content": "<chat>"}]})
+    folder(tmp_path, tokenizer_config={**config, **(
+        {} if where == "added_tokens" else {"added_tokens_decoder": decoder})})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    if where == "tokenizer.json":       # transformers 5 lists them there, and nowhere else
+        theirs.save_pretrained(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        shutil.copy(TINY / "tokenizer.model", tmp_path)
+        assert "added_tokens_decoder" not in json.loads(
+            (tmp_path / "tokenizer_config.json").read_text())
+    tok = Tokenizer(tmp_path)
+    assert tok.vocab_size == 2050
+    for text in ["use <tool> now", "<tool>now", "<tool> now", "a<tool>b", "a <tool><tool>  b", "",
+                 "a\n\n<tool>  \n b<tool>x <tool>xy", "<tool>", "no word"]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert tok.encode(text) == ids and tok.decode(ids) == theirs.decode(ids), text
+    assert tok.decode([2050, 2048, *tok.encode("x")[1:], 2050]) == "<tool>x"
+    text = "a <chat> b </s>"
+    assert tok.decode(tok.encode(text)) == text and max(tok.encode(text)) < 2048
+    assert tok.control.findall(text) == ["<chat>", "</s>"]
+
+
+@pytest.mark.parametrize("added, message", [
+    ({"<tool>": "x"}, "added_tokens.json: .*invalid literal"), ([1], "added_tokens.json: "),
+    ({"<tool>": -5}, "an id below 0"), ({"": 420}, "an added token has no text")])
+def test_damaged_added_tokens(tmp_path, added, message):
+    refused(folder(train_tokenizer(tmp_path), added_tokens=added), message)
 
 
 def test_sentencepiece_comes_first(folders, tmp_path):
@@ -341,6 +389,14 @@ def test_tiktoken_with_other_files(folders, tmp_path):
     folder(tmp_path, tokenizer_config=NAMES)       # tokenizer.json names its own special tokens
     (tmp_path / "generation_config.json").unlink()
     assert Tokenizer(tmp_path).vocab_size == 400
+
+
+def test_names_of_control_tokens(folders):
+    """What a note about texts that spell them looks for."""
+    text = "a</s> b <|im_end|><|eot_id|>"
+    found = {name: Tokenizer(path).control.findall(text) for name, path in folders.items()}
+    assert found == {"sentencepiece": ["</s>"], "huggingface": ["</s>", "<|im_end|>"],
+                     "tiktoken": ["<|eot_id|>"]}
 
 
 # Other files, errors ------------------------------------------------------------------------------

@@ -608,6 +608,8 @@ def test_targets_and_val_data(flags, files, tmp_path):
     assert config["target_modules"] == ["q_proj", "v_proj"]
     assert adapter.read_facts(tmp_path / "adapter")["niter"] is None
     assert "32 examples, 6 for validation" in text and "12 matrices at rank 8" in text
+    assert re.search(r"\nvalidation: \S+test.jsonl, 6 examples; 0 truncated to \d+ tokens, 0 drop",
+                     text)
 
 
 @pytest.mark.long
@@ -787,6 +789,8 @@ def test_a_mistake_is_one_line_on_stderr(tmp_path):
     (["--rank", 129], r"k_proj: rank 129 is not between 1 and 128"),
     (["--targets", "nothing"], "no module is called nothing; the linear layers here are down_proj"),
     (["--max-length", 20], "no example left; raise --max-length"),
+    (["--val-data", "{tmp}/long.jsonl", "--max-length", 100],
+     "long.jsonl: validation: no example left; raise --max-length"),
     (["--val-fraction", 1.5], r"must be in \[0, 1\), not 1.5"),
     (["--adapter", "{tmp}"], "adapter_config.json is missing"),
     (["--device", "cuda:99"], "cuda:99"),
@@ -795,6 +799,7 @@ def test_mistakes(flags, tmp_path, argv, message):
     good = '{"question": "1 + 1?", "answer": "#### 2"}\n'
     (tmp_path / "broken.jsonl").write_text(good + '{"question": "2 +\n')
     (tmp_path / "open.jsonl").write_text(good + '{"question": "Who?", "answer": "Me."}\n')
+    (tmp_path / "long.jsonl").write_text(good.replace("1 + 1?", "x " * 200))
     argv = [str(a).format(tmp=tmp_path) for a in argv]
     text = failure("train.py", *flags, "--steps", 1, "--out", tmp_path / "out", *argv)
     assert text.startswith("train.py: ") and "\n" not in text, text

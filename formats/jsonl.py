@@ -1,0 +1,100 @@
+"""The records of a jsonl file. A file or a line that is none is refused with what it is, and with
+what makes jsonl of it."""
+import json
+import re
+
+# How other kinds of files begin, what they are, and what makes jsonl of FILE.
+TABLE = ("python -c \"import pandas; pandas.read_KIND('FILE').to_json('FILE.jsonl', "
+         "orient='records', lines=True)\"")
+KINDS = {b"PAR1": ("a Parquet file", TABLE.replace("KIND", "parquet")),
+         b"ARROW1": ("an Arrow file", TABLE.replace("KIND", "feather")),
+         b"\x1f\x8b": ("compressed by gzip", "gzip -dc FILE > FILE.new"),
+         b"BZh": ("compressed by bzip2", "bzip2 -dc FILE > FILE.new"),
+         b"\xfd7zXZ": ("compressed by xz", "xz -dc FILE > FILE.new"),
+         b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -dc FILE > FILE.new"),
+         b"PK\x03\x04": ("a zip archive", "unzip FILE"),
+         b"\xff\xfe\x00\x00": ("UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > FILE.new"),
+         b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.new"),
+         b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.new"),
+         b"version https://git-lfs": ("Git LFS's pointer to the file", "git lfs pull"),
+         b"<": ("a web page", "download the file itself")}
+EMPTY = (None, "", [], {})
+# A terminal obeys these: control characters, ends of lines, marks that turn a text around.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text, keep="\n\t"):
+    """A text of others, harmless for a terminal: an escape is shown as \\x1b."""
+    return CONTROL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
+
+
+def records(path):
+    """Yield ("file:line", record as a dict) of every line that is not blank."""
+    with open(path, "rb") as file:  # bytes: an error in the encoding then has a line number too
+        if (head := file.read(1000)).startswith(tuple(KINDS)) or b"\0" in head:
+            raise ValueError(f"{path}: {other_kind(path)}")
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip(b"\xef\xbb\xbf \t\r\n"):  # neither blank nor a byte order mark alone
+                yield f"{path}:{number}", record(line, f"{path}:{number}")
+
+
+def other_kind(path):
+    """What a file is that should be UTF-8, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(1000)
+    kind, remedy = next((kind for start, kind in KINDS.items() if head.startswith(start)), (
+        ("UTF-16 or no text", "iconv -f UTF-16LE -t UTF-8 FILE > FILE.new") if b"\0" in head else
+        ("not UTF-8", "if it is Latin-1: iconv -f LATIN1 -t UTF-8 FILE > FILE.new")))
+    return f"{kind}: {remedy.replace('FILE', str(path))}"
+
+
+def record(line, where):
+    """The object in a line of bytes."""
+    path, start = where.rpartition(":")[0], line.lstrip(b"\xef\xbb\xbf \t")[:1]
+    remedy = (f"of an array: jq -c '.[]' {path} > {path}.new" if start == b"[" else
+              f"of one over several lines: jq -c . {path} > {path}.new")
+    if path.endswith((".csv", ".tsv")):
+        remedy = f"of a table: {TABLE.replace('KIND', 'csv').replace('FILE', path)}"
+    try:
+        content = json.loads(line.decode("utf-8-sig").rstrip())  # -sig: less the byte order mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: not UTF-8; of Latin-1: iconv -f LATIN1 -t UTF-8 {path} > "
+                         f"{path}.new") from None
+    except RecursionError:
+        raise ValueError(f"{where}: JSON nested too deeply; remove the record") from None
+    except ValueError as e:
+        reason = ("an array over several lines" if start == b"[" else
+                  str(e).replace("line 1 ", ""))  # json counts lines, too; we name the file's
+        raise ValueError(f"{where}: not JSON ({reason}); give one object per line ({remedy})"
+                         ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: a JSON {type(content).__name__}, not an object; give one "
+                         f"object per line ({remedy})")
+    return content
+
+
+def string(content, name, where, optional=False):
+    """The string under a name. If it is optional, "" for one that is null or blank."""
+    if name not in content:
+        raise ValueError(f"{where}: no field '{name}' among {columns(content)}; add it, or say "
+                         'which to use with fields="prompt,response"')
+    value = content[name]
+    if optional and (value in EMPTY or isinstance(value, str) and not value.strip()):
+        return ""
+    if not isinstance(value, str):
+        remedy = ("it is null: fill it or remove the record" if value is None else
+                  f"a {type(value).__name__} has to become text (of a chat: a prompt and a "
+                  "response)" if isinstance(value, (list, dict)) else "put it in quotes")
+        raise ValueError(f"{where}: field '{name}' is not a string; {remedy}")
+    if not value.strip():
+        raise ValueError(f"{where}: field '{name}' is empty; fill it or remove the record")
+    if re.search("[\ud800-\udfff]", value):  # JSON can spell them, UTF-8 and tokenizers cannot
+        raise ValueError(f"{where}: field '{name}' holds half a surrogate pair; remove it")
+    return value
+
+
+def columns(names):
+    """Names of columns between commas, not more than a line of them."""
+    text = printable(", ".join(names), keep="")
+    return text if len(text) <= 200 else text[:200] + " ..."
