@@ -560,29 +560,25 @@ def fast_table():
 
 def gpus_table():
     """One and two GPUs, by train.train itself; what a state costs."""
-    rows, texts = [], []
-    for name in "gpus_h200", "gpus_more_h200":
-        result = read(name)
-        for part, r in result["parts"].items():
-            if part == "states" or name != "gpus_h200" and part == "one":
-                continue
-            one = result["parts"].get("one" + part[part.index(","):] if "," in part else "one")
-            ratio = "" if r["gpus"] == 1 or not one else (
-                f"**{r['tokens_per_second'] / one['tokens_per_second']:.2f}x**")
+    rows, result = [], read("gpus_h200")
+    for part, r in result["parts"].items():
+        one = result["parts"].get("one" + part[part.index(","):] if "," in part else "one")
+        ratio = "" if r["gpus"] == 1 or not one else (
+            f"**{r['tokens_per_second'] / one['tokens_per_second']:.2f}x**")
+        if part != "states":
             rows.append([part, r["gpus"], f"{r['ms']:,.0f} ms",
                          f"{r['tokens_per_second']:,.0f}", ratio, f"{r['peak_gib']:.1f} GiB",
-                         f"{r['frozen_bytes_per_gpu'] / 2**30:.2f} GiB", r.get("commit", "")])
-        texts.append(source(result))
-    each = read("gpus_h200")["parts"]["states"]["each_ms"]
+                         f"{r['frozen_bytes_per_gpu'] / 2**30:.2f} GiB"])
+    each = result["parts"]["states"]["each_ms"]
     step = statistics.median(each)
     first, second = (sum(t - step for t in each[a:a + 30]) / 1e3 for a in (29, 59))
-    states = (f"\n\nA state of {read('gpus_h200')['parts']['one']['state_bytes'] / 1e9:.1f} GB "
+    states = (f"\n\nA state of {result['parts']['one']['state_bytes'] / 1e9:.1f} GB "
               f"(`--save-every 30`): the first one costs {first:.1f} s, which allocates "
-              f"page-locked memory, the next one {second:.1f} s, all slower steps while it is "
+              f"page-locked memory, the next one {max(second, 0):.1f} s, all slower steps while it is "
               "written included.")
     return table(["7B, rank 128, 8 x 512 tokens a GPU", "GPUs", "step", "tokens/s",
-                  "of one GPU's", "peak", "frozen weights on a GPU", "commit"],
-                 rows) + states + "".join(texts)
+                  "of one GPU's", "peak", "frozen weights on a GPU"],
+                 rows) + states + source(result)
 
 
 def faults_table():
