@@ -574,8 +574,8 @@ def gpus_table():
     first, second = (sum(t - step for t in each[a:a + 30]) / 1e3 for a in (29, 59))
     states = (f"\n\nA state of {result['parts']['one']['state_bytes'] / 1e9:.1f} GB "
               f"(`--save-every 30`): the first one costs {first:.1f} s, which allocates "
-              f"page-locked memory, the next one {max(second, 0):.1f} s, all slower steps while it is "
-              "written included.")
+              f"page-locked memory, the next one {max(second, 0):.1f} s, all slower steps while it "
+              "is written included.")
     return table(["7B, rank 128, 8 x 512 tokens a GPU", "GPUs", "step", "tokens/s",
                   "of one GPU's", "peak", "frozen weights on a GPU"],
                  rows) + states + source(result)
