@@ -39,8 +39,10 @@ def start(device):
     on_gpu = str(device or "cuda").startswith("cuda") and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(LOCAL)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=meeting_place(),
-                            rank=RANK, world_size=WORLD)
+    store = meeting_place()
+    store.set_timeout(dist.default_pg_timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=RANK,
+                            world_size=WORLD)
     if RANK:
         sys.stdout = open(os.devnull, "w")
     return f"cuda:{LOCAL}" if on_gpu else "cpu"
@@ -63,9 +65,7 @@ def meeting_place():
     for _ in range(60):
         with suppress(dist.DistNetworkError):
             at = int(theirs.get("meeting place"))
-            ours = dist.TCPStore(host, at, timeout=timedelta(seconds=2))
-            ours.set_timeout(theirs.timeout)
-            return ours
+            return dist.TCPStore(host, at, timeout=timedelta(seconds=2))
     raise OSError(f"{host}: process 0 does not answer")
 
 
