@@ -244,7 +244,8 @@ def signalled(folder, seconds, i, draw):
     out, number = folder / f"signal{i}", signal.Signals[resume.SIGNALS[i % 4]]
     shutil.rmtree(out, ignore_errors=True)
     code = ("import signal, runpy, sys; sys.path.insert(0, '.'); sys.argv.pop(0)\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)       # if a shell has\n"
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL)                   # ignored them\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')")
     process = start(["-c", code, *train(folder)], out)
     log = out / "log.jsonl"
