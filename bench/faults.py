@@ -1,6 +1,6 @@
 """What survives: kill -9, signals and full disks at random moments of real runs, on a CPU.
 
-    python -m bench.faults --out bench/results/faults_cpu.json      # 194 tries, three quarters of
+    python -m bench.faults --out bench/results/faults_cpu.json      # 194 tries, a quarter of
                                                                     # an hour on two cores
 A killed run, resumed, must be the run that nothing killed, bit for bit: losses, adapter, moments.
 If one of two processes is killed, torchrun restarts both, and nobody has to resume. An earlier

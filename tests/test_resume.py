@@ -314,7 +314,7 @@ def test_max_hours(flags, tmp_path):
 
 @pytest.mark.slow
 def test_faults(tmp_path):
-    """A few of the tries of bench.faults, which takes three quarters of an hour."""
+    """A few of the tries of bench.faults, which takes a quarter of an hour."""
     tries = {"kills": 6, "torchrun": 2, "signals": 4, "disks": 5}
     subprocess.run([sys.executable, "-m", "bench.faults", "--out", tmp_path / "x.json",
                     *[f"--{what}={n}" for what, n in tries.items()]], cwd=ROOT, check=True)
