@@ -276,7 +276,7 @@ def fine_tune(args):
     begin, seconds = time.perf_counter(), {"init": 0.0}
     args.device, args.out = parallel.start(args.device), parallel.agree(args.out)
     if args.resume and report.finished(args):
-        return
+        return resume.finish(args)
     parallel.choose(args.shard, lambda: import_module("support.plan").peak(args))
     tok = data.Tokenizer(model.find(args.ckpt))
     examples, val, val_texts = read_data(args, tok)

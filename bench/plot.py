@@ -584,9 +584,12 @@ def gpus_table():
 def faults_table():
     """What survived."""
     result = read("faults_cpu")
-    kinds = sorted({k for what in ("kills", "signals", "disks") for k in result[what]})
-    return table(["", *kinds], [[what, *(result[what].get(k, 0) for k in kinds)]
-                                for what in ("kills", "signals", "disks")]) + source(result)
+    parts = [what for what, found in result.items() if isinstance(found, dict)]
+    said = sorted({k for what in parts for k in result[what]["tries"]})
+    rows = [[what, *(result[what]["tries"].get(k, 0) for k in said), result[what]["drawn again"],
+             ", ".join(f"{k} {n}" for k, n in sorted(result[what]["where"].items()))]
+            for what in parts]
+    return table(["", *said, "drawn again", "where"], rows) + source(result)
 
 
 PARTS = {"gpus": gpus_table, "faults": faults_table, "demo": demo_table, "svd": svd_table,

@@ -197,19 +197,23 @@ def for_train(doc):
     """The arguments of train.py. Without --ckpt they are the demo's, overridden by the others."""
     p, given = train_parser(doc), sys.argv[1:]
     args = p.parse_args(given)
-    args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     is_demo = args.ckpt is None and not (args.resume and args.out)
     if is_demo:
-        args = p.parse_args(demo() + given + ["--resume"] * args.resume)
+        args = p.parse_args(demo() + given)
     name = "demo" if is_demo else f"{Path(args.ckpt or '').name}-{args.method}"
-    args.out = directory_of(args, name)
+    launch, last = os.environ.get("TORCHELASTIC_RUN_ID"), directory_of(args, name, True)
+    # After a restart by torchrun, unless a process was killed before the run had begun there.
+    args.resume |= (int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+                    and stored(p, last).get("torchrun") == launch)
+    args.out = directory_of(args, name, args.resume)
     if is_demo and SPEAKS:
         print("the demo, since no --ckpt was given; spelled out:\n  python train.py "
               + shlex.join([*demo(), "--out", str(args.out), *given]))
-    if args.resume and (stored := args.out / "args.json").is_file():
-        args = as_before(p, stored, args)
+    if args.resume and (before := stored(p, args.out)):
+        args = as_before(p, before, args)
     if args.ckpt is None:
         p.error(f"--resume: {args.out} has no args.json that names it, so --ckpt is needed")
+    args.torchrun = launch
     check_ranges(p, args, rank=AT_LEAST_1, batch=AT_LEAST_1, micro_batch=AT_LEAST_1,
                  max_length=(2, 10**9), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, 1000),
                  quant_iters=(1, 1000), max_new_tokens=AT_LEAST_1, lr=(1e-12, 1e38),
@@ -221,22 +225,31 @@ def for_train(doc):
     return args
 
 
-def directory_of(args, name):
-    """--out. By default runs/NAME, or the first of NAME-2, NAME-3 ... that is free; with --resume,
-    the last one that is not."""
+def directory_of(args, name, last):
+    """--out. By default runs/NAME, or the first of NAME-2, NAME-3 ... that is free; or the last one
+    that is not."""
     out, taken, n = Path(args.out or f"runs/{name}"), None, 2
     while not args.out and out.exists():
         out, taken, n = Path(f"runs/{name}-{n}"), out, n + 1
-    return taken if args.resume and taken else out
+    return taken if last and taken else out
 
 
-def as_before(p, stored, args):
-    """The arguments of a run that is resumed, overridden by those that are given."""
+def stored(p, out):
+    """The arguments of the run in `out`, {} if there is none."""
+    path = out / "args.json"
     try:
-        before, given = json.loads(stored.read_text("utf-8")), []
-        p.set_defaults(method=str(before.pop("method", "pissa")))      # perhaps one of an adapter's
-    except (ValueError, RecursionError, TypeError, AttributeError):
-        p.error(f"{stored} is damaged: --resume needs it")
+        before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if type(before) is dict:
+            return before
+    except (ValueError, RecursionError):
+        pass
+    p.error(f"{path} is damaged: --resume needs it")
+
+
+def as_before(p, before, args):
+    """The arguments of a run that is resumed, `before`, overridden by those that are given."""
+    given, stored_in = [], args.out / "args.json"
+    p.set_defaults(method=str(before.pop("method", "pissa")))          # perhaps one of an adapter's
     for a in p._actions:                         # as a command line, so that all of it is checked
         value = before.get(a.dest)
         if a.dest not in before or a.dest in ("resume", "overwrite", "out", "plan", "max_hours"):
@@ -252,7 +265,7 @@ def as_before(p, stored, args):
         p.exit_on_error = False
         p.parse_args(given)
     except argparse.ArgumentError as e:
-        p.error(f"{stored}: {str(e)[:150]}")
+        p.error(f"{stored_in}: {str(e)[:150]}")
     p.exit_on_error = True
     again = p.parse_args([*given, *sys.argv[1:]])
     again.out, again.resume = args.out, True

@@ -9,8 +9,9 @@ of the whole batch, so gradients are added, not averaged. The decomposition is d
 """
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 
@@ -39,10 +40,34 @@ def start(device):
     on_gpu = str(device or "cuda").startswith("cuda") and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(LOCAL)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    store = meeting_place()
+    store.set_timeout(dist.default_pg_timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=RANK,
+                            world_size=WORLD)
     if RANK:
         sys.stdout = open(os.devnull, "w", errors="replace")
     return f"cuda:{LOCAL}" if on_gpu else "cpu"
+
+
+def meeting_place():
+    """A new store, in which the processes find each other. Process 0 holds it.
+
+    torchrun keeps its own store when it restarts processes. The addresses of the dead are still in
+    it, so it only tells where the new one is. Nobody answers there if that is of the dead, too.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":          # torchrun keeps none
+        return dist.TCPStore(host, port, WORLD, not RANK)
+    theirs = dist.TCPStore(host, port)
+    if not RANK:
+        ours = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        theirs.set("meeting place", str(ours.port))
+        return ours
+    for _ in range(60):
+        with suppress(dist.DistNetworkError):
+            at = int(theirs.get("meeting place"))
+            return dist.TCPStore(host, at, timeout=timedelta(seconds=2))
+    raise OSError(f"{host}: process 0 does not answer")
 
 
 def choose(wish, peak):

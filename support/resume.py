@@ -32,7 +32,7 @@ ASKED, LOCKS = [], []                     # numbers of the signals that came; lo
 # Arguments that change no result, or only by rounding. A run may go on with others.
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "max_hours", "device", "micro_batch",
         "no_packing", "checkpointing", "compile", "plain", "shard", "gpus", "plan", "steps",
-        "epochs", "adapter", "max_new_tokens", "ckpt", "force_base"}
+        "epochs", "adapter", "max_new_tokens", "ckpt", "force_base", "torchrun"}
 
 
 class Stop(NamedTuple):
@@ -331,8 +331,9 @@ class Run:
 
 
 def keep(out, count):
-    """Remove all states but the newest `count`."""
-    for path in sorted((out / "states").glob("[0-9]*"))[:-count]:
+    """Remove all states but the newest `count`, and what a killed process was writing."""
+    states = out / "states"
+    for path in (*sorted(states.glob("[0-9]*"))[:-count], *states.glob(".writing-*")):
         shutil.rmtree(path)
 
 

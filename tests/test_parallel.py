@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import adapter
 import train
 from conftest import ROOT, TINY, command
-from support import resume
+from support import parallel, resume
 
 STEPS = 10
 
@@ -131,6 +133,42 @@ def test_a_killed_process_is_restarted(flags, tmp_path, more):
     assert [r["loss"] for r in rows(out)] == [r["loss"] for r in rows(tmp_path / "whole")]
     assert all(torch.equal(p, states[1]["parameters"][n])
                for n, p in states[0]["parameters"].items())
+
+
+@pytest.mark.parametrize("out", [["--out", "run"], []], ids=str)
+def test_a_restart_goes_on_only_with_what_it_began(out, tmp_path, monkeypatch):
+    """A process may be killed before the run has begun. Then an earlier run is still in --out."""
+    from test_train import parse
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this one")
+    there = tmp_path / (out[1] if out else "runs/tiny-pissa")
+    there.mkdir(parents=True)
+    for began in (None, "another one", "this one"):
+        (there / "args.json").write_text(json.dumps({"torchrun": began, "rank": 3}))
+        args = parse("--ckpt", TINY, *out, "--overwrite")
+        assert args.resume == (began == "this one") and args.torchrun == "this one"
+        assert args.rank == (3 if args.resume else 128)
+        again = out or args.resume
+        assert args.out.resolve() == (there if again else there.with_name("tiny-pissa-2"))
+
+
+@pytest.mark.long
+def test_restarted_processes_do_not_meet_the_dead(monkeypatch):
+    """torchrun's store still says where a process 0 was that has been killed."""
+    theirs = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    theirs.set("meeting place", "1")
+    for name, value in (("TORCHELASTIC_USE_AGENT_STORE", "True"), ("MASTER_ADDR", "localhost"),
+                        ("MASTER_PORT", str(theirs.port))):
+        monkeypatch.setenv(name, value)
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(parallel, "RANK", 1)
+        other = pool.submit(parallel.meeting_place)           # comes first, and tries for 2 seconds
+        time.sleep(1)
+        monkeypatch.setattr(parallel, "RANK", 0)
+        mine = parallel.meeting_place()
+        mine.set("said", "by 0")
+        assert other.result().get("said") == b"by 0" and mine.port != theirs.port
 
 
 TRAP = """

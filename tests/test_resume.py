@@ -8,15 +8,19 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from itertools import count
 
 import pytest
 import torch
 
 import adapter
 import data
+import model
 import train
 from conftest import ROOT, TINY, command, failure
-from support import options, report, resume
+from convert import write_checkpoint
+from formats import hf
+from support import files, options, report, resume
 
 STEPS = 8
 
@@ -107,9 +111,12 @@ def test_resume_alone_takes_the_arguments_of_the_run(flags, whole, tmp_path, mon
         log.write('{"step": 4, "lo')
     command(train.main, "--resume", "--out", tmp_path / "run")
     assert_same(whole, tmp_path / "run")
-    (tmp_path / "run" / "states" / ".writing-00000099").mkdir()
+    left = [tmp_path / "run" / "states" / ".writing-00000099", resume.previous(tmp_path / "run")]
+    for path in left:                                                # by kills at other moments
+        path.mkdir()
     text = command(train.main, "--resume", "--out", tmp_path / "run")
     assert "is finished" in text and "validation loss" in text and "step 0" not in text
+    assert not any(path.exists() for path in left)
 
 
 def test_longer_if_asked_for(flags, whole, tmp_path):
@@ -320,13 +327,52 @@ def test_max_hours(flags, tmp_path):
 
 @pytest.mark.slow
 def test_faults(tmp_path):
-    """A few of the tries of bench.faults, which takes 20 minutes."""
-    subprocess.run([sys.executable, "-m", "bench.faults", "--kills", "6", "--signals", "4",
-                    "--disks", "5", "--out", tmp_path / "x.json"], cwd=ROOT, check=True)
+    """A few of the tries of bench.faults, which takes a quarter of an hour."""
+    tries = {"kills": 6, "torchrun": 2, "signals": 4, "disks": 5}
+    subprocess.run([sys.executable, "-m", "bench.faults", "--out", tmp_path / "x.json",
+                    *[f"--{what}={n}" for what, n in tries.items()]], cwd=ROOT, check=True)
     found = json.loads((tmp_path / "x.json").read_text())
-    good = {"as it should be", "ended before it was killed", "ended before the signal",
-            "there was room"}
-    assert all(set(found[what]) <= good for what in ("kills", "signals", "disks"))
+    assert all(found[what]["tries"] == {"as it should be": n} for what, n in tries.items())
+
+
+@pytest.mark.long
+def test_a_checkpoint_in_shards_is_the_old_or_the_new(tmp_path, monkeypatch):
+    """kill -9 at each of the file operations of a process that replaces one, as --method full."""
+    there, config = tmp_path / "checkpoint", model.open_checkpoint(TINY)[0]
+    monkeypatch.setattr(hf.save_folder, "__defaults__", (10_000,))          # bytes of a shard
+    tensors = [[(name, torch.full((64, 64), value)) for name in "abc"] for value in (1.0, 2.0)]
+
+    def write(which):
+        write_checkpoint(there, TINY, config, tensors[which], torch.bfloat16, layout="hf")
+        return contents()
+
+    def contents():
+        return {p.name: p.read_bytes() for p in files.restored(there).iterdir()}
+
+    def kill_at(moment):
+        operations = count()
+        sys.addaudithook(lambda event, args: event in ("open", "os.rename", "os.remove", "os.mkdir",
+                                                       "os.rmdir", "os.chmod")
+                         and str(tmp_path) in str(args[0]) and next(operations) == moment
+                         and os.kill(os.getpid(), signal.SIGKILL))
+
+    new, old = write(1), write(0)
+    assert len([name for name in old if name.endswith(".safetensors")]) == 3
+    seen = []
+    for moment in count():
+        if not (pid := os.fork()):
+            kill_at(moment)
+            write(1)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        seen.append(contents())
+        assert seen[-1] in (old, new)
+        if os.WIFEXITED(status):
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        if seen[-1] == new:
+            write(0)
+    assert seen[-1] == new and seen.count(new) > 2 and seen.count(old) > 20
 
 
 # --- full disks
