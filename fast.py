@@ -383,7 +383,7 @@ def joined(weights):
     """
     groups, size = [], MANY
     for p in weights:
-        alone = p.numel() > SMALL or hasattr(p, "device_mesh")          # a large one, or FSDP2's
+        alone = p.numel() > SMALL
         if alone or size + p.numel() > MANY:
             groups.append([])
             size = 0

@@ -114,7 +114,8 @@ def all_batches(examples, args, steps):
 
 def train(net, examples, args, autocast):
     """The loop. Returns the rows of log.jsonl, and None or the resume.Stop that ended it early."""
-    params = joined(list(parallel.trained(net).values()))
+    params = list(parallel.trained(net).values())
+    params = params if args.method == "full" else joined(params)        # A and B: many, and small
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
     parallel.overlap(params)

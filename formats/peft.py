@@ -23,13 +23,12 @@ LORA = {"method": "lora", "bits": 16, "subtracted": False, "own_pair": False}
 
 # The keys of adapter_config.json whose meaning is computed here, and those that may say anything.
 # Any other key is refused, unless its value is null, false or empty.
-COMPUTED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
-            "init_lora_weights")
+COMPUTED = ("peft_type", "target_modules", "exclude_modules", "layers_to_transform",
+            "layers_pattern", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+            "bias", "init_lora_weights")
 IGNORED = {
     "names and notes": ("task_type", "inference_mode", "base_model_name_or_path", "revision",
                         "auto_mapping", "peft_version"),
-    "the names of the tensors tell which modules": (
-        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     "A and B are in the file, however they began": (
         "eva_config", "corda_config", "lora_ga_config", "loftq_config"),
     "not used in evaluation": ("lora_dropout",),
@@ -56,6 +55,8 @@ def read_config(directory):
     wrong = [f"{key} is {config.get(key)!r:.60}" for key, right in (
         ("peft_type", config.get("peft_type") == "LORA"), ("r", is_rank(config["r"])),
         ("lora_alpha", is_number(config.get("lora_alpha"))),
+        ("target_modules", is_names(config.get("target_modules")) and config["target_modules"]),
+        ("exclude_modules", is_names(config.get("exclude_modules") or [])),
         ("rank_pattern", is_pattern(config.get("rank_pattern"), is_rank)),
         ("alpha_pattern", is_pattern(config.get("alpha_pattern"), is_number))) if not right]
     if wrong:
@@ -82,6 +83,15 @@ def is_number(value):
     return type(value) in (int, float) and abs(value) < 1e30
 
 
+def is_names(value):
+    """True for a list of names, or a regular expression."""
+    try:
+        return all(type(n) is str for n in value) and (type(value) is list or bool(
+            re.compile(value)))
+    except (TypeError, re.error, RecursionError, OverflowError):
+        return False
+
+
 def is_pattern(patterns, is_right):
     """True for None, or a dict of good values under regular expressions."""
     try:
@@ -99,6 +109,24 @@ def rank_and_scale(config, name):
     r = of(config.get("rank_pattern"), config["r"])
     alpha = of(config.get("alpha_pattern"), config["lora_alpha"])
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def is_named(names, module):
+    """True if a list of names or their endings, or a regular expression, means the module."""
+    if isinstance(names, str):
+        return names == "all-linear" or re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+
+def is_adapted(config, module):
+    """True if PEFT, told this config, adapts the module."""
+    targets, only = config["target_modules"], config.get("layers_to_transform")
+    if is_named(config.get("exclude_modules"), module) or not is_named(targets, module):
+        return False
+    if only in (None, []) or isinstance(targets, str) or module in targets:
+        return True
+    index = re.search(r"\.(\d+)\.", module)
+    return index is not None and int(index[1]) in (only if isinstance(only, list) else [only])
 
 
 def config_json(pairs, task_type, every=None):
@@ -243,6 +271,10 @@ def find_pairs(directory, config):
         if len(p) < 2 or not (p["A"].ndim == p["B"].ndim == 2 and p["A"].shape[0]
                               == p["B"].shape[1] > 0 < p["A"].numel() * p["B"].numel()):
             raise ValueError(f"{directory}: lora_A and lora_B of {name} do not belong together")
+        if not is_adapted(config, name):
+            raise ValueError(f"{directory}: {name} has a LoRA, but adapter_config.json "
+                             "(target_modules and the like) does not name it, so that PEFT would "
+                             "leave it out")
         if (r := rank_and_scale(config, name)[0]) != p["A"].shape[0]:
             raise ValueError(f"{directory}: {name} has rank {p['A'].shape[0]}, but rank {r} in "
                              "adapter_config.json")

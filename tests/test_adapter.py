@@ -492,7 +492,7 @@ def lora(directory, A, B, suffix=".bin", name="layers.0.self_attn.q_proj", **con
     (torch.save if suffix == ".bin" else import_module("safetensors.torch").save_file)(
         tensors, directory / f"adapter_model{suffix}")
     (directory / "adapter_config.json").write_text(json.dumps(
-        {"peft_type": "LORA", "r": 4, "lora_alpha": 4, **config}))
+        {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": "all-linear", **config}))
 
 
 A, B = torch.ones(4, 48), torch.ones(48, 4)
@@ -962,6 +962,35 @@ def test_what_is_computed_of_peft(tmp_path, net, tokens, keys):
     base = net(tokens)
     assert_logits_equal(adapter.load(net, tmp_path)(tokens), trained(tokens).logits)
     assert (net(tokens) - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"target_modules": ["v_proj"]}, "q_proj has a LoRA, but"),
+    ({"target_modules": ["proj"]}, "PEFT would leave it out"),
+    ({"target_modules": r"model\.layers\.1\..*"}, "PEFT would leave it out"),
+    ({"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}, "leave it"),
+    ({"target_modules": ["q_proj"], "exclude_modules": ".*q_proj"}, "leave it out"),
+    ({"target_modules": ["q_proj"], "layers_to_transform": 1}, "leave it out"),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]}, "leave it out"),
+    *(({"target_modules": bad}, "config of a LoRA adapter .target_modules") for bad in (
+        None, [], "", 3, {"q_proj": 1}, ["q_proj", 1], "q(", [None])),
+    ({"exclude_modules": "q("}, "exclude_modules")], ids=str)
+def test_a_config_that_leaves_tensors_out(tmp_path, net, change, words):
+    """PEFT ignores tensors of modules that it does not adapt: neither is right."""
+    lora(tmp_path, A, B, **change)
+    with pytest.raises(ValueError, match=words):
+        adapter.load(net, tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"target_modules": ["self_attn.q_proj"]}, {"target_modules": r".*\.q_proj"},
+    {"target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 0},
+    {"target_modules": ["q_proj"], "exclude_modules": ["proj", "1.self_attn.q_proj"]}], ids=str)
+def test_a_config_that_names_all_tensors(tmp_path, net, change):
+    lora(tmp_path, A, B, **change)
+    assert [n for n, _ in pissa.layers(adapter.load(net, tmp_path))] == [
+        "model.layers.0.self_attn.q_proj"]
 
 
 def test_peft_copies_the_head_that_is_adapted(tmp_path, tokens):
