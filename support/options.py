@@ -307,7 +307,8 @@ def eval_parser(doc):
     """The parser of eval.py."""
     p = parser(doc, "eval.py")
     p.epilog, add = "Not here: multiple-choice benchmarks, MATH.", p.add_argument
-    add("--ckpt", default="tiny", help="directory, or a name under checkpoints/")
+    add("--ckpt", default="tiny", help="directory, or a name under checkpoints/, or owner/name in "
+        "Hugging Face's cache")
     add("--adapter", help="adapter directory, as train.py or PEFT wrote it")
     add("--force-base", action="store_true", help=FORCE_BASE)
     add("--prompt", help="an instruction to answer")
