@@ -312,6 +312,7 @@ def eval_parser(doc):
     add("--adapter", help="adapter directory, as train.py or PEFT wrote it")
     add("--force-base", action="store_true", help=FORCE_BASE)
     add("--prompt", help="an instruction to answer")
+    add("--interactive", action="store_true", help="ask one question after another")
     add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
     add("--protocol", choices=list(MAX_NEW_TOKENS), default="strict",
         help="how --accuracy asks and scores; paper: as the PiSSA authors' scripts do")
@@ -321,7 +322,7 @@ def eval_parser(doc):
     add("--out", help="file for --accuracy's predictions (default: by the adapter)")
     add("--max-new-tokens", type=int, help="default: 256, or 1024 by protocol paper")
     add("--stop", action="append", default=[], help="text that ends a response; repeatable")
-    add("--temperature", type=float, default=0.0, help="of --prompt; 0: greedy")
+    add("--temperature", type=float, default=0.0, help="of answers; 0: greedy")
     add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all")
     add("--top-p", type=float, default=1.0, help="sample among so much probability")
     add("--seed", type=int, default=0)
@@ -339,8 +340,10 @@ def for_eval(doc):
     check_ranges(p, args, limit=AT_LEAST_1, max_new_tokens=AT_LEAST_1, batch=AT_LEAST_1,
                  length=AT_LEAST_1, stride=AT_LEAST_1, temperature=(0, 1e6), top_k=(0, 2**31 - 1),
                  top_p=(1e-9, 1), seed=SEEDS)
-    if not (args.prompt or args.accuracy or args.ppl):
-        p.error("nothing to do: give --prompt, --accuracy or --ppl")
+    others = args.prompt or args.accuracy or args.ppl
+    if bool(others) == args.interactive:
+        p.error("--interactive stands alone: no --prompt, --accuracy or --ppl" if others else
+                "nothing to do: give --prompt, --interactive, --accuracy or --ppl")
     for name, text in ("--prompt", args.prompt or "-"), *(("--stop", s) for s in args.stop):
         if not text or text.encode(errors="replace").decode() != text:
             p.error(f"{name} is {'not valid UTF-8' if text else 'empty'}")

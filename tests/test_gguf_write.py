@@ -18,6 +18,8 @@ from test_convert import STRINGS, adapted, byte_names, contents, read, vocabular
 
 pytest.importorskip("safetensors")
 
+pytestmark = pytest.mark.long       # only ./check leaves these out
+
 TEXTS = [text for text in STRINGS if "<s>" not in text]
 
 
