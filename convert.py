@@ -1,13 +1,15 @@
 """Checkpoints and adapters from one form into another; nothing is trained or computed on a GPU.
 
-    python convert.py merge runs/llama2-7b-pissa llama2-7b-mine     # base + adapter: a checkpoint
-    python convert.py compress runs/demo/adapter small              # rank 2r -> r, at what cost
+    python convert.py merge runs/llama2-7b-pissa runs/merged        # base + adapter: a checkpoint
+    python convert.py merge runs/demo runs/demo.gguf                # the same for llama.cpp, Ollama
+    python convert.py compress runs/demo/adapter runs/small         # rank 2r -> r, at what cost
+    python convert.py hf checkpoints/tiny runs/tiny-hf              # Meta's layout for transformers
     python convert.py gguf SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
 
 merge writes the whole fine-tuned model, for programs that cannot read adapters. compress halves an
-adapter. gguf turns a file of llama.cpp into a checkpoint that can be trained. `python convert.py
-merge --help` says more, and so do the other two. Weights are read one at a time. The output appears
-when it is complete, or not at all.
+adapter. hf writes a base as PEFT and vLLM read it. gguf turns a file of llama.cpp into a checkpoint
+that can be trained. `python convert.py merge --help` says more, and so do the others. Weights are
+read one at a time. The output appears when it is complete, or not at all.
 """
 import sys
 
@@ -27,9 +29,10 @@ import torch
 from tqdm import tqdm
 
 import adapter
+import data
 import model
 import pissa
-from formats import CHECKPOINT_FILES, gguf, hf, meta_write, tokenizer
+from formats import CHECKPOINT_FILES, gguf, gguf_write, hf, meta_write, tokenizer
 from support.files import check_room, replaced
 from support.report import run
 
@@ -66,7 +69,11 @@ def write_checkpoint(out, source, config, tensors, dtype, layout=None):
         if (layout or layout_of(source)) == "meta":
             meta_write.save_tensors(tmp, config, tensors)
         else:
-            hf.save_folder(tmp, hf_config(source, config, dtype), tensors)
+            meta = layout_of(source) == "meta"      # whose tokenizer.model is not all they need
+            files, ids = gguf_write.hf_files(source, config) if meta else ({}, {})
+            hf.save_folder(tmp, {**hf_config(source, config, dtype), **ids}, tensors)
+            for name, content in files.items():
+                (tmp / name).write_bytes(content)
         for file in (source / name for name in COMPANIONS if (source / name).is_file()):
             shutil.copyfile(file, tmp / file.name)
         if layout_of(source) == "hf" and layout == "meta":
@@ -95,8 +102,14 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def check_out(out):
-    """ValueError unless `out` is a new directory, or an empty one. No file is ever replaced."""
+def check_out(out, layout=None):
+    """ValueError unless `out` is a new directory, or an empty one; for "gguf", a new file. No file
+    is ever replaced."""
+    if layout == "gguf":
+        if out.suffix != ".gguf" or out.exists() or out.is_symlink():
+            raise ValueError(f"{out}{' is there already' if out.suffix == '.gguf' else ''}: name "
+                             "a new file that ends in .gguf")
+        return gguf_write.package()
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise ValueError(f"{out} is a file; name a directory")
     if out.is_dir() and any(out.iterdir()):
@@ -111,11 +124,23 @@ def converted(name, W, dtype):
     return W
 
 
+def say_template(out, config):
+    """Print what llama.cpp and Ollama have to be told about a GGUF."""
+    length = gguf_write.context_length(config)
+    if length != config.max_seq_len:
+        print(f"note: a context of {length} tokens is stated, " + (
+            "the sliding window" if config.sliding_window else "since the base states none"))
+    template = data.PROMPT.format(instruction="{{ .Prompt }}")
+    print("ask it in the template that it was trained with; for Ollama this is a Modelfile:\n\n"
+          f'FROM ./{out.name}\nTEMPLATE """{template}"""\n')
+
+
 def say_written(out, what):
     """Print the last lines: what was written, its size, and the command that uses it."""
-    size = sum(f.stat().st_size for pattern in CHECKPOINT_FILES for f in out.glob(pattern))
-    print(f"{what}, {size / 1e9:,.2f} GB in {out}; use it:\n  python eval.py --ckpt "
-          f"{shlex.quote(str(out))} --prompt 'your question'")
+    files = [out] if out.is_file() else [f for p in CHECKPOINT_FILES for f in out.glob(p)]
+    print(f"{what}, {sum(f.stat().st_size for f in files) / 1e9:,.2f} GB in {out}" + (
+        "" if out.is_file() else f"; use it:\n  python eval.py --ckpt {shlex.quote(str(out))} "
+                                 "--prompt 'your question'"))
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -171,9 +196,12 @@ def base_and_adapter(path, ckpt):
 
 
 def merge(args):
-    """Base and adapter to a checkpoint."""
-    source, where = base_and_adapter(args.run, args.ckpt)
-    check_out(args.out)
+    """Base and adapter to a checkpoint. Or, for `hf`, a base alone."""
+    alone = args.command == "hf"
+    source, where = ((model.find(args.base), None) if alone else
+                     base_and_adapter(args.run, args.ckpt))
+    layout = args.layout or ("gguf" if args.out.suffix == ".gguf" else layout_of(source))
+    check_out(args.out, layout)
     config, tensors = model.open_checkpoint(source)
     saved = where and adapter.read_adapter(where, args.force_base)
     pairs, sums = saved.pairs if saved else {}, {}
@@ -183,7 +211,6 @@ def merge(args):
         print("the output projection was the embedding; changed, it is a matrix of its own")
     if saved:
         check_base(saved, tensors)
-    layout = args.layout or layout_of(source)
     dtype = None if args.dtype == "source" else getattr(torch, args.dtype)
 
     def merged():
@@ -195,13 +222,20 @@ def merge(args):
             yield name, converted(name, W, target)
 
     stated = dtype or tensors["model.embed_tokens.weight"]().dtype
-    shapes = model.parameter_shapes(config, len(tensors), source).values()
-    check_room(args.out, stated.itemsize * sum(map(math.prod, shapes)), "the checkpoint")
-    write_checkpoint(args.out, source, config, merged(), stated, layout)
+    shapes = model.parameter_shapes(config, len(tensors), source)
+    check_room(args.out, stated.itemsize * sum(map(math.prod, shapes.values())), "the checkpoint")
+    if layout == "gguf":
+        dtype = stated                                    # one for all matrices of the file
+        shapes = {name: shapes[name] for name in tensors}
+        gguf_write.save(args.out, source, config, merged(), shapes, stated)
+        say_template(args.out, config)
+    else:
+        write_checkpoint(args.out, source, config, merged(), stated, layout)
     if sums and adapter.codes(sums) != saved.facts["codes"]:
         print("note:", adapter.ROUNDED_ELSEWHERE.format(where))
-    say_written(args.out, f"{len(pairs)} of {len(tensors)} tensors changed, layout {layout}, "
-                          f"{dtype_name(stated)}")
+    changed = "" if alone else f"{len(pairs)} of "
+    say_written(args.out, f"{changed}{len(tensors)} tensors{'' if alone else ' changed'}, layout "
+                          f"{layout}, {dtype_name(stated)}")
 
 
 def check_base(saved, tensors):
@@ -249,7 +283,7 @@ def compress(args):
 def main():
     """Do what the command line asks for."""
     args = options.for_convert(__doc__)
-    {"merge": merge, "compress": compress, "gguf": from_gguf}[args.command](args)
+    {"merge": merge, "hf": merge, "compress": compress, "gguf": from_gguf}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python eval.py --ckpt tiny --adapter runs/demo/adapter --prompt "Tom has 3 pens. ..."
     python eval.py --ckpt tiny --adapter runs/demo/adapter --accuracy checkpoints/tiny/test.jsonl
+    python eval.py --ckpt tiny --adapter runs/demo/adapter --interactive
     python eval.py --ckpt tiny --ppl some_text.txt
 
-With an adapter, --prompt shows the base model's completion beside the adapted one. An adapter of
-weights in four bits is shown alone, since its base may be too large. If --accuracy was interrupted,
-run the same command again: it resumes.
+With an adapter, --prompt and --interactive show the base model's answer beside the adapted one. An
+adapter of weights in four bits is shown alone, since its base may be too large. If --accuracy was
+interrupted, run the same command again: it resumes.
 """
 import sys
 
@@ -18,6 +19,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:      # answered be
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +31,7 @@ import data
 import model
 import pissa
 from formats import jsonl
-from formats.jsonl import printable
-from support import report
+from support import ask, report
 from support.files import named
 from support.report import write_lines
 
@@ -53,10 +54,12 @@ def positions(net):
     return net.config.max_seq_len or 2**17
 
 
-def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=(), **sampling):
+def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=(), watch=None,
+             **sampling):
     """Responses (str) to instructions, in the paper's template, up to the first text of `stop`.
 
     begin: the first words of every response, not repeated in it. sampling: see model.generate.
+    watch: a function that gets the text of a response after each token.
     """
     ids = [data.prompt_ids(p, tok, begin) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))    # like lengths: little padding
@@ -67,6 +70,8 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
     width, out = 1 + max((len(s.encode()) for s in stop), default=0), [""] * len(ids)
 
     def ended(new):
+        if watch:
+            watch(tok.decode(new))
         return any(s in tok.decode(new[-width:]) for s in stop)
 
     for start in range(0, len(ids), batch):
@@ -203,27 +208,24 @@ def main():
     if args.ppl and not text:
         raise ValueError(f"{args.ppl}: the text is empty")
     tok = data.Tokenizer(model.find(args.ckpt))
-    for where, texts in (("--prompt", [args.prompt or ""]), (args.ppl, [text]),
-                         (args.accuracy, [prompt for prompt, _ in examples])):
+    for where, texts in (args.ppl, [text]), (args.accuracy, [prompt for prompt, _ in examples]):
         report.spelled(where, texts, tok)
     quantised = args.adapter and adapter.is_quantised(args.adapter)
 
     def adapt(net, read=None):
-        keep_base = bool(args.prompt) and not quantised
+        keep_base = bool(args.prompt or args.interactive) and not quantised
         adapter.load(net, args.adapter, read=read, keep_base=keep_base,
                      force_base=args.force_base)
 
     net = load_model(args.ckpt, tok, args.device, prepare=adapt if quantised else None)
     if args.adapter and not quantised:
         adapt(net)
+    both = bool(args.adapter) and not quantised       # the base of a quantised one may be too large
+    answer = partial(ask.answer, partial(complete, net, tok), net, tok, args, both)
     if args.prompt:
-        how = {k: getattr(args, k) for k in ("max_new_tokens", "stop", "temperature", "top_k",
-                                             "top_p", "seed")}
-        if args.adapter and not quantised:            # the base of a quantised one may be too large
-            with pissa.disabled(net):
-                print("--- base\n" + printable(complete(net, tok, [args.prompt], **how)[0]))
-            print(f"--- with {args.adapter}")
-        print(printable(complete(net, tok, [args.prompt], **how)[0]))
+        answer(args.prompt)
+    if args.interactive:
+        ask.session(answer, data.PROMPT)
     if args.accuracy:
         show_accuracy(net, tok, examples, args)
     if args.ppl:

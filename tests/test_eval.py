@@ -23,6 +23,7 @@ from conftest import ROOT, TINY, hugging_face
 from conftest import command as run_command
 from conftest import failure as run_failure
 from formats import meta_write
+from support import ask
 
 EXAMPLES = data.read(TINY / "test.jsonl")[:20]
 
@@ -344,11 +345,82 @@ def test_prompt_shows_the_base_beside_the_adapted(net, tok, saved):
     assert printed == f"--- base\n{base}\n--- with {saved}\n{adapted}\n"
 
 
+def typed(monkeypatch, *lines):
+    """What is typed, a line after another; the last one may be an exception."""
+    lines = iter(lines)
+
+    def read(prompt):
+        print(prompt, end="")
+        if isinstance(line := next(lines), BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+@pytest.mark.parametrize("end", ["", "  ", EOFError(), KeyboardInterrupt()])
+def test_interactive(net, tok, saved, monkeypatch, end):
+    """The answers of --prompt, one session; it ends quietly. The template is shown first."""
+    prompts = [EXAMPLES[0][0], "What is 2 + 3?"]
+    flags = "--adapter", saved, "--max-new-tokens", 8
+    typed(monkeypatch, *prompts, end)
+    printed = command(*flags, "--interactive")
+    first, *answers = printed.split("\n> ")
+    assert data.PROMPT in first and "Ctrl-D" in first
+    assert [a.strip("\n") for a in answers] == [
+        *(command(*flags, "--prompt", p).strip("\n") for p in prompts), ""]
+    assert "--- base\n" in answers[0] and f"--- with {saved}\n" in answers[0]
+
+
+def test_interactive_goes_on_after_a_prompt_that_is_too_long(monkeypatch):
+    """And it obeys SIGTERM, which run() makes a KeyboardInterrupt with a number."""
+    typed(monkeypatch, "long " * 999, "Hi", "")
+    printed = command("--interactive", "--max-new-tokens", 2)
+    assert "has 1,0" in printed and "leave it out" in printed and printed.count("\n> ") == 3
+    typed(monkeypatch, KeyboardInterrupt(15))
+    with pytest.raises(KeyboardInterrupt):
+        command("--interactive")
+
+
+@pytest.mark.long
+def test_interactive_reads_a_pipe():
+    """As a program: no terminal, bytes that are not UTF-8, an end without an empty line."""
+    run = subprocess.run([sys.executable, "eval.py", "--interactive", "--max-new-tokens", "2"],
+                         cwd=ROOT, capture_output=True, input=b"What is 2 + \xff3?")
+    assert run.returncode == 0 and run.stdout.count(b"\n> ") == 2 and not run.stderr
+
+
+@pytest.mark.parametrize("text, stop, expected", [
+    ("so\nit is ", [], "so\nit is"), ("caf\ufffd", [], "caf"), ("a b\n##", ["####"], "a b"),
+    ("a #### b", ["####", " b"], "a"), ("a #### 2#", ["###"], "a"), ("ab", ["bcd", "abc"], "")])
+def test_what_is_shown_before_a_text_is_complete(text, stop, expected):
+    assert ask.settled(text, stop) == expected
+
+
+@pytest.mark.parametrize("stop", [(), ("line",), ("never said",)])
+def test_an_answer_appears_token_by_token(net, tok, capsys, stop):
+    """Each piece is printed once, and all of them are the whole answer."""
+    shown = []
+
+    def complete(watch):
+        def seen(text):
+            watch(text)
+            shown.append(capsys.readouterr().out)
+
+        return evaluation.complete(net, tok, ["What is a line?"], max_new_tokens=20, stop=stop,
+                                   watch=seen)[0]
+
+    ask.streamed(complete, stop)
+    expected, = evaluation.complete(net, tok, ["What is a line?"], max_new_tokens=20, stop=stop)
+    assert "".join(shown) + capsys.readouterr().out == expected + "\n"
+    assert sum(map(bool, shown)) > (5 if "line" not in stop else 0)
+
+
 def test_control_characters_are_shown_and_do_nothing(monkeypatch):
     """What a model says is printed, and no terminal obeys it."""
     answer_with(monkeypatch, {"Hi </s>": "caf\u00e9\x1b[2J\r\u202e\tso\nit is"})
     assert command("--prompt", "Hi </s>") == (
-        "note: --prompt: texts that spell control tokens, such as '</s>': 1; they are plain "
+        "note: the prompt: texts that spell control tokens, such as '</s>': 1; they are plain "
         "characters here, never the tokens\ncaf\u00e9\\x1b[2J\\r\\u202e\tso\nit is\n")
 
 
@@ -603,7 +675,8 @@ def test_mistakes(tmp_path, argv, message):
 
 
 @pytest.mark.parametrize("argv, name", [
-    ([], "--prompt"),
+    ([], "nothing to do: give --prompt, --interactive, --accuracy or --ppl"),
+    (["--prompt", "Hi", "--interactive"], "--interactive stands alone: no --prompt"),
     (["--prompt", "Hi", "--max-new-tokens", 0], "--max-new-tokens"),
     (["--prompt", "Hi", "--top-p", 0], "--top-p"),
     (["--prompt", "Hi", "--top-k", -1], "--top-k"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import fast
 import model
 import pissa
-from conftest import SMALL, TINY, assert_logits_equal, hugging_face, small_net
+from conftest import SMALL, TINY, assert_logits_equal, failure, hugging_face, small_net
 from formats import meta, meta_write
 
 
@@ -641,6 +641,96 @@ def test_what_is_no_checkpoint(tmp_path, files, message):
     with pytest.raises(FileNotFoundError) as e:
         model.load(tmp_path, "cpu")
     assert message.format(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of Hugging Face's, and a working directory that holds nothing."""
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    return tmp_path / ".cache" / "huggingface" / "hub"
+
+
+def cached(hub, net, name="me/Some.net-1b"):
+    """A model in the cache, as huggingface_hub puts it there: links to blobs."""
+    pytest.importorskip("safetensors")
+    from formats import hf
+    folder = hub / f"models--{name.replace('/', '--')}"
+    found = folder / "snapshots" / "0a1b"
+    hf.save_folder(found, hf.config_json(vars(net.config)), net.named_parameters(), 100_000)
+    (found / "tokenizer.json").write_text("{}")
+    (folder / "blobs").mkdir()
+    for file in found.iterdir():
+        file.rename(folder / "blobs" / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0a1b\n")
+    return found
+
+
+@pytest.mark.parametrize("variable, where", [
+    (None, ""), ("HF_HOME", "hub"), ("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""),
+    ("XDG_CACHE_HOME", "huggingface/hub")])
+def test_a_model_in_the_cache(hub, tmp_path, monkeypatch, net, tokens, variable, where):
+    """By owner/name, wherever the cache is. A directory of that name counts first."""
+    if variable:
+        monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
+        hub = tmp_path / "elsewhere" / where
+    found = cached(hub, net)
+    assert model.find("me/Some.net-1b") == found
+    assert torch.equal(model.load("me/Some.net-1b", "cpu")(tokens), net(tokens))
+    write(tmp_path / "empty" / "me" / "Some.net-1b", net)
+    assert str(model.find("me/Some.net-1b")) == "me/Some.net-1b"
+
+
+@pytest.mark.parametrize("lost, message", [
+    ("config.json", "config.json is missing"), ("tokenizer.json", "tokenizer.json is missing"),
+    ("model-00002-of-*", "model-00002-of-0000"),
+    ("model.safetensors.index.json", "model.safetensors is missing")])
+def test_a_snapshot_with_files_missing(hub, net, lost, message):
+    """A download that was interrupted: the link is not there, or leads nowhere."""
+    found = cached(hub, net)
+    next(found.glob(lost)).resolve().unlink()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError) as e:
+            model.find("me/Some.net-1b")
+        assert message in str(e.value) and "is not complete" in str(e.value)
+        assert str(e.value).endswith("to complete it: hf download me/Some.net-1b")
+        for link in found.glob(lost):
+            link.unlink()
+
+
+def test_a_model_that_is_not_downloaded(hub, tmp_path):
+    """One line with the command; a path is not taken for a name, and no file for a directory."""
+    (tmp_path / "empty" / "runs").mkdir()
+    for name in ("x.gguf", "model.safetensors"):
+        (tmp_path / "empty" / name).touch()
+    for ckpt, message in (
+            ("me/net", "to download it: hf download me/net --local-dir checkpoints/net (and then "
+                       "--ckpt net)"),
+            ("runs/net", "neither runs/net nor checkpoints/runs/net is a directory"),
+            ("checkpoints/net", "neither checkpoints/net nor checkpoints/check"),
+            ("a/b/c", "neither a/b/c nor checkpoints/a/b/c is a directory"),
+            ("../net", "neither ../net nor"), ("net", "neither net nor checkpoints/net"),
+            ("x.gguf", "it is a file; make a checkpoint of it first: python convert.py gguf x.gguf "
+                       "OUT"),
+            ("model.safetensors", "it is a file; name the directory that it is in")):
+        with pytest.raises(FileNotFoundError) as e:
+            model.find(ckpt)
+        line = str(e.value)
+        assert line.startswith(f"no checkpoint {ckpt}: ") and message in line and "\n" not in line
+
+
+@pytest.mark.parametrize("argv", [("train.py", "--plan"), ("train.py", "--out", "new"),
+                                  ("eval.py", "--prompt", "?"), ("convert.py", "hf")])
+def test_the_commands_know_the_cache(hub, net, argv):
+    """In one line each: the name, and the command."""
+    ckpt = ("me/net", "out") if argv[0] == "convert.py" else ("--ckpt", "me/net")
+    line = failure(*argv, *ckpt)
+    assert line.startswith(f"{argv[0]}: no checkpoint me/net: ") and "hf download me/net" in line
 
 
 def test_another_directory_of_that_name(tmp_path, monkeypatch):
