@@ -169,7 +169,7 @@ def content_hash(net, directory, asked):
 
 
 def show_accuracy(net, tok, examples, args):
-    """--accuracy: the protocol, the score with its standard error, and a file of predictions."""
+    """--accuracy: the protocol, the score with its 95 % interval, and a file of predictions."""
     how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
     print(describe(**how))
     folder = Path(args.adapter).parent if args.adapter else Path("runs")

@@ -284,7 +284,6 @@ def fine_tune(args):
     args.device, args.out = parallel.start(args.device), parallel.agree(args.out)
     if args.resume and report.finished(args):
         return resume.finish(args)
-    progress.check(args)
     parallel.choose(args.shard, lambda: import_module("support.plan").peak(args))
     tok = data.Tokenizer(model.find(args.ckpt))
     examples, val, val_texts = read_data(args, tok)
@@ -344,6 +343,7 @@ def fine_tune(args):
 def main():
     """Do what the command line asks for."""
     args = options.begun(options.for_train, __doc__)
+    progress.check(args)
     if args.plan:
         from support import plan
         return plan.show(args)                                 # before anything is read
