@@ -11,12 +11,10 @@ adapter. hf writes a base as PEFT and vLLM read it. gguf turns a file of llama.c
 that can be trained. `python convert.py merge --help` says more, and so do the others. Weights are
 read one at a time. The output appears when it is complete, or not at all.
 """
-import sys
-
 from support import options
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:      # answered before torch is loaded
-    options.for_convert(__doc__)
+if __name__ == "__main__":                                          # before torch is loaded
+    options.begin(options.for_convert, __doc__)
 
 import json
 import math
@@ -282,7 +280,7 @@ def compress(args):
 
 def main():
     """Do what the command line asks for."""
-    args = options.for_convert(__doc__)
+    args = options.begun(options.for_convert, __doc__)
     {"merge": merge, "hf": merge, "compress": compress, "gguf": from_gguf}[args.command](args)
 
 

@@ -21,6 +21,7 @@ import unicodedata
 from fractions import Fraction
 
 import torch
+from tqdm import tqdm
 
 from formats import jsonl
 from formats.tokenizer import Tokenizer  # noqa: F401 (as data.Tokenizer)
@@ -89,7 +90,8 @@ def encode(examples, tok, max_length):
     truncated: how many lost their end (and EOS: a cut answer must not teach the model to stop).
     dropped: how many are left out, because the prompt alone fills max_length.
     """
-    encoded = [(prompt_ids(prompt, tok), tok.encode(text, eos=True)) for prompt, text in examples]
+    bar = tqdm(examples, "encode", unit="example", delay=1, leave=False)
+    encoded = [(prompt_ids(prompt, tok), tok.encode(text, eos=True)) for prompt, text in bar]
     kept = [(head + tail, len(head)) for head, tail in encoded if len(head) < max_length]
     truncated = sum(len(ids) > max_length for ids, _ in kept)
     return [(ids[:max_length], n) for ids, n in kept], truncated, len(examples) - len(kept)

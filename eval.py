@@ -9,12 +9,10 @@ With an adapter, --prompt and --interactive show the base model's answer beside 
 adapter of weights in four bits is shown alone, since its base may be too large. If --accuracy was
 interrupted, run the same command again: it resumes.
 """
-import sys
-
 from support import options
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:      # answered before torch is loaded
-    options.for_eval(__doc__)
+if __name__ == "__main__":                                          # before torch is loaded
+    options.begin(options.for_eval, __doc__)
 
 import hashlib
 import json
@@ -107,7 +105,8 @@ def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch
                        "reference": reference, "correct": data.same_answer(answer, reference)}
             if log:
                 print(json.dumps([i, rows[i]], ensure_ascii=False), file=log, flush=True)
-        bar.set_postfix_str(f"{sum(r['correct'] for r in rows.values()) / len(rows):.1%} right")
+        bar.set_postfix_str(f"{sum(r['correct'] for r in rows.values()) / len(rows):.1%} right",
+                            refresh=False)
     return sum(r["correct"] for r in rows.values()) / len(rows), [rows[i] for i in sorted(rows)]
 
 
@@ -175,7 +174,7 @@ def content_hash(net, directory, asked):
 
 
 def show_accuracy(net, tok, examples, args):
-    """--accuracy: the protocol, the score with its standard error, and a file of predictions."""
+    """--accuracy: the protocol, the score with its 95 % interval, and a file of predictions."""
     how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
     print(describe(**how))
     folder = Path(args.adapter).parent if args.adapter else Path("runs")
@@ -191,14 +190,14 @@ def show_accuracy(net, tok, examples, args):
         score, rows = accuracy(net, tok, examples, batch=args.batch, done=done, log=log, **how)
     write_lines(out, rows)
     part.unlink()
-    n, error = len(rows), math.sqrt(score * (1 - score) / len(rows))
-    print(f"accuracy {score:.1%} ± {error:.1%} (standard error) by protocol {args.protocol}: "
-          f"{score * n:.0f} of {n} problems; predictions in {out}")
+    n, (low, high) = len(rows), report.wilson(score, len(rows))
+    print(f"accuracy {score:.1%} ({low:.1%} to {high:.1%} with 95 % confidence) by protocol "
+          f"{args.protocol}: {score * n:.0f} of {n} problems; predictions in {out}")
 
 
 def main():
     """Read the files, load the model, then do what the command line asks for."""
-    args = options.for_eval(__doc__)
+    args = options.begun(options.for_eval, __doc__)
     examples = data.read(args.accuracy, args.fields)[:args.limit] if args.accuracy else []
     data.references(examples, args.accuracy)
     try:

@@ -293,7 +293,7 @@ def generate(net: Llama, prompts: list[list[int]], max_new_tokens: int = 64, *, 
 
     logits = step(tokens, 0)
     step = recorded(step, tokens[:, :1], cache[0].shape[3] - 1)
-    for i in range(max_new_tokens):
+    for i in tqdm(range(max_new_tokens), "generate", unit="token", delay=2, leave=False):
         logits = step(tokens, T + i - 1) if i else logits
         tokens = sample(logits, temperature, top_k, top_p, generator)             # (B, 1)
         for b, t in enumerate(tokens[:, 0].tolist()):

@@ -9,14 +9,13 @@
 
 The defaults are the paper's (arXiv 2404.02948). A run leaves in --out: adapter/ (a PEFT LoRA; a
 checkpoint/ for --method full), log.jsonl (a line per step), val.jsonl (the measurements before and
-after), loss.png, args.json, summary.json, and states/, with which it can go on.
+after), loss.png, args.json, summary.json, and states/, with which it can go on. With --val-every,
+best/ is the adapter whose validation loss was the lowest.
 """
-import sys
-
 from support import options
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:      # answered before torch is loaded
-    options.for_train(__doc__)
+if __name__ == "__main__":                                          # before torch is loaded
+    options.begin(options.for_train, __doc__)
 
 import math
 import time
@@ -38,7 +37,7 @@ import pissa
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, complete, describe, load_model, positions
 from fast import faster
-from support import parallel, report, resume
+from support import parallel, progress, report, resume
 
 # ---------------------------------------------------------------------------------------- the loss
 
@@ -83,7 +82,8 @@ def validation_loss(net, examples, args, autocast):
     """Mean loss per learnt token. Examples as data.encode gives them, one at least."""
     total, learnt = 0.0, 0
     longest = max(len(ids) for ids, _ in examples)
-    for tokens, labels, where_text in parallel.deal(micro_batches(examples, longest, args)):
+    parts = parallel.deal(micro_batches(examples, longest, args))
+    for tokens, labels, where_text in tqdm(parts, "validation", unit="batch", delay=1, leave=False):
         with autocast:
             total += loss_sum(net, tokens, labels, where_text).item()
         learnt += int((labels != -100).sum())
@@ -112,15 +112,24 @@ def all_batches(examples, args, steps):
         yield batch, parallel.deal(parts), len(parts) >= parallel.WORLD
 
 
-def train(net, examples, args, autocast):
+def validate(net, val, args, autocast, step):
+    """--val-every: a row of val.jsonl after a step, and if it is the lowest loss so far, best/."""
+    loss = validation_loss(net, val, args, autocast)
+    is_best = loss < progress.best(args.out)[0]
+    if is_best:
+        save(net, args, args.out / "best")
+    return progress.note(args.out, step, loss, is_best)
+
+
+def train(net, examples, args, autocast, val=()):
     """The loop. Returns the rows of log.jsonl, and None or the resume.Stop that ended it early."""
     params = list(parallel.trained(net).values())
     params = params if args.method == "full" else joined(params)        # A and B: many, and small
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
     parallel.overlap(params)
-    with resume.Run(net, optimizer, args, examples, steps) as run, tqdm(
-            desc="train", initial=len(run.rows), total=steps, unit="step") as bar:
+    with (resume.Run(net, optimizer, args, examples, steps) as run,
+          progress.training(args, len(run.rows), steps) as show):
         todo = range(len(run.rows), steps)            # not from 0 if an interrupted run goes on
         batches = all_batches(examples, args, todo)
         ahead = next(batches, None)
@@ -148,9 +157,9 @@ def train(net, examples, args, autocast):
             row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
                    "tokens": sum(len(ids) for ids, _ in batch),
                    "seconds": time.perf_counter() - start}
-            bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}",
-                            tok_s=f"{row['tokens'] / row['seconds']:,.0f}")
-            bar.update()
+            show(row)
+            if args.val_every and val and ((step + 1) % args.val_every == 0 or step + 1 == steps):
+                show(validate(net, val, args, autocast, step + 1))
             if stopped := run.done(row, *wishes):
                 return run.rows, stopped
     return run.rows, None
@@ -175,7 +184,7 @@ def evaluate(net, tok, val, val_texts, test, args, autocast, when):
             0, [])
         right = [row["correct"] for row in parallel.union(rows)]
     return {"loss": loss, "answers": dict(answers),
-            "accuracy": sum(right) / len(right) if right else None}
+            "accuracy": sum(right) / len(right) if right else None, "problems": len(right)}
 
 
 def read_data(args, tok):
@@ -188,8 +197,7 @@ def read_data(args, tok):
     if not val:
         val = train[:32]
         print("no validation examples: the validation loss below is that of 32 training examples")
-    encoded = report.encoded("data", args.data, train, tok, args.max_length,
-                             f", {len(val)} for validation")
+    encoded = report.encoded("data", args.data, train, tok, args.max_length)
     where = args.val_data or args.data
     return encoded, report.encoded("validation", where, val, tok, args.max_length), val
 
@@ -241,8 +249,7 @@ def load(args, tok, seconds):
     if full:                          # a missing package is reported now, not after the training
         check_layout(layout_of(model.find(args.ckpt)), net.config)
     seconds["load"] = time.perf_counter() - start - seconds["init"]
-    print(f"model: {args.ckpt}, {report.count(net)[1]:,} parameters, {net.lm_head.weight.dtype} on "
-          f"{net.lm_head.weight.device}, read in {seconds['load']:.1f} s")
+    report.loaded(net, args, seconds["load"])
     return net, prepared
 
 
@@ -257,9 +264,9 @@ def compile_layers(net, **options):
         layer.forward = torch.compile(layer.forward, **options)
 
 
-def save(net, args):
+def save(net, args, there=None):
     """Write the adapter, or for --method full a checkpoint like the one read; its directory."""
-    there = args.out / ("checkpoint" if args.method == "full" else "adapter")
+    there = there or args.out / ("checkpoint" if args.method == "full" else "adapter")
     learnt = parallel.gathered({n: p.detach() for n, p in parallel.trained(net).items()})
     if parallel.RANK:
         return there
@@ -308,7 +315,7 @@ def fine_tune(args):
 
     resume.claim(args, net, before)
     with resume.signals_noted():
-        rows, stopped = train(net, examples, args, autocast)
+        rows, stopped = train(net, examples, args, autocast, val)
         if not rows:
             report.stop(stopped, "nothing was learnt yet, nothing is saved")
         by_signal = stopped and stopped.code != 1
@@ -318,7 +325,7 @@ def fine_tune(args):
                 f"the validation loss is {loss} after the last step: lower --lr", 1)
             report.stop(stopped, resume.not_written(args.out))
         directory = save(net, args)
-        report.plot(rows, args)
+        report.plot(rows, args, None if by_signal else loss)
         stopped = stopped or resume.asked(f"interrupted after the last of {len(rows)} steps")
     if stopped:
         report.stop(stopped, f"what was learnt before is in {directory}; the same command with "
@@ -330,13 +337,14 @@ def fine_tune(args):
                      describe("strict", args.max_new_tokens))
     if quantised:
         print(f"note: {adapter.EXPORTED}; convert.py merge writes the latter")
-    report.weights_written(directory, args, before["answers"])
+    report.weights_written(directory, args, [prompt for prompt, _ in val_texts])
     resume.finish(args)
 
 
 def main():
     """Do what the command line asks for."""
-    args = options.for_train(__doc__)
+    args = options.begun(options.for_train, __doc__)
+    progress.check(args)
     if args.plan:
         from support import plan
         return plan.show(args)                                 # before anything is read

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 # For train.train by itself: a run that leaves no states.
-NO_STATES = {"save_every": "never", "keep": 1, "resume": False, "max_hours": None}
+NO_STATES = {"save_every": "never", "keep": 1, "resume": False, "max_hours": None,
+             "val_every": None, "tensorboard": False}
 
 
 def stamped(result, out=None):

@@ -5,10 +5,12 @@ Each function takes the docstring of its program, reads sys.argv and returns the
 that is refused ends the program with two lines: the usage, and what is wrong.
 """
 import argparse
+import difflib
 import json
 import math
 import os
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -16,12 +18,16 @@ from pathlib import Path
 SPEAKS = os.environ.get("RANK", "0") == "0"             # of several processes, one shows progress
 if not SPEAKS:
     os.environ["TQDM_DISABLE"] = "1"
+if not sys.stderr.isatty():         # every bar: a plain line in 30 seconds, see report.Lines. tqdm
+    for name, value in ("MININTERVAL", "30"), ("MAXINTERVAL", "30"), ("ASCII", " #"):
+        os.environ.setdefault(f"TQDM_{name}", value)             # reads this when it is imported
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # torch's; numpy is not needed
 
 METHODS = ("pissa", "lora", "qpissa", "qlora", "loftq")             # those of pissa.py
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_NEW_TOKENS = {"strict": 256, "paper": 1024}                     # of the protocols of eval.py
+OF_THE_ADAPTER = ("method", "rank", "niter", "quant_iters", "no_double_quant", "targets")
 AT_LEAST_1 = (1, 10**9)
 SEEDS = (0, 2**63 - 1)
 
@@ -57,6 +63,86 @@ tokenizer files that give the same ids. Weights keep every bit, unless --dtype a
 COMPRESS_HELP = """An adapter of PiSSA is a LoRA of rank 2r on the base model: its present A B, less
 the initial one. This writes the best LoRA of rank r for the same Delta W and prints its error. No
 model is needed. The result is a plain LoRA: to train on, use the larger one."""
+
+
+# What other programs call our options. One that is only spelled wrongly is found by difflib.
+ALSO_CALLED = {"lr": "learning-rate", "rank": "r lora-rank lora-r", "out": "output output-dir",
+               "batch": "batch-size train-batch-size", "epochs": "num-epochs num-train-epochs",
+               "micro-batch": "micro-batch-size per-device-train-batch-size",
+               "clip": "max-grad-norm", "steps": "max-steps iters", "adapter": "lora",
+               "ckpt": "model base-model model-name model-name-or-path",
+               "data": "dataset train-data data-path", "checkpointing": "gradient-checkpointing",
+               "max-length": "max-seq-length max-seq-len seq-len cutoff-len",
+               "warmup": "warmup-ratio", "val-every": "eval-every eval-steps",
+               "save-every": "save-steps", "max-new-tokens": "max-tokens",
+               "targets": "target-modules"}
+
+
+BEGUN = []                                      # the arguments of a program that loads torch
+
+
+def begin(parse, doc):
+    """parse(doc), before torch is loaded. That takes seconds, so --help and mistakes come first, a
+    line says it, and Ctrl-C ends the program with one line."""
+    BEGUN[:] = [parse(doc)]
+    if SPEAKS:
+        print(f"{Path(sys.argv[0]).name}: loading torch ...", file=sys.stderr, flush=True)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)                        # until report.run takes it back
+
+
+def begun(parse, doc):
+    """The arguments that `begin` has found, or parse(doc) if there was no `begin`."""
+    return BEGUN.pop() if BEGUN else parse(doc)
+
+
+def end(number, frame):
+    """End the program at once; an import would catch an exception and go on."""
+    if SPEAKS:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+def parsed(p, argv):
+    """p.parse_args(argv). Of an unknown option, the one that is probably meant is named."""
+    args, rest = p.parse_known_args(argv)
+    for word in rest:
+        flag = word.partition("=")[0]
+        if meant := meant_by(flag, option_strings(p)):
+            p.error(f"there is no option {flag}: did you mean {meant}?")
+    return p.parse_args(argv) if rest else args                  # argparse says what is wrong
+
+
+def option_strings(p):
+    """All options of a parser and of its commands."""
+    commands = [c for a in p._actions if a.nargs == argparse.PARSER for c in a.choices.values()]
+    return {s for a in p._actions for s in a.option_strings}.union(*map(option_strings, commands))
+
+
+def meant_by(flag, known):
+    """The option among `known` that a mistyped one stands for, or None."""
+    name = flag.lower().strip("-").replace("_", "-")
+    for ours, theirs in ALSO_CALLED.items():
+        if name in theirs.split() and f"--{ours}" in known:
+            return f"--{ours}"
+    near = flag.startswith("--") and difflib.get_close_matches(f"--{name}", known, 1, 0.7)
+    return near[0] if near else None
+
+
+def pasted(words):
+    """A command line to copy, two blanks before it; a long one goes on after a backslash."""
+    chunks = []
+    for word in map(shlex.quote, map(str, words)):
+        if chunks and not word.startswith("--"):
+            chunks[-1] += " " + word
+        else:
+            chunks.append(word)
+    lines = ["  " + chunks[0]]
+    for chunk in chunks[1:]:
+        if len(lines[-1]) + len(chunk) > 76:
+            lines.append("     ")
+        lines[-1] += " " + chunk
+    return " \\\n".join(lines)
 
 
 def parser(doc, program):
@@ -135,6 +221,8 @@ def add_model(add):
         help="leaf names of the linear layers, e.g. q_proj,v_proj (default: all seven)")
     add("--adapter", help="go on training this adapter instead of a new one")
     add("--force-base", action="store_true", help=FORCE_BASE)
+    add("--config", metavar="ARGS.JSON", help="the arguments of an earlier run, its args.json; "
+        "those that are given here as well win")
     add("--out", help="directory of the run (default: runs/CKPT-METHOD, or the first free of "
         "...-2, ...-3)")
 
@@ -161,6 +249,9 @@ def add_optimisation(add):
     add("--epochs", type=int, default=1, help="passes over the data")
     add("--steps", type=int, help="stop after so many steps (default: the epochs decide)")
     add("--seed", type=int, default=0, help="of the SVD, the split and the order of the data")
+    add("--val-every", type=int, metavar="N", help="measure the validation loss after every N "
+        "steps, into val.jsonl; best/ keeps the adapter at the lowest")
+    add("--tensorboard", action="store_true", help="write the curves for tensorboard, too")
 
 
 def add_interruptions(add):
@@ -208,7 +299,10 @@ def add_machine(add):
 def for_train(doc):
     """The arguments of train.py. Without --ckpt they are the demo's, overridden by the others."""
     p, given = train_parser(doc), sys.argv[1:]
-    args = p.parse_args(given)
+    args = parsed(p, given)
+    if args.config:
+        given = [*flags_of(p, config(p, args), args.config), *given]
+        args = p.parse_args(given)
     is_demo = args.ckpt is None and not (args.resume and args.out)
     if is_demo:
         args = p.parse_args(demo() + given)
@@ -219,8 +313,8 @@ def for_train(doc):
                     and stored(p, last).get("torchrun") == launch)
     args.out = directory_of(args, name, args.resume)
     if is_demo and SPEAKS:
-        print("the demo, since no --ckpt was given; spelled out:\n  python train.py "
-              + shlex.join([*demo(), "--out", str(args.out), *given]))
+        print("the demo, since no --ckpt was given; spelled out:\n"
+              + pasted(["python", "train.py", *demo(), "--out", args.out, *given]))
     if args.resume and (before := stored(p, args.out)):
         args = as_before(p, before, args)
     if args.ckpt is None:
@@ -230,11 +324,43 @@ def for_train(doc):
                  max_length=(2, 10**9), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, 1000),
                  quant_iters=(1, 1000), max_new_tokens=AT_LEAST_1, lr=(1e-12, 1e38),
                  clip=(1e-12, math.inf), weight_decay=(0, 1000), warmup=(0, 1), seed=SEEDS,
-                 keep=AT_LEAST_1, max_hours=(1e-9, math.inf), gpus=AT_LEAST_1)
+                 keep=AT_LEAST_1, max_hours=(1e-9, math.inf), gpus=AT_LEAST_1,
+                 val_every=AT_LEAST_1)
     if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
         p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
     check_out(p, args)
+    ignored = [f"--{n.replace('_', '-')}" for n in OF_THE_ADAPTER if n in given_in(sys.argv[1:])]
+    if args.adapter and ignored and SPEAKS:
+        print(f"note: {', '.join(ignored)}: not used, since {args.adapter} brings its own")
     return args
+
+
+def given_in(argv):
+    """The names of the arguments that a command line of train.py gives."""
+    p = train_parser("")
+    for action in p._actions:
+        action.default = argparse.SUPPRESS
+    return vars(p.parse_args(argv)).keys()
+
+
+def config(p, args):
+    """The dict of --config."""
+    if args.resume:
+        p.error("--resume goes on with the arguments of its own run: no --config")
+    try:
+        found = json.loads(Path(args.config).read_text("utf-8"))
+    except OSError as e:
+        p.error(f"--config {args.config}: {e.strerror.lower()}")
+    except (ValueError, RecursionError):
+        found = None
+    if type(found) is not dict:
+        p.error(f"--config {args.config} is no JSON object, as args.json of a run is")
+    known = {a.dest for a in p._actions} | {"torchrun"}
+    if other := [k for k in found if k not in known]:
+        meant = meant_by(f"--{other[0]}", option_strings(p))
+        p.error(f"--config {args.config}: there is no option {other[0]!r}"
+                + f": did you mean {meant}?" * bool(meant))
+    return found
 
 
 def directory_of(args, name, last):
@@ -260,11 +386,19 @@ def stored(p, out):
 
 def as_before(p, before, args):
     """The arguments of a run that is resumed, `before`, overridden by those that are given."""
-    given, stored_in = [], args.out / "args.json"
+    again = p.parse_args([*flags_of(p, before, args.out / "args.json"), *sys.argv[1:]])
+    again.out, again.resume = args.out, True
+    return again
+
+
+def flags_of(p, before, stored_in):
+    """The command line that gives the arguments `before`, less those of one start of a run."""
+    given = []
     p.set_defaults(method=str(before.pop("method", "pissa")))          # perhaps one of an adapter's
     for a in p._actions:                         # as a command line, so that all of it is checked
         value = before.get(a.dest)
-        if a.dest not in before or a.dest in ("resume", "overwrite", "out", "plan", "max_hours"):
+        if a.dest not in before or a.dest in ("resume", "overwrite", "out", "plan", "max_hours",
+                                              "config"):
             continue
         if a.nargs == 0 and type(value) is bool:
             given += a.option_strings[-1:] * value
@@ -279,9 +413,7 @@ def as_before(p, before, args):
     except argparse.ArgumentError as e:
         p.error(f"{stored_in}: {str(e)[:150]}")
     p.exit_on_error = True
-    again = p.parse_args([*given, *sys.argv[1:]])
-    again.out, again.resume = args.out, True
-    return again
+    return given
 
 
 def check_out(p, args):
@@ -295,7 +427,7 @@ def check_out(p, args):
     if target.exists() and target.resolve() in {
             Path(path).resolve() for path in (args.ckpt, args.adapter or args.ckpt)}:
         p.error(f"{target} is read by this command: choose another --out")
-    left = [n for n in ("adapter", "checkpoint", "states") if (args.out / n).exists()]
+    left = [n for n in ("adapter", "checkpoint", "states", "best") if (args.out / n).exists()]
     if left and SPEAKS and not (args.resume or args.overwrite or args.plan):
         p.error(f"{args.out} holds a run ({', '.join(left)}): --resume goes on with it, "
                 "--overwrite begins again")
@@ -336,7 +468,7 @@ def eval_parser(doc):
 def for_eval(doc):
     """The arguments of eval.py."""
     p = eval_parser(doc)
-    args = p.parse_args()
+    args = parsed(p, sys.argv[1:])
     check_ranges(p, args, limit=AT_LEAST_1, max_new_tokens=AT_LEAST_1, batch=AT_LEAST_1,
                  length=AT_LEAST_1, stride=AT_LEAST_1, temperature=(0, 1e6), top_k=(0, 2**31 - 1),
                  top_p=(1e-9, 1), seed=SEEDS)
@@ -393,4 +525,4 @@ def for_convert(doc):
     add("out", metavar="OUT", type=Path, help="directory for the checkpoint")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     p.set_defaults(layout="hf", force_base=False)             # of what has no such option
-    return p.parse_args()
+    return parsed(p, sys.argv[1:])

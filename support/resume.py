@@ -32,7 +32,8 @@ ASKED, LOCKS = [], []                     # numbers of the signals that came; lo
 # Arguments that change no result, or only by rounding. A run may go on with others.
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "max_hours", "device", "micro_batch",
         "no_packing", "checkpointing", "compile", "plain", "shard", "gpus", "plan", "steps",
-        "epochs", "adapter", "max_new_tokens", "ckpt", "force_base", "torchrun"}
+        "epochs", "adapter", "max_new_tokens", "ckpt", "force_base", "torchrun", "val_every",
+        "tensorboard", "config"}
 
 
 class Stop(NamedTuple):
@@ -92,7 +93,8 @@ def measured(args):
     if args.resume and newest(args.out) and (path := args.out / "val.jsonl").is_file():
         try:
             row = json.loads(path.read_text("utf-8").splitlines()[0])
-            return {k: row[k] for k in ("loss", "answers", "accuracy")}
+            return {**{k: row[k] for k in ("loss", "answers", "accuracy")},
+                    "problems": row.get("problems")}
         except (ValueError, RecursionError, LookupError, TypeError) as e:
             raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
     return None
@@ -109,7 +111,8 @@ def claim(args, net, before):
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     # float32: a parameter and two moments in a state; A, B, A_0, B_0 in an adapter; 16 bits in full
     states = 0 if args.save_every == "never" else args.keep + 1
-    size = trained * (12 * states + (2 if args.method == "full" else 16))
+    copies = 2 if args.val_every else 1
+    size = trained * (12 * states + (2 if args.method == "full" else 16) * copies)
     check_room(args.out, size, f"a run with --keep {args.keep}")
     out = restored(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -126,6 +129,7 @@ def claim(args, net, before):
             empty(out)
     report.write_json(out / "args.json", vars(args))
     if not measured(args):
+        shutil.rmtree(out / "best", ignore_errors=True)           # of a run that left no state
         report.write_lines(out / "val.jsonl", [{"step": 0, **before}])
     parallel.agree(None)
 

@@ -228,6 +228,7 @@ def test_accuracy_runs_along(monkeypatch):
     calls = answer_with(monkeypatch, answers)
     examples = [("a" * n, f"#### {n}") for n in (5, 6, 7, 8, 1, 2, 3, 4)]
     done = {6: {"correct": False, "of": "another time"}}
+    monkeypatch.setattr(evaluation, "tqdm", partial(evaluation.tqdm, mininterval=0))
     with redirect_stderr(io.StringIO()) as err:
         score, rows = evaluation.accuracy(None, None, examples, batch=4, done=done)
     assert [prompts for prompts, _ in calls] == [["a", "aa", "aaaa", "aaaaa"],
@@ -434,7 +435,7 @@ def test_ascii_terminal(tmp_path):
         env={**os.environ, "PYTHONIOENCODING": "ascii"})
     note, _, score = run.stdout.splitlines()
     assert run.returncode == 0 and "columns that are not used: caf\\xe9;" in note
-    assert score.startswith("accuracy 0.0% \\xb1 0.0% (standard error)")
+    assert score.startswith("accuracy 0.0% (0.0% to 79.3% with 95 % confidence) by protocol")
 
 
 @pytest.mark.long
@@ -465,9 +466,9 @@ def test_accuracy_command(tmp_path, monkeypatch, flag, protocol, expected):
     printed = command(flag, TINY / "test.jsonl", "--limit", 20, "--max-new-tokens", 33,
                       "--protocol", protocol, "--out", tmp_path / "p.jsonl")
     assert printed.splitlines()[0] == expected
-    score, error = re.search(r"accuracy (\S+)% ± (\S+)%", printed).groups()
+    score, low, high = re.search(r"accuracy (\S+)% \((\S+)% to (\S+)%", printed).groups()
     assert float(score) == 85.0 and f"by protocol {protocol}: 17 of 20 problems" in printed
-    assert float(error) == pytest.approx(100 * math.sqrt(0.85 * 0.15 / 20), abs=0.05)
+    assert (float(low), float(high)) == (64.0, 94.8)                 # by Wilson, of 17 in 20
     rows = read_lines(tmp_path / "p.jsonl")
     assert [r["prompt"] for r in rows] == [p for p, _ in EXAMPLES]
     assert [i for i, r in enumerate(rows) if not r["correct"]] == [3, 5, 7]
@@ -635,7 +636,8 @@ def test_a_mistake_is_one_line_on_stderr():
     run = subprocess.run([sys.executable, "eval.py", "--ckpt", "llama9-7b", "--prompt", "Hi"],
                          cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ""
-    (line,) = run.stderr.splitlines()
+    loading, line = run.stderr.splitlines()
+    assert loading == "eval.py: loading torch ..."
     assert line.startswith("eval.py: no checkpoint llama9-7b") and "consolidated.00.pth" in line
 
 

@@ -87,7 +87,7 @@ def test_two_processes_are_one(flags, tmp_path, more):
     command(train.main, *flags, *[m for m in more if "--shard" not in str(m)], *test, "--out",
             tmp_path / "one")
     text = ended(two)
-    assert text.count("; use them:") == 1                             # one process speaks
+    assert text.count("\nuse them:") == 1                             # one process speaks
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 

@@ -1,11 +1,14 @@
 """support/report.py and support/options.py: numbers that are printed, and help without torch."""
 import argparse
 import io
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,7 +91,7 @@ def test_injected_says_it(capsys):
     report.injected(injected("pissa"))
     text = capsys.readouterr().out
     trained, total, error = re.match(
-        r"([\d,]+) of ([\d,]+) parameters trained .*, largest relative .* about (\S+)$",
+        r"([\d,]+) of ([\d,]+) parameters trained .*\n  largest relative .* about (\S+)$",
         text).groups()
     assert (int(trained.replace(",", "")), int(total.replace(",", ""))) == report.count(
         injected("pissa"))
@@ -107,7 +110,7 @@ def test_injected_says_it_in_four_bits(capsys, method, least, most, double, bits
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert text.startswith(f"{trained:,} of {total + trained:,} parameters trained")
     mean, worst = map(float, re.search(
-        rf"{bits} bits a frozen weight, relative .* about (\S+) on average, at most (\S+)$",
+        rf"{bits} bits a frozen weight, relative .* about (\S+)\s+on average, at most (\S+)$",
         text).groups())
     assert least < mean <= worst < most
 
@@ -138,9 +141,9 @@ def test_starts_at_the_largest_of_a_method_of_ones_own():
     ("pissa", ["--ckpt", "my models/x", "--adapter", "runs of $HOME/adapter"]),
     ("full", ["--ckpt", "runs of $HOME/adapter"])])
 def test_printed_commands_can_be_pasted(capsys, method, words):
-    args = Namespace(method=method, ckpt="my models/x")
-    report.weights_written("runs of $HOME/adapter", args, {"What's 1 + 1?": ""})
-    line = capsys.readouterr().out.splitlines()[-1]
+    args = Namespace(method=method, ckpt="my models/x", out=Path("nowhere"))
+    report.weights_written("runs of $HOME/adapter", args, ["", "What's 1 + 1?"])
+    line = capsys.readouterr().out.partition("use them:\n")[2].replace("\\\n", "")
     assert shlex.split(line) == ["python", "eval.py", *words, "--prompt", "What's 1 + 1?"]
 
 
@@ -157,14 +160,14 @@ def test_counts_of_a_set_of_data(capsys):
     kept = report.encoded("validation", "v.jsonl", examples, FewNames(), 4)
     assert kept == [([1, 2, 3, 4], 1), ([1, 2, 3, 1], 1)]
     assert capsys.readouterr().out == (
-        "validation: v.jsonl, 2 examples; 1 truncated to 4 tokens, 1 dropped (prompts that leave "
+        "validation: v.jsonl, 2 examples\n  1 truncated to 4 tokens, 1 dropped (prompts that leave "
         "nothing to learn)\nnote: validation: v.jsonl: texts that spell control tokens, such as "
         "'</s>': 1; they are plain characters here, never the tokens\n")
     with pytest.raises(ValueError, match="^v.jsonl: validation: no example left; raise --max"):
         report.encoded("validation", "v.jsonl", examples[2:], FewNames(), 4)
     capsys.readouterr()
     report.problems("t.jsonl", examples, FewNames())
-    assert capsys.readouterr().out == "test: t.jsonl, 3 problems, none truncated or dropped\n"
+    assert capsys.readouterr().out == "test: t.jsonl, 3 problems\n"
 
 
 def test_summary_of_what_others_wrote(capsys, tmp_path):
@@ -177,7 +180,7 @@ def test_summary_of_what_others_wrote(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "--- \\x1b[2Jq\nbefore: a\nafter:  \\x9b\n" in text
     assert "\n1 steps in 0 s, 0 s in all\n" in text
-    report.weights_written("d", argparse.Namespace(method="full"), before["answers"])
+    report.weights_written("d", argparse.Namespace(method="full", out=tmp_path), before["answers"])
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -189,3 +192,166 @@ def test_a_stream_of_few_characters(monkeypatch):
     report.run(lambda: print("caf\u00e9\nit is"), "eval.py")
     stream.flush()
     assert stream.buffer.getvalue() == b"caf\\xe9\nit is\n"
+
+
+# --- support/options.py
+
+def for_train(*argv):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        return options.for_train("")
+
+
+@pytest.mark.parametrize("given, meant", [
+    ("--learning-rate", "--lr"), ("--lora-rank", "--rank"), ("--batch-size", "--batch"),
+    ("--max_length=7", "--max-length"), ("--warmpu", "--warmup"), ("-r", "--rank"),
+    ("--eval-steps", "--val-every"), ("--nothing-like-it", None)])
+def test_did_you_mean(capsys, given, meant):
+    with pytest.raises(SystemExit) as e:
+        for_train(given, "3")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and line.endswith(
+        f"there is no option {given.partition('=')[0]}: did you mean {meant}?" if meant else
+        f"unrecognized arguments: {given} 3")
+
+
+def test_synonyms_are_of_options():
+    known = options.option_strings(options.train_parser(""))
+    assert {f"--{name}" for name in options.ALSO_CALLED} <= known
+    theirs = [name for names in options.ALSO_CALLED.values() for name in names.split()]
+    assert len(theirs) == len(set(theirs)) and not known & {f"--{name}" for name in theirs}
+
+
+def test_config(tmp_path, capsys):
+    """The same arguments again, those that are given here winning; --out is one of its own."""
+    first = for_train("--ckpt", "tiny", "--lr", 3e-3, "--niter", "exact", "--targets", "q_proj",
+                      "--no-packing", "--out", tmp_path / "a", "--val-every", 7)
+    path = tmp_path / "args.json"
+    report.write_json(path, vars(first))
+    again = vars(for_train("--config", path, "--rank", 5, "--out", tmp_path / "b"))
+    assert again == {**vars(first), "rank": 5, "out": tmp_path / "b", "config": str(path)}
+    assert str(for_train("--config", path).out).startswith("runs/tiny-pissa")
+    for content, message in (
+            ("[1]", "is no JSON object"), ("{", "is no JSON object"), (None, "no such file"),
+            ('{"lr": "x"}', "invalid float value: 'x'"),
+            ('{"learning_rate": 1}', "did you mean --lr?")):
+        path.write_text(content) if content else path.unlink()
+        with pytest.raises(SystemExit):
+            for_train("--config", path)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert message in line and str(path) in line
+
+
+def test_options_that_an_adapter_brings(capsys, tmp_path):
+    for_train("--ckpt", "tiny", "--adapter", "a", "--rank", 32, "--lr", 1, "--out", tmp_path)
+    assert capsys.readouterr().out == "note: --rank: not used, since a brings its own\n"
+    for_train("--ckpt", "tiny", "--adapter", "a", "--out", tmp_path)
+    for_train("--ckpt", "tiny", "--rank", 32, "--out", tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+# --- before, during and after the steps
+
+def advice(capsys, *argv, examples=200, net=None):
+    args = for_train("--ckpt", "tiny", *argv)
+    net = net or small_net(max_seq_len=64)
+    if args.method != "full":
+        pissa.inject(net, args.rank, args.method, niter=1, progress=False)
+    report.advise(net, [([1, 2, 3], 1)] * examples, args)
+    text = capsys.readouterr().out
+    assert all(len(line) < 80 for line in text.splitlines())
+    return text.replace("\n  ", " ").splitlines()
+
+
+@pytest.mark.parametrize("argv, noted", [
+    ([], "2 steps of 128 examples; the paper has 781. --batch 16 makes 13."),
+    (["--steps", 2], None), (["--batch", 8], None), (["--batch", 16, "--epochs", 10], None),
+    (["--steps", 2, "--lr", 1], "--lr 1 is far above what suits --method lora"),
+    (["--steps", 2, "--lr", 1e-2], None),
+    (["--steps", 2, "--method", "full", "--lr", 2e-3], "--lr 0.002 is far above"),
+    (["--steps", 2, "--method", "full", "--lr", 1e-3], None),
+    (["--steps", 2, "--max-length", 4096], "--max-length 4096 is more than the 64 positions"),
+    (["--steps", 2, "--rank", 16], "rank 16 trains ")])
+def test_notes_before_the_first_step(capsys, argv, noted):
+    """A line that says what is to come, and at most one note."""
+    first, *notes = advice(capsys, "--method", "lora", "--rank", 2, *argv)
+    assert re.match(r"\d+ steps of \d+ examples, learning rate \S+, \S+ times through", first)
+    assert len(notes) == bool(noted) and (not noted or f"note: {noted}" in notes[0])
+
+
+def test_note_on_the_rank(capsys):
+    """Both shares are those of networks with these ranks."""
+    note = advice(capsys, "--method", "lora", "--rank", 16, "--steps", 2)[1]
+    rank, share, less, smaller = re.fullmatch(
+        r"note: rank (\d+) trains (\d+%) of this model's parameters; --rank (\d+) would train "
+        r"about (\d+%)", note).groups()
+    for r, expected in (rank, share), (less, smaller):
+        net = pissa.inject(small_net(), int(r), "lora", progress=False)
+        trained, total = report.count(net)
+        assert f"{trained / total:.0%}" == expected
+
+
+def test_what_the_note_says_was_measured():
+    """The figures for few examples are those of the result file."""
+    means = {(m["batch"], m["lr"], m["epochs"]): m for m in json.loads(
+        (ROOT / "bench/results/small_cpu.json").read_text())["means"]}
+    shares = [f"{100 * means[key]['accuracy']:.0f} %" for key in (
+        (128, 2e-5, 1), (16, 1e-3, 3), (8, 1e-3, 3), (16, 1e-3, 10))]
+    assert means[128, 2e-5, 1]["steps"] == 2
+    text, = report.small_data([0] * 200, Namespace(batch=128, epochs=1, steps=None), 2)
+    assert re.findall(r"\d+ %", text) == shares
+
+
+@pytest.mark.parametrize("right, n, low, high", [
+    (0, 64, 0.0, 5.7), (64, 64, 94.3, 100.0), (17, 20, 64.0, 94.8), (1, 2, 9.5, 90.5)])
+def test_wilson(right, n, low, high):
+    """As R's prop.test(correct=FALSE) gives it."""
+    assert [round(100 * x, 1) for x in report.wilson(right / n, n)] == [low, high]
+
+
+BAR = """
+import sys, time
+from support import options, report
+from tqdm import tqdm
+def main():
+    with tqdm(desc="train", total=9) as bar:
+        for i in range(9):
+            bar.update()
+            bar.refresh() if i == 2 else None
+            inner = list(tqdm(range(3), "inner", leave=False, mininterval=0))
+    print("the end", file=sys.stderr)
+report.run(main, "x.py")
+"""
+
+
+@pytest.mark.parametrize("env", [{}, {"PYTHONIOENCODING": "ascii"}, {"TQDM_DISABLE": "1"}])
+def test_bars_without_a_terminal(env):
+    """Lines, in ASCII, no carriage return; and few of them."""
+    done = subprocess.run([sys.executable, "-c", BAR], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **env})
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and not re.search("\r|\x1b|\n\n", done.stderr), done.stderr
+    assert done.stderr.isascii() and lines[-1] == "the end"
+    bars = [line for line in lines if line.startswith("train")]
+    assert [re.search(r"\d/9", line)[0] for line in bars] == (
+        [] if "TQDM_DISABLE" in env else ["0/9", "3/9", "9/9"])
+
+
+def test_ctrl_c_while_torch_is_loaded():
+    """One line and exit code 130. A module that never comes stands for torch."""
+    program = ("import runpy, signal, sys, time; sys.argv = ['eval.py', '--prompt', 'Hi']\n"
+               "class Slow:\n    def find_spec(self, name, *rest):\n"
+               "        if name == 'torch':\n            signal.raise_signal(signal.SIGINT)\n"
+               "sys.meta_path.insert(0, Slow())\nrunpy.run_path('eval.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr == "eval.py: loading torch ...\neval.py: interrupted\n"
+
+
+def test_damaged_summary_is_named(tmp_path, capsys):
+    """Before anything of it is printed."""
+    args = Namespace(out=tmp_path, epochs=1, steps=2, test_data=None)
+    (tmp_path / "summary.json").write_text('{"asked": [1, 2], "before": {"answers": {"q": 1}}}')
+    with pytest.raises(ValueError, match=f"^{tmp_path}/summary.json is damaged .*: remove it$"):
+        report.finished(args)
+    assert capsys.readouterr().out == ""

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from contextlib import nullcontext, redirect_stdout
 from functools import cache
 
@@ -410,11 +412,12 @@ def test_run_draws_the_loss(run):
     image = pytest.importorskip("matplotlib.image").imread(run[0] / "loss.png")
     assert image.shape == (420, 720, 4)                                  # 6 x 3.5 inches, 120 dpi
     blue = torch.tensor(image[..., 2] - image[..., 0] > 0.3)             # matplotlib's first colour
+    blue[:110, 480:] = False                                             # of the legend
     columns = blue.any(0).nonzero()[:, 0]
-    assert 500 < columns[-1] - columns[0] < 720
+    assert 400 < columns[-1] - columns[0] < 720
     rows = torch.arange(420.0)[:, None]
     height = -((rows * blue).sum(0) / blue.sum(0))[columns]              # of the line, going up
-    losses = torch.tensor([r["loss"] for r in read_lines(run[0] / "log.jsonl")])
+    losses = torch.tensor([r["loss"] for r in read_lines(run[0] / "log.jsonl")]).log()
     at_steps = height[torch.linspace(2, len(height) - 3, len(losses)).long()]
     assert torch.corrcoef(torch.stack([at_steps, losses]))[0, 1] > 0.98
 
@@ -446,16 +449,17 @@ def test_run_summary_is_what_the_adapter_does(run, tok, files):
             net, tok, questions, max_new_tokens=8)
         assert claimed["accuracy"] == evaluation.accuracy(net, tok, problems, max_new_tokens=8)[0]
         assert f"{claimed['loss']:.4f}" in text.partition("validation loss")[2]
-        assert f"{claimed['accuracy']:.1%}" in text.partition("accuracy on")[2]
+        assert f"{claimed['accuracy']:.1%}" in text.partition("\naccuracy  ")[2]
         assert all(a in text for a in claimed["answers"].values())
-    assert evaluation.describe("strict", 8) in text.splitlines()
+    assert evaluation.describe("strict", 8) in re.sub(r"\s+", " ", text)
+    assert max(map(len, text.partition("   before")[2].splitlines())) <= 80 + len(str(out))
     assert summary["after"]["loss"] < summary["before"]["loss"]
     assert summary["steps"] == 6 and summary["tokens_per_second"] > 0
 
 
 def eval_command(text):
     """The arguments of the eval.py command that a run prints last."""
-    line = [line for line in text.splitlines() if "eval.py" in line][-1]
+    line = [line for line in text.replace("\\\n", "").splitlines() if "eval.py" in line][-1]
     argv = shlex.split(line)
     return argv[argv.index("eval.py") + 1:]
 
@@ -464,8 +468,10 @@ def eval_command(text):
 def test_run_says_how_to_use_it(run):
     out, text = run
     summary = json.loads((out / "summary.json").read_text())
-    printed = command(evaluation.main, *eval_command(text), "--max-new-tokens", 8)
-    question = eval_command(text)[-1]
+    question = next(iter(summary["before"]["answers"]))
+    asked = [*eval_command(text)[:-1], question]               # that one is long
+    assert eval_command(text)[-1] == "your question" or len(eval_command(text)[-1]) <= 62
+    printed = command(evaluation.main, *asked, "--max-new-tokens", 8)
     base, _, adapted = printed.removeprefix("--- base\n").partition(
         f"\n--- with {out / 'adapter'}\n")
     assert base == summary["before"]["answers"][question]
@@ -607,9 +613,8 @@ def test_targets_and_val_data(flags, files, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "v_proj"]
     assert adapter.read_facts(tmp_path / "adapter")["niter"] is None
-    assert "32 examples, 6 for validation" in text and "12 matrices at rank 8" in text
-    assert re.search(r"\nvalidation: \S+test.jsonl, 6 examples; 0 truncated to \d+ tokens, 0 drop",
-                     text)
+    assert "train.jsonl, 32 examples\n" in text and "12 matrices at rank 8" in text
+    assert re.search(r"\nvalidation: \S+test.jsonl, 6 examples\n", text)
 
 
 @pytest.mark.long
@@ -636,14 +641,15 @@ def test_demo(files, tmp_path):
     """Without --ckpt: the printed command means what is run, and what was given comes last."""
     text = command(train.main, "--steps", 1, "--test-data", files / "test.jsonl", "--out", tmp_path,
                    "--max-new-tokens", 2)
-    line = next(line for line in text.splitlines() if line.strip().startswith("python train.py"))
+    line = next(line for line in text.replace("\\\n", "").splitlines()
+                if line.strip().startswith("python train.py"))
     spelled_out = vars(parse(*shlex.split(line)[2:], "--overwrite")) | {"overwrite": False}
     assert "--ckpt" in line
     ran = json.loads((tmp_path / "args.json").read_text())
     assert ran == json.loads(json.dumps(spelled_out, default=str))
     assert (ran["steps"], ran["max_new_tokens"], ran["out"]) == (1, 2, str(tmp_path))
     assert model.find(ran["ckpt"]).samefile(TINY) and ran["method"] == "pissa"
-    assert "demo" in text and "accuracy on" in text
+    assert "demo" in text and "\naccuracy  " in text
 
 
 def test_demo_from_any_directory(tmp_path, monkeypatch):
@@ -682,7 +688,7 @@ def test_note_on_the_learning_rate(wide_checkpoint, flags, tmp_path, width, meth
     flags = [*flags, "--ckpt", wide_checkpoint if width == "wide" else "tiny"]
     text = command(train.main, *flags, "--method", method, "--lr", lr, "--rank", 2, "--niter", 1,
                    "--batch", 1, "--steps", 1, "--max-new-tokens", 1, "--out", tmp_path)
-    notes = [line for line in text.splitlines() if line.startswith("note:")]
+    notes = [line for line in text.replace("\n  ", " ").splitlines() if line.startswith("note:")]
     assert len(notes) == noted
     assert not noted or "2e-5" in notes[0] and f"{lr:g}" in notes[0]
 
@@ -693,6 +699,75 @@ def test_without_matplotlib(flags, tmp_path, monkeypatch):
     text = command(train.main, *flags, "--steps", 1, "--out", tmp_path)
     assert [line for line in text.splitlines() if "pip install matplotlib" in line]
     assert not (tmp_path / "loss.png").exists() and (tmp_path / "summary.json").exists()
+
+
+# --- --val-every
+
+@pytest.fixture(scope="module")
+def watched(flags, tmp_path_factory):
+    """A run of 4 steps of --val-every 2, at a rate that spoils what was learnt; what it printed."""
+    out = tmp_path_factory.mktemp("watched") / "out"
+    more = ["--val-every", 1, "--steps", 4, "--lr", 0.1, "--clip", 1e9, "--max-new-tokens", 1]
+    return out, command(train.main, *flags, *more, "--out", out), [*flags, *more]
+
+
+def test_best_is_the_lowest_validation_loss(watched, tok, files):
+    """OUT/best has the loss that val.jsonl says it has, and the end names it."""
+    out, text, _ = watched
+    rows = read_lines(out / "val.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4] and "answers" in rows[0] and rows[4]
+    lowest = min(rows[1:], key=lambda r: r["loss"])
+    assert lowest["step"] < 4 and rows[-1]["loss"] > lowest["loss"]       # else this shows nothing
+    assert f"lowest validation loss {lowest['loss']:.4f} after step {lowest['step']}: " in text
+    net, (_, val) = model.load("tiny", "cpu").requires_grad_(False), split_of_run(tok, files)
+    adapter.load(net, out / "best")
+    assert full_logits_loss(net, val).item() == pytest.approx(lowest["loss"], rel=1e-4)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["best"] == {"step": lowest["step"], "loss": lowest["loss"]}
+
+
+def test_best_is_kept_by_a_run_that_goes_on(watched, monkeypatch, tmp_path):
+    """Later steps that are worse leave it alone; what was learnt is that of a run without it."""
+    out, _, flags = watched
+    shutil.copytree(out, tmp_path / "out")
+    before = {f.name: f.read_bytes() for f in (out / "best").iterdir()}
+    lowest = min(read_lines(out / "val.jsonl")[1:], key=lambda r: r["loss"])
+    command(train.main, "--resume", "--steps", 6, "--out", tmp_path / "out")
+    rows = read_lines(tmp_path / "out" / "val.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4, 5, 6]
+    if min(r["loss"] for r in rows[1:]) == lowest["loss"]:
+        assert before == {f.name: f.read_bytes() for f in (tmp_path / "out" / "best").iterdir()}
+    at = flags.index("--val-every")
+    command(train.main, *flags[:at], *flags[at + 2:], "--out", tmp_path / "plain")
+    assert not (tmp_path / "plain" / "best").exists()
+    for a, b in zip(read_lines(out / "log.jsonl"), read_lines(tmp_path / "plain" / "log.jsonl")):
+        assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
+
+
+def test_tensorboard(examples, tmp_path, monkeypatch):
+    """Without the package one line; with one, a point of every curve after every step."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert failure("train.py", "--ckpt", "tiny", "--tensorboard", "--out", tmp_path / "x") == (
+        "train.py: --tensorboard needs a package: pip install tensorboard")
+    points, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, there, purge_step):
+            assert there == tmp_path / "tensorboard" and purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            points.append((name, step))
+
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    args = parse("--ckpt", "tiny", "--out", tmp_path, "--batch", 8, "--steps", 2, "--tensorboard",
+                 "--val-every", 2)
+    train.train(prepared("pissa"), examples[:8], args, nullcontext(), examples[:4])
+    assert points == [(name, step) for step in (1, 2) for name in ("loss", "grad_norm", "lr")] + [
+        ("validation loss", 2)] and closed
 
 
 # --- interruptions
@@ -774,7 +849,8 @@ def test_a_mistake_is_one_line_on_stderr(tmp_path):
     run = subprocess.run([sys.executable, "train.py", "--ckpt", "llama9-7b", "--out",
                           str(tmp_path / "x")], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ""
-    (line,) = run.stderr.splitlines()
+    loading, line = run.stderr.splitlines()
+    assert loading == "train.py: loading torch ..."
     assert line.startswith("train.py: no checkpoint llama9-7b") and "consolidated.00.pth" in line
     assert not (tmp_path / "x").exists()
 

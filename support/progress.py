@@ -1,0 +1,85 @@
+"""What is seen of a run while it trains: the bar, val.jsonl, the curves of --tensorboard."""
+import json
+import math
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from support import parallel
+from support.files import write_text
+
+
+def tensorboard():
+    """torch's SummaryWriter. ValueError if its package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def check(args):
+    """Refuse --tensorboard now if its package is missing, and not before the first step."""
+    if args.tensorboard:
+        tensorboard()
+
+
+@contextmanager
+def training(args, begin, steps):
+    """A function show(row) that takes each row of log.jsonl, and of val.jsonl in between."""
+    after, curves = {}, args.tensorboard and not parallel.RANK and tensorboard()(
+        args.out / "tensorboard", purge_step=begin + 1)          # forget steps that are done again
+
+    def show(row):
+        if "lr" not in row:
+            after["val"] = f"{row['loss']:.3f}"
+        else:
+            bar.set_postfix(loss=f"{row['loss']:.3f}", norm=f"{row['grad_norm']:.2f}", **after,
+                            tok_s=f"{row['tokens'] / row['seconds']:,.0f}", refresh=False)
+            bar.update()
+            if bar.n == begin + 3:                   # the first estimate that is worth something
+                bar.refresh()
+        for key in ("loss", "grad_norm", "lr") if curves else ():
+            if key in row:
+                curves.add_scalar(key if "lr" in row else f"validation {key}", row[key],
+                                  row["step"])
+
+    with tqdm(desc="train", initial=begin, total=steps, unit="step") as bar:
+        try:
+            yield show
+        finally:
+            if curves:
+                curves.close()
+
+
+# ---------------------------------------------------------------------------------- val.jsonl, best
+
+def measured(out):
+    """The rows of val.jsonl, one a step: before the first step, during training, after it."""
+    path = out / "val.jsonl"
+    try:
+        rows = map(json.loads, path.read_text("utf-8").splitlines()) if path.exists() else ()
+        by_step = {row["step"]: row for row in rows}
+        return [by_step[step] for step in sorted(by_step)]
+    except (ValueError, RecursionError, LookupError, TypeError) as e:
+        raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
+
+
+def best(out):
+    """(lowest validation loss, its step) of OUT/best, or (inf, None) if there is none.
+
+    A row stands in val.jsonl when its weights are in best/, so a run that goes on knows it.
+    """
+    rows = [r for r in measured(out) if r.get("best")] if (out / "best").is_dir() else []
+    found = min(((r["loss"], r["step"]) for r in rows), default=(math.inf, None))
+    return parallel.agree(found)
+
+
+def note(out, step, loss, is_best):
+    """A row of val.jsonl."""
+    row = {"step": step, "loss": loss, "best": is_best}
+    if not parallel.RANK:
+        rows = [r for r in measured(out) if r["step"] != step] + [row]
+        write_text(out / "val.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n"
+                                              for r in rows))
+    return row
