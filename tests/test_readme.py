@@ -1,5 +1,9 @@
 """The README's Python does what the text beside it says, and no generated table is out of date."""
+import argparse
 import re
+import runpy
+import shlex
+import sys
 from functools import partial
 
 import pytest
@@ -126,3 +130,66 @@ def test_use_it(tmp_path, monkeypatch):
 def test_pages_show_what_was_measured(page):
     """As `python -m bench.plot` writes them; docs/memory.md shows what `--plan` prints, too."""
     assert "<!-- end -->" in page.read_text() and plot.updated(page) == page.read_text()
+
+
+# --- commands
+
+SHOWN = [*plot.PAGES, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "NOTES.md"]
+PROGRAMS = {"pip", "hf", "curl", "python", "torchrun", "./check"}
+
+
+def commands(page):
+    """Every command that a page shows: fenced, indented, behind a `$`, or in a line of text."""
+    text = re.sub(r"^```(python|text)\n.*?^```", "", page.read_text(), flags=re.M | re.S)
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+             for line in block.splitlines()]
+    lines += re.findall(r"^(?:    |\$ )((?:python|torchrun) .*)", text, re.M)
+    lines += re.findall(r"`((?:\w+=\w+ )?python [^`]*)`", text)
+    for line in lines:
+        for command in " ".join(line.split()).partition(";")[0].split(" && "):
+            words = shlex.split(command, comments=True)
+            yield words[words[0].startswith("OMP_"):]
+
+
+class Parsed(BaseException):
+    """A command line was understood."""
+
+
+def parse(words, monkeypatch):
+    """Hand the words to the program's own parser; whatever comes after that is not run."""
+    def stop(parser, *args):
+        parse_args(parser, *args)
+        raise Parsed
+    parse_args = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    name, module = words[0], words[0] == "-m"
+    monkeypatch.setattr(sys, "argv", words[module:])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)        # --device cuda is a choice
+    monkeypatch.syspath_prepend((ROOT / name).parent)
+    source = ROOT / (words[1].replace(".", "/") + ".py" if module else name)
+    if "argparse" in source.read_text() or "options.for_" in source.read_text():
+        with pytest.raises(Parsed):
+            run_it, what = (runpy.run_module, words[1]) if module else (runpy.run_path, str(source))
+            run_it(what, run_name="__main__")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_is_understood(page, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = list(commands(page))
+    assert found
+    for program, *words in found:
+        assert program in PROGRAMS, program
+        if program == "torchrun":
+            from torch.distributed.run import get_args_parser
+            launch = get_args_parser().parse_args(words)
+            program, words = "python", [launch.training_script, *launch.training_script_args]
+        later = words[:2] == ["convert.py", "hf"] and 'command("hf"' not in (
+            ROOT / "support" / "options.py").read_text()
+        if program == "python" and words[:2] != ["-m", "pytest"] and not later:
+            with monkeypatch.context() as patch:
+                try:
+                    parse(words, patch)
+                except SystemExit as e:                              # --help ends with 0
+                    assert not e.code, f"{' '.join(words)}: {capsys.readouterr().err}"
