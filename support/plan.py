@@ -45,8 +45,8 @@ from formats import meta, peft
 from support import report
 
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
-# TFLOP/s that train.train reached on an H200 by 8 x 512 tokens of 7B, with frozen weights in so many
-# bits, and a step on a thread of a CPU. In bench/results: gpus_h200.json, step_cpu.json.
+# TFLOP/s that train.train reached on an H200 by 8 x 512 tokens of 7B, with frozen weights in so
+# many bits, and a step on a thread of a CPU. In bench/results: gpus_h200.json, step_cpu.json.
 REACHED, REACHED_BY_A_THREAD = {16: 480, 4: 368}, 0.1
 LESS = ("--checkpointing", {"checkpointing": True}), ("--micro-batch 1", {"rows": 1}), (
     "both", {"checkpointing": True, "rows": 1}), (
@@ -318,7 +318,8 @@ def seconds(job, flops):
     if not job.cuda:
         rate, where = REACHED_BY_A_THREAD * (n := torch.get_num_threads()), f"by {n} CPU threads"
     seconds = flops / rate / 1e12
-    return seconds, f"{seconds:{',.0f' if seconds >= 10 else '.2g'}} at {rate:g} TFLOP/s, as reached {where}"
+    shown = f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
+    return seconds, f"{shown} at {rate:g} TFLOP/s, as reached {where}"
 
 
 def peak(args):

@@ -62,6 +62,9 @@ def one_line(e):
                 "smaller --rank or --max-length")
     if isinstance(e, RuntimeError) and "can't allocate memory" in str(e):
         return "out of memory: lower --batch, --micro-batch or --max-new-tokens"
+    if isinstance(e, (NotImplementedError, TypeError)) and "MPS" in str(e):
+        return (f"mps lacks what this needs ({str(e).splitlines()[0][:80]}): set "
+                "PYTORCH_ENABLE_MPS_FALLBACK=1, or take --device cpu")
     if isinstance(e, OSError) and e.filename:
         return f"{e.filename}: {e.strerror.lower()}"
     return str(e) if isinstance(e, (OSError, ValueError)) else None

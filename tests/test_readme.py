@@ -1,8 +1,10 @@
 """The README's Python does what the text beside it says, and no generated table is out of date."""
 import argparse
+import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from functools import partial
 
@@ -11,11 +13,16 @@ import torch
 
 import adapter
 import data
+import eval as evaluation
+import formats
 import model
 import nf4
 import pissa
+import train
 from bench import plot
-from conftest import ROOT, assert_logits_equal, hugging_face, layer_of
+from conftest import ROOT, TINY, assert_logits_equal, command, hugging_face, layer_of
+from formats import meta_write
+from support import options
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
@@ -146,8 +153,8 @@ def commands(page):
     lines += re.findall(r"^(?:    |\$ )((?:python|torchrun) .*)", text, re.M)
     lines += re.findall(r"`((?:\w+=\w+ )?python [^`]*)`", text)
     for line in lines:
-        for command in " ".join(line.split()).partition(";")[0].split(" && "):
-            words = shlex.split(command, comments=True)
+        for one in " ".join(line.split()).partition(";")[0].split(" && "):
+            words = shlex.split(one, comments=True)
             yield words[words[0].startswith("OMP_"):]
 
 
@@ -193,3 +200,31 @@ def test_every_command_is_understood(page, monkeypatch, capsys, tmp_path):
                     parse(words, patch)
                 except SystemExit as e:                              # --help ends with 0
                     assert not e.code, f"{' '.join(words)}: {capsys.readouterr().err}"
+
+
+@pytest.mark.long
+def test_llama2_as_readme_says(tmp_path, monkeypatch):
+    """`train.py --ckpt llama2-7b --rank 64` on Meta's files under checkpoints/: a small model of
+    the same layout, with the vocabulary left open, and few of the demo's problems as the default.
+    """
+    folder = tmp_path / "checkpoints" / "llama2-7b"
+    net = model.init_weights(model.Llama(model.Config(
+        dim=64, n_layers=1, n_heads=4, n_kv_heads=4, vocab_size=2048, ffn_dim=192)), 0)
+    meta_write.save_tensors(folder, net.config, net.named_parameters())
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
+    shutil.copy(TINY / "tokenizer.model", folder)
+    problems = (TINY / "train.jsonl").read_text().splitlines(keepends=True)[:40]
+    (tmp_path / "train.jsonl").write_text("".join(problems))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(formats, "__file__", str(tmp_path / "formats" / "__init__.py"))  # the root
+    monkeypatch.setattr(options, "tiny", lambda: ".")
+    argv = next(words[1:] for program, *words in commands(ROOT / "README.md")
+                if words[:4] == ["train.py", "--ckpt", "llama2-7b", "--rank"])
+    assert argv == ["--ckpt", "llama2-7b", "--rank", "64"]
+    command(train.main, *argv)
+    saved = adapter.read_adapter(tmp_path / "runs" / "llama2-7b-pissa" / "adapter")
+    assert {A.shape[1] for A, _ in saved.pairs.values()} == {128} and len(saved.pairs) == 7
+    out = command(evaluation.main, "--ckpt", "llama2-7b", "--adapter",
+                  "runs/llama2-7b-pissa/adapter", "--prompt", "1 + 1?", "--max-new-tokens", 4)
+    assert "runs/llama2-7b-pissa/adapter" in out
