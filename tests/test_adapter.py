@@ -166,8 +166,8 @@ def test_peft_reads_ours_without_a_warning(tmp_path, net, recwarn):
 
 
 def test_no_program_takes_the_residual_for_the_model(tmp_path, net, tokens):
-    """What save_pretrained writes of an injected model has a `weight` of one number for what is only
-    a residual. So from_pretrained refuses it; merged first, the model is whole."""
+    """What save_pretrained writes of an injected model has a `weight` of one number for
+    what is a residual. So from_pretrained refuses it; merged first, the model is whole."""
     transformers = pytest.importorskip("transformers")
     theirs = pissa.inject(hugging_face(net), 4, progress=False)
     with torch.no_grad():
