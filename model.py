@@ -387,7 +387,7 @@ def default_device(device=None):
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=found).item()              # meta, which holds no numbers, fails too
     except Exception as e:          # of many kinds: no driver, no such index, a misspelling
-        reason = str(e).strip().partition("\n")[0][:120]
+        reason = "torch lacks it" if "aten::" in str(e) else str(e).strip().split("\n")[0][:120]
         raise ValueError(f"{device or found} is not available here: {reason}") from None
     return found
 

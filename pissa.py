@@ -106,8 +106,8 @@ class PissaLinear(nn.Module):
     """y = x W_res + (x A) B + bias, in place of an nn.Linear. Only A and B are trained.
 
     A0, B0, subtracted and original (W, if kept) lie in host memory: plain attributes do not move
-    with the module. fingerprint: 256 entries of W. A state_dict has "frozen", not "weight", so no
-    program can load it as W. `weight` is for code that asks a layer for its dtype.
+    with the module. fingerprint: 256 entries of W. In a state_dict "weight" is a single number, so
+    whatever would load it as W refuses its shape. The attribute is for code that asks for a dtype.
     """
     weight = property(lambda self: self.frozen, doc="`frozen`, read-only.")
 
@@ -117,7 +117,7 @@ class PissaLinear(nn.Module):
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
         self.bias, self.W = linear.bias, None                 # W: set only inside `disabled(net)`
         self.A0, self.B0, self.subtracted, self.original = A0, B0, subtracted, original
-        self.fingerprint = sampled(linear.weight)
+        self.fingerprint, self._buffers["weight"] = sampled(linear.weight), A.new_zeros(1)
         self.train(linear.training)
 
     @classmethod

@@ -224,7 +224,7 @@ def prepare(net, args, seconds, read=None):
         print(f"going on with {where}: {args.method}, rank {args.rank}")
     else:
         method = (parallel.dealt(args.method, args.seed, not args.no_double_quant, ahead)
-                  if parallel.WORLD > 1 else args.method)
+                  if parallel.WORLD > 1 else import_module("support.mps").method(args))
         pissa.inject(net, args.rank, method, args.targets, args.niter, args.seed, read=read,
                      quant_iters=args.quant_iters, double_quant=not args.no_double_quant,
                      progress=not parallel.RANK)

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 # For train.train by itself: a run that leaves no states.
 NO_STATES = {"save_every": "never", "keep": 1, "resume": False, "max_hours": None,
              "val_every": None, "tensorboard": False}
@@ -15,6 +13,7 @@ NO_STATES = {"save_every": "never", "keep": 1, "resume": False, "max_hours": Non
 
 def stamped(result, out=None):
     """The result and what is needed to repeat the measurement, as a JSON line; also in `out`."""
+    import torch
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (
         f"{torch.get_num_threads()} threads of {platform.machine()}")

@@ -1,7 +1,7 @@
 """The SVD of a whole model: ours beside torch.svd_lowrank, time and distance from the optimum.
 
     python -m bench.bench_svd --out bench/results/svd_h200.json              # a GPU: 7B's shapes
-    python -m bench.bench_svd --smollm2 model.safetensors --ranks 16 64      # a CPU: real weights
+    python -m bench.bench_svd --ranks 16 64 --smollm2 checkpoints/smollm2/model.safetensors  # a CPU
 
 All run on the same matrices in one process, by turns, after a warm-up; the times are medians over
 the repeats. `grouped` decomposes up to 32 matrices of one shape together, as inject does; p and q

@@ -1,7 +1,8 @@
 """The tables and pictures of README.md, bench/RESULTS.md and docs/, from bench/results/*.json.
 
-    python -m bench.plot                # writes what stands between <!-- NAME --> and <!-- end -->
     python -m bench.plot --check        # writes nothing; exit status 1 if something is out of date
+    python -m bench.plot --text         # writes what stands between <!-- NAME --> and <!-- end -->
+    python -m bench.plot --all          # the same, and the pictures (pictures.py)
 
 Nothing there is typed by hand.
 """
@@ -15,21 +16,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-import model
-from formats import meta_write
-from support.plan import flops_in_all, job_of, memory
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / name for name in ("README.md", "bench/RESULTS.md", "docs/memory.md",
                                   "checkpoints/tiny/README.md")]
-COLOURS = {"pissa": "#c0392b", "lora": "#2471a3", "full": "#7f8c8d", "qpissa": "#c0392b",
-           "qlora": "#2471a3", "loftq": "#1e8449"}
 
 
 def read(name):
     """One result file."""
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def config(*numbers, **named):
+    """A model.Config; torch is loaded only if one is wanted."""
+    import model
+    return model.Config(*numbers, **named)
 
 
 def table(head, rows):
@@ -39,8 +40,9 @@ def table(head, rows):
 
 
 def source(result):
-    """Where the figures come from."""
-    return (f"\n\n`{result['command']}` · {result['device']}, torch {result['torch']}, commit "
+    """Where the figures come from. Weights are where README puts them."""
+    command = result["command"].replace(" smollm2/", " checkpoints/smollm2/")
+    return (f"\n\n`{command}` · {result['device']}, torch {result['torch']}, commit "
             f"{result['commit']}")
 
 
@@ -137,9 +139,10 @@ def step_rows(step, length=512):
 
 def step_table():
     """A step in bfloat16 beside PEFT's, and what of the GPU's arithmetic it uses."""
+    from support.plan import flops_in_all, job_of
     result, rows = read("step_h200"), []
     for name, cells in zip(result["step"]["times as fast"], step_rows(result["step"])):
-        job = job_of(model.Config(), "lora", result["rank"], rows=1 if "1 row" in name else 8,
+        job = job_of(config(), "lora", result["rank"], rows=1 if "1 row" in name else 8,
                   checkpointing="checkpointing" in name, compiled="compiled" in name)
         rate = flops_in_all(job) * result["step"][name]["tokens_per_second"]
         rows.append([*cells, f"{rate / 1e12:.0f}"])
@@ -199,109 +202,6 @@ def large_table():
                           f"**{exact / 3600:.1f} hours**.") + source(small) + source(large)
 
 
-def panels(rows, columns, height, **options):
-    """A figure and its panels, of that height in inches; options: of pyplot.subplots."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    return plt.subplots(rows, columns, figsize=(9.5, height * rows), **options)
-
-
-def panels_of_two(**options):
-    """A figure and its two panels, side by side."""
-    return panels(1, 2, 3.4, **options)
-
-
-def keep(figure, name):
-    """Write a figure, in the style of all of them, to bench/figures/."""
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(10)
-    figure.tight_layout()
-    figure.savefig(ROOT / "bench" / "figures" / f"{name}.png", dpi=130)
-
-
-def demo_figure(result="demo_h200", with_losses="demo_cpu", log=True):
-    """Left: loss of every method at its best rate. Right: accuracy against the learning rate."""
-    demo, curves = read(result), read(with_losses)
-    figure, (left, right) = panels_of_two()
-    for method, best in demo["best"].items():
-        draw_losses(left, curves, method, best["lr"])
-        scores = by_rate(demo, method, "accuracy")
-        right.plot(list(scores), [statistics.mean(s) for s in scores.values()], "o-",
-                   color=COLOURS[method], label=method, markersize=4)
-        right.fill_between(list(scores), [min(s) for s in scores.values()],
-                           [max(s) for s in scores.values()], color=COLOURS[method], alpha=0.15)
-    left.set(xlabel="step", ylabel="training loss", yscale="log" if log else "linear",
-             title="each at its best learning rate")
-    right.set(xlabel="learning rate", ylabel="accuracy on held-out problems", xscale="log",
-              ylim=(0, 1) if log else (0, None), title="what the learning rate does")
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=9)
-    keep(figure, f"{result.partition('_')[0]}")
-
-
-def draw_losses(axes, result, method, lr, window=5):
-    """The training loss of one method at one rate: the mean of its seeds, smoothed."""
-    runs = [r["losses"] for r in result["runs"] if (r["method"], r["lr"]) == (method, lr)]
-    mean = [statistics.mean(step) for step in zip(*runs)]
-    smooth = [statistics.mean(mean[max(0, i + 1 - window):i + 1]) for i in range(len(mean))]
-    axes.plot(range(1, len(mean) + 1), smooth, color=COLOURS[method], label=f"{method}, lr {lr:g}")
-
-
-def quantised_figure():
-    """Training losses in four bits, every method at its best rate: the demo, and GSM8K."""
-    figure, both = panels_of_two()
-    for axes, name, title in zip(both, ("demo4bit_cpu", "gsm8k4bit_h200"), (
-            "the demo, tiny model", "GSM8K, SmolLM2-135M")):
-        result = read(name)
-        for method, best in result["best"].items():
-            draw_losses(axes, result, method, best["lr"], window=5 if "demo" in name else 15)
-        axes.set(xlabel="step", ylabel="training loss", title=title, yscale="log")
-        axes.legend(frameon=False, fontsize=9)
-    both[1].set(yscale="linear", ylim=(0.55, 0.9))
-    keep(figure, "quantised")
-
-
-def scale_figure():
-    """Seconds to decompose, seconds and memory of a step, each against what it depends on."""
-    result = read("scale_h200")
-    figure, grid = panels(3, 3, 2.8)
-    from matplotlib.ticker import LogLocator, NullLocator
-    for column, axis in enumerate(("rank", "width", "matrices")):
-        rows = [r for r in result["init"] if r["axis"] == axis]
-        grid[0, column].plot([r["value"] for r in rows], [r["seconds"] * 1e3 for r in rows], "o-",
-                             color="#444444", markersize=4)
-        grid[0, column].set(xlabel=axis, ylabel="ms to decompose")
-    kinds = dict.fromkeys((r["method"], r["checkpointing"]) for r in result["step"])
-    for column, axis in enumerate(("rank", "length", "depth")):
-        for method, checkpointing in kinds:
-            rows = [r for r in result["step"] if axis == r["axis"]
-                    and (r["method"], r["checkpointing"]) == (method, checkpointing)]
-            x, style = [r["value"] for r in rows], {
-                "color": COLOURS["qpissa" if method == "lora" else "qlora"], "markersize": 4,
-                "markerfacecolor": "none" if checkpointing else None}
-            name = ("four bits" if method == "qlora" else "bfloat16") + (
-                ", checkpointing" if checkpointing else "")
-            grid[1, column].plot(x, [r["seconds"] * 1e3 for r in rows], "o-", **style, label=name)
-            grid[2, column].plot(x, [r["peak_gib"] for r in rows], "o", **style, label=name)
-            grid[2, column].plot(x, [r["planned_gib"] for r in rows], color=style["color"],
-                                 linewidth=1, linestyle=":" if checkpointing else "-")
-        grid[1, column].set(xlabel=axis, ylabel="ms a step")
-        grid[2, column].set(xlabel=axis, ylabel="peak GiB (lines: planned)")
-    for axes in grid.flat:
-        values = axes.lines[0].get_xdata()
-        axes.set(xscale="log", yscale="log")
-        axes.set_xticks(values, [str(v) for v in values], fontsize=7)
-        axes.set_xticks([], minor=True)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
-        axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.tick_params(axis="y", labelsize=7)
-    grid[1, 2].legend(frameon=False, fontsize=7)
-    keep(figure, "scale")
-
-
 def svd_table(result="svd_h200"):
     """Seconds and excess residual for the matrices of a whole model."""
     svd = read(result)
@@ -346,27 +246,6 @@ def quant_table():
     return table(head, lines) + "".join(sources)
 
 
-def quant_figure(rank=16, turns=5):
-    """Error reduction of every kind of matrix."""
-    figure, both = panels_of_two(sharey=True)
-    colours = {"QPiSSA": "#c0392b", "QPiSSA, authors'": "#e6a69f", "LoftQ": "#2471a3"}
-    for axes, (name, what) in zip(both, QUANT.items()):
-        for i, (method, at) in enumerate(quant_rows(read(name), rank).items()):
-            kinds = {KINDS.get(k, k): mean for k, (mean, _) in at[8, turns]["kinds"].items()}
-            order = sorted(kinds, key="q k v o gate up down".split().index)
-            heights = [kinds[k] for k in order] + [at[8, turns]["all"][0]]
-            places = [*range(len(order)), len(order) + 0.4]
-            axes.bar([p + 0.27 * (i - 1) for p in places], heights, 0.25, label=method,
-                     color=colours[method])
-        axes.set_xticks(places, [*order, "all"])
-        axes.set(title=f"{what}, rank {rank}, T = {turns}")
-        axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        axes.tick_params(axis="x", length=0)
-    both[0].set(ylabel="error reduction, nuclear norm")
-    both[1].legend(frameon=False, fontsize=9)
-    keep(figure, "quant")
-
-
 def train_table():
     """Load, decomposition, step and memory of train.py at Llama-2-7B's size."""
     train = read("train_7b_h200")
@@ -379,23 +258,29 @@ def train_table():
 
 
 def demo_output():
-    """The end of what `python train.py` printed, from the last example on, as it was."""
+    """The end of what `python train.py` printed, without the examples, as it was."""
     text = (RESULTS / "demo_output.txt").read_text()
-    return "```\n" + text[text.rindex("\n---") + 1:].rstrip() + "\n```"
+    return "```\n" + text[text.index("\nvalidation loss") + 1:].rstrip() + "\n```"
+
+
+def demo_answer():
+    """What README's first command for the demo's adapter printed."""
+    return "```\n" + (RESULTS / "demo_answer.txt").read_text().rstrip() + "\n```"
 
 
 def plan_rows():
     """[(what was measured, its Job, GiB measured, the moment if it is not the peak of a step)]."""
+    from support.plan import job_of
     small, large, rows = read("nf4_h200"), read("nf4_70b_h200"), []
-    for name, config, part in ("Llama-2-7B", model.Config(), small["memory"]), (
-            "Llama-3-70B", model.Config(8192, 80, 64, 8, 128256, 28672), large["seventy"]):
-        rows.append((f"{name}, qpissa, rank 64, loading", job_of(config, "qpissa", 64),
+    for name, shape, part in ("Llama-2-7B", config(), small["memory"]), (
+            "Llama-3-70B", config(8192, 80, 64, 8, 128256, 28672), large["seventy"]):
+        rows.append((f"{name}, qpissa, rank 64, loading", job_of(shape, "qpissa", 64),
                      part["model"]["peak_gib"], "loading"))
     if not (RESULTS / "scale_h200.json").exists():
         return rows
     result = read("scale_h200")
     for r in result["seven"] + result["step"]:
-        job = job_of(model.Config(n_layers=r["layers"]), r["method"], r["rank"], accumulate=False)
+        job = job_of(config(n_layers=r["layers"]), r["method"], r["rank"], accumulate=False)
         what = f"Llama-2-7B, {r['layers']} layers, {r['method']}, rank {r['rank']}, "
         if "loading_gib" in r:
             rows.append((what + "loading", job, r["loading_gib"], "loading"))
@@ -409,6 +294,7 @@ def plan_rows():
 
 def planned_gib(job, moment):
     """GiB at a moment, or at most while a step is taken."""
+    from support.plan import memory
     moments = memory(job)[2]
     loading = moments.pop("loading")
     return (loading if moment else max(moments.values())) / 2**30
@@ -427,14 +313,17 @@ def plan_table():
     if len(rows) == 2:
         return text
     return text + source(read("scale_h200")) + (
-        "\n\n![Time and memory against rank, length and depth](../bench/figures/scale.png)")
+        "\n\n![Peak memory of a step against rank, length and depth, in 16 and in 4 bits, with and "
+        "without checkpointing. Every measured point lies on the line that was planned for it]"
+        "(../bench/figures/planned.png)")
 
 
 def plan_output():
     """What `--plan` prints if only Llama-2-7B's params.json is there."""
+    from formats import meta_write
     with tempfile.TemporaryDirectory() as there:
         (folder := Path(there) / "llama2-7b").mkdir()
-        (folder / "params.json").write_text(json.dumps(meta_write.params_json(model.Config())))
+        (folder / "params.json").write_text(json.dumps(meta_write.params_json(config())))
         words = "train.py --ckpt llama2-7b --rank 64 --plan"
         done = subprocess.run([sys.executable, ROOT / words.split()[0], *words.split()[1:]],
                               cwd=there, capture_output=True, text=True, check=True,
@@ -474,10 +363,8 @@ def trained_rows():
     return [row("the demo: accuracy", "{:.1%}", max, demo, "accuracy", "pissa", "lora", "full"),
             row("SmolLM2 on GSM8K: accuracy", "{:.1%}", max, gsm8k, "accuracy", "pissa", "lora",
                 "full", untrained=gsm8k["base"]["accuracy"]),
-            row("SmolLM2 on GSM8K: validation loss", "{:.3f}", min, gsm8k, "val_loss", "pissa",
-                "lora", "full"),
-            row("the same in four bits: loss", "{:.3f}", min, four, "val_loss", "qpissa", "loftq",
-                "qlora")]
+            row("the same in four bits: validation loss", "{:.3f}", min, four, "val_loss", "qpissa",
+                "loftq", "qlora")]
 
 
 def headline_table():
@@ -487,33 +374,15 @@ def headline_table():
     rows = [*trained_rows(), compared(
         "error of nf4 that QPiSSA avoids, MiniLM, rank 16", "{:.1%}", max, avoided["QPiSSA"],
         {"LoftQ": avoided["LoftQ"]})]
-    for what, name, rank, mine, whose, theirs in (
-            ("A and B of 7B, rank 128, GPU", "svd_h200", "128", "ours (grouped)", "the authors'",
-             "svd_lowrank(niter=16)"),
-            ("A and B of SmolLM2, rank 16, CPU", "svd_smollm2_cpu", "16", "ours (default)",
-             "PEFT's", "svd_lowrank(niter=4)")):
-        a, b = (read(name)["ranks"][rank][method] for method in (mine, theirs))
-        cells = compared(f"{what}: time, excess", "{:.2f} s", min, a["seconds"],
-                         {f"{whose} SVD": b["seconds"]})
-        rows.append([cells[0], *(f"{cell}, {r['excess_max']:.0e}"
-                                 for cell, r in zip(cells[1:], (a, b)))])
-    for what, mine, theirs in (
-            ("a step of 7B: time, peak memory", "ours", "PEFT, autocast"),
-            ("the same, compiled", "ours, compiled", "PEFT, autocast, compiled")):
-        a, b = step[mine], step[theirs]
-        cells = compared(what, "{:.3f} s", min, a["step_seconds"], {"PEFT": b["step_seconds"]})
-        rows.append([cells[0], *(f"{cell}, {r['peak_gib']:.1f} GiB"
-                                 for cell, r in zip(cells[1:], (a, b)))])
+    a, b = step["ours"], step["PEFT, autocast"]
+    rows.append(compared("peak memory of a step of 7B", "{:.1f} GiB", min, a["peak_gib"],
+                         {"PEFT": b["peak_gib"]}))
     large = read("nf4_70b_h200")
     exact = [r["extrapolated_so_far_seconds"] for r in large["exact"].values()][-1]
     rows.append(["QPiSSA of 70B, 1 GPU: time to make it, peak of a step",
                  f"**{large['seventy']['decomposition']['seconds']:.0f} s**, "
                  f"{large['seventy']['1 x 512, checkpointing']['peak_gib']:.1f} GiB",
                  f"with exact SVDs {exact / 3600:.1f} h"])
-    rate = next(r["tokens_per_second"] for r in read("generate_h200")["rows"]
-                if r["model"].startswith("Llama-2-7B") and r["batch"] == 1)
-    rows.append(compared("tokens/s of one answer, 7B, GPU", "{:.0f}", max, rate["ours"],
-                         {"transformers": rate["transformers"]}))
     return table(["", "here", "beside it"], rows)
 
 
@@ -595,6 +464,7 @@ def faults_table():
 PARTS = {"gpus": gpus_table, "faults": faults_table, "demo": demo_table, "svd": svd_table,
          "svd-cpu": lambda: svd_table("svd_smollm2_cpu"),
          "train": train_table, "tiny": tiny_text, "demo-output": demo_output,
+         "demo-answer": demo_answer,
          "gsm8k": gsm8k_table, "generate": generate_table, "nf4": nf4_table,
          "large": large_table, "quantised-training": quantised_training_table,
          "quant": quant_table, "plan": plan_table, "plan-output": plan_output,
@@ -608,29 +478,30 @@ def updated(page):
                   lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", page.read_text(), flags=re.S)
 
 
-def pictures():
-    """Every figure in bench/figures/."""
-    demo_figure()
-    demo_figure("gsm8k_h200", "gsm8k_h200", log=False)
-    quantised_figure()
-    quant_figure()
-    scale_figure()
+def arguments():
+    """What the command line asks for. One of the three: nothing is written by mistake."""
+    p = argparse.ArgumentParser(description=__doc__, prog="python -m bench.plot",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", action="store_true", help="write nothing, name what is stale")
+    what.add_argument("--text", action="store_true", help="write the tables")
+    what.add_argument("--all", action="store_true", help="write the tables and the pictures")
+    return p.parse_args()
 
 
 def main():
     """Write, or check, every page."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true", help="write nothing, name what is out of date")
-    p.add_argument("--text", action="store_true", help="write the tables, not the pictures")
-    args = p.parse_args()
+    args = arguments()
     if args.check:
-        stale = [str(page.relative_to(ROOT)) for page in PAGES if updated(page) != page.read_text()]
-        sys.exit(f"out of date: {', '.join(stale)}; run python -m bench.plot" if stale else 0)
+        stale = ", ".join(str(page.relative_to(ROOT)) for page in PAGES
+                          if updated(page) != page.read_text())
+        sys.exit(f"out of date: {stale}; run python -m bench.plot --text" if stale else 0)
     for page in PAGES:
         page.write_text(updated(page))
-    if not args.text:
-        pictures()
+    if args.all:
+        from bench import pictures
+        for picture in pictures.PICTURES:
+            picture()
 
 
 if __name__ == "__main__":

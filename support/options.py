@@ -287,7 +287,7 @@ def add_machine(add):
         "a little faster; in four bits and with --checkpointing slower")
     add("--plain", action="store_true", help="run every operation in its plain form, without "
         "fast.py: slower and with more memory, for reading and checking")
-    add("--device", help="default: cuda if there is one, else cpu")
+    add("--device", help="default: cuda if there is one, else cpu; mps is not tested by us")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the frozen weights (default: bfloat16 on a GPU that has it, else float32)")
     add("--shard", nargs="?", const="yes", default="auto", choices=["yes", "no", "auto"],
@@ -461,7 +461,7 @@ def eval_parser(doc):
     add("--batch", type=int, default=64, help="prompts decoded together")
     add("--length", type=int, help="window of --ppl (default: 512, or the model's limit if less)")
     add("--stride", type=int, help="from one window to the next (default: --length)")
-    add("--device", help="default: cuda if there is one, else cpu")
+    add("--device", help="default: cuda if there is one, else cpu; mps is not tested by us")
     return p
 
 

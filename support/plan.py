@@ -45,6 +45,9 @@ from formats import meta, peft
 from support import report
 
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
+# TFLOP/s that train.train reached on an H200 by 8 x 512 tokens of 7B, with frozen weights in so
+# many bits, and a step on a thread of a CPU. In bench/results: gpus_h200.json, step_cpu.json.
+REACHED, REACHED_BY_A_THREAD = {16: 480, 4: 368}, 0.1
 LESS = ("--checkpointing", {"checkpointing": True}), ("--micro-batch 1", {"rows": 1}), (
     "both", {"checkpointing": True, "rows": 1}), (
     "both, --method qpissa", {"checkpointing": True, "rows": 1, "full": False, "bits": 4,
@@ -68,7 +71,8 @@ class Job:
     text: int | None = None                 # how many positions are no padding, None: all
     learnt: int | None = None               # how many have a label, None: all with text
     packed: bool = True
-    gpu: bool = True
+    gpu: bool = True                        # one that has bfloat16
+    cuda: bool = True                       # cuBLAS takes its workspaces, and CUDA its part
     checkpointing: bool = False
     compiled: bool = False
     accumulate: bool = True                 # more micro-batches than one: they add to gradients
@@ -211,8 +215,8 @@ def memory(job):
                "trained, float32": 4 * trained}
     held = {**weights, "AdamW's moments": 8 * trained, "gradients": 4 * trained,
             "kept for backward": all_kept, "loss": loss + 2 * head, "work on a layer": work,
-            "cuBLAS": CUBLAS}
-    weights = sum(weights.values()) + CUBLAS
+            "cuBLAS": CUBLAS * job.cuda}
+    weights = sum(weights.values()) + CUBLAS * job.cuda
     made = weights + DECOMPOSING[job.bits, job.subtracted][e // 4] * largest
     if job.bits == 4:          # matrices are made one by one from W, before anything else is read
         made += e * (largest - rest)
@@ -270,14 +274,15 @@ def read_config(ckpt):
 
 def from_arguments(args):
     """(Job, the method's name) of train.py's command line."""
-    on_cpu = str(args.device).startswith("cpu")
+    on_cpu = not str(args.device or "cuda").startswith("cuda")                    # or on mps
     without = on_cpu or (                                           # a GPU that has no bfloat16
         torch.cuda.is_available() and not model.has_bfloat16(torch.device("cuda")))
     float32 = args.dtype == "float32" or not args.dtype and without
     more = {"dtype": torch.float32 if float32 else torch.bfloat16,
             "rows": min(args.micro_batch, args.batch), "length": args.max_length - 1,
-            "packed": not args.no_packing, "gpu": not without, "compiled": args.compile,
-            "checkpointing": args.checkpointing, "accumulate": args.batch > args.micro_batch,
+            "packed": not args.no_packing, "gpu": not without, "cuda": not on_cpu,
+            "compiled": args.compile, "checkpointing": args.checkpointing,
+            "accumulate": args.batch > args.micro_batch,
             "group": 1 if on_cpu or args.adapter or args.niter is None else fast.GROUP}
     config = read_config(args.ckpt)
     if config.n_layers > 1000:                            # no tensors contradict a damaged number
@@ -307,6 +312,16 @@ def sharded(job, gpus):
     return found["peak"] - spread * (gpus - 1) // gpus + one
 
 
+def seconds(job, flops):
+    """The seconds that so many FLOPs take, by what was measured; also in words, with the rate."""
+    rate, where = REACHED[job.bits], "on an H200 by 8 x 512 tokens of 7B; less at a time is slower"
+    if not job.cuda:
+        rate, where = REACHED_BY_A_THREAD * (n := torch.get_num_threads()), f"by {n} CPU threads"
+    seconds = flops / rate / 1e12
+    shown = f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
+    return seconds, f"{shown} at {rate:g} TFLOP/s, as reached {where}"
+
+
 def peak(args):
     """The bytes that a command line of train.py takes on one GPU."""
     return estimate_of(from_arguments(args)[0])["peak"]
@@ -318,6 +333,7 @@ def show(args):
     less = {name: estimate_of(other)["peak"] for name, change in LESS
             if (other := replace(job, **change)) != job}
     found = estimate_of(job)
-    report.plan(args, job, method, found, less)
+    step = flops_in_all(job) * args.batch * job.length
+    report.plan(args, job, method, found, less, seconds(job, step)[1])
     if args.gpus > 1:
         report.plan_of_gpus(args, found["peak"], sharded(job, args.gpus))

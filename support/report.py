@@ -66,6 +66,9 @@ def one_line(e):
                 "smaller --rank or --max-length")
     if isinstance(e, RuntimeError) and "can't allocate memory" in str(e):
         return "out of memory: lower --batch, --micro-batch or --max-new-tokens"
+    if isinstance(e, (NotImplementedError, TypeError)) and "MPS" in str(e):
+        return (f"mps lacks what this needs ({str(e).splitlines()[0][:80]}): set "
+                "PYTORCH_ENABLE_MPS_FALLBACK=1, or take --device cpu")
     if isinstance(e, OSError) and e.filename:
         return f"{e.filename}: {e.strerror.lower()}"
     return str(e) if isinstance(e, (OSError, ValueError)) else None
@@ -414,14 +417,15 @@ def weights_written(directory, args, prompts):
 
 # ------------------------------------------------------------------------------------ train --plan
 
-def plan(args, job, method, found, less):
-    """Print a plan. job: a plan.Job. found: its plan.estimate. less: {change: bytes at most}."""
+def plan(args, job, method, found, less, step):
+    """Print a plan. job: a plan.Job. found: its plan.estimate. less: {change: bytes at most}. step:
+    its seconds, in words."""
     size, numbers = found["peak"], found["numbers"]
     trained, total = found["trained"], sum(numbers.values())
     unit, unit_name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
     rank = "" if job.full else f", rank {job.rank}"
     print(f"{args.ckpt}: {method}{rank}, products in {str(job.dtype).removeprefix('torch.')}, "
-          f"{job.rows} x {job.length} tokens at a time, all of them learnt\n\n"
+          f"{job.rows} x {job.length} tokens at a time, all of them learnt\n{planned_for(args)}\n\n"
           f"{'':30}{'parameters':>16}{unit_name:>10}")
     for kind, held in found["held"].items():
         count = f"{numbers[kind]:,}" if kind in numbers else ""
@@ -429,11 +433,11 @@ def plan(args, job, method, found, less):
             print(f"{kind:30}{count:>16}{held / unit:10.2f}")
     print(f"\nparameters     {total:,}, {trained:,} of them trained ({trained / total:.2%})\n"
           f"expected peak  {size / unit:.1f} {unit_name}, at {found['when']} (loading: "
-          f"{found['moments']['loading'] / unit:.1f}),\n"
-          f"{'':15}and some 0.5 GiB that CUDA itself takes")
+          f"{found['moments']['loading'] / unit:.1f})"
+          + f",\n{'':15}and some 0.5 GiB that CUDA itself takes" * job.cuda)
     for change, peak in less.items():
         print(f"  {change:29}{peak / unit:.1f} {unit_name}")
-    if torch.cuda.is_available():
+    if job.cuda and torch.cuda.is_available():
         free, there = (b / 2**30 for b in torch.cuda.mem_get_info())
         print(f"this GPU has {there:.1f} GiB, {free:.1f} of them free: it "
               + ("fits" if size / 2**30 < free else "does not fit"))
@@ -442,7 +446,16 @@ def plan(args, job, method, found, less):
     tflops = (forward + backward + again) * args.batch * job.length / 1e3
     print(f"\nGFLOPs a token  {forward:.3g} forward ({attention:.2g} of them attention), "
           f"{backward:.3g} backward" + (f", {again:.3g} forward again" if again else "")
-          + f"\nTFLOPs a step   {tflops:,.1f} for {args.batch} x {job.length} tokens")
+          + f"\nTFLOPs a step   {tflops:,.1f} for {args.batch} x {job.length} tokens"
+          + f"\nseconds a step  {step}")
+
+
+def planned_for(args):
+    """The device that a plan is for, and how to ask for another."""
+    if args.device:
+        return f"on {args.device}"
+    here = torch.cuda.is_available()
+    return "on the GPU that is here" if here else "as on a GPU; --device cpu plans for here"
 
 
 def plan_of_gpus(args, whole, spread):

@@ -252,7 +252,7 @@ def tokens():
 
 @pytest.fixture(scope="session")
 def smollm2_path():
-    """The folder of SmolLM2-135M in Hugging Face's layout (the README makes it from GGUF)."""
+    """The folder of SmolLM2-135M in Hugging Face's layout (see `convert.py gguf --help`)."""
     pytest.importorskip("safetensors")
     path = Path(os.environ.get("SMOLLM2", SHARED / "smollm2" / "hf" / "model.safetensors"))
     if not path.is_file():

@@ -146,3 +146,46 @@ def test_torch_encoder_is_refused_by_name():
     net = torch.nn.TransformerEncoder(layer, 2)
     with pytest.raises(ValueError, match="layers.0.linear1 is part of an nn.TransformerEncoderLay"):
         pissa.inject(net, 4, targets=("linear1", "linear2"), progress=False)
+
+
+# --- what a Trainer writes
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(the folder of a Trainer's checkpoint, the injected network it is of, its base)."""
+    folder, base = tmp_path_factory.mktemp("trainer"), twin("llama2-gqa")
+    net = pissa.inject(copy.deepcopy(base), 4, progress=False)
+    rows = [{"input_ids": row, "labels": row} for row in draw(4, 9)]
+    arguments = transformers.TrainingArguments(str(folder), max_steps=2, learning_rate=1e-2,
+                                               save_steps=1, use_cpu=True, report_to=[],
+                                               disable_tqdm=True)
+    trainer = transformers.Trainer(net, arguments, train_dataset=rows)
+    trainer.train()
+    return folder / "checkpoint-2", net, base
+
+
+def test_a_trainers_checkpoint_is_no_model(checkpoint):
+    """Nothing can take W_res, or weights that are drawn anew, for the model that was trained."""
+    folder, net, base = checkpoint
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="checkpoint-2: .* tensor"):
+        model.load(folder, "cpu")
+    for strict in True, False:                   # torch itself draws nothing anew, and says nothing
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            base.load_state_dict(net.state_dict(), strict=strict)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_trainers_checkpoint_goes_on(checkpoint, assign):
+    """An injected network takes it, as `resume_from_checkpoint` does, and merges to a model."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder, net, base = checkpoint
+    tokens, again = draw(2, 9), pissa.inject(copy.deepcopy(base), 4, seed=1, progress=False)
+    again.load_state_dict(safetensors.load_file(folder / "model.safetensors"), strict=True,
+                          assign=assign)
+    assert torch.equal(again(tokens).logits, net(tokens).logits)
+    pissa.merge(again).save_pretrained(folder / "merged")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert_logits_equal(plain(tokens).logits, net(tokens).logits)
+    assert (net(tokens).logits - base(tokens).logits).abs().max() > 0.01

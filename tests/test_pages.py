@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench import plot
+from bench import pictures, plot
 from conftest import ROOT
 from support import options
 from test_house import imports, sources
@@ -80,8 +80,9 @@ def test_flags():
     for program in ("eval.py", "convert.py", "convert.py merge", "convert.py compress"):
         helps.append(subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT,
                                     capture_output=True, text=True, check=True).stdout)
-    text = re.sub(r"```sh\npip.*?```|--(ckpt tiny --)?out\s+runs/look|--max-lora-rank"
-                  r"|--(nproc-per-node|max-restarts|nnodes|signal)", "", README, flags=re.S)
+    text = re.sub(r"```sh\npip|--(ckpt tiny --)?out\s+runs/look|--max-lora-rank"
+                  r"|--(nproc-per-node|max-restarts|nnodes|signal|local-dir|create-dirs)", "",
+                  README, flags=re.S)
     flags = set(re.findall(r"(?<=[\s`])--[a-z][a-z0-9-]*", text))
     assert {"--plain", "--plan", "--protocol"} <= flags
     assert [f for f in sorted(flags) if not any(f in known for known in helps)] == []
@@ -104,26 +105,95 @@ def test_quick_start(word):
     assert all("==" in line for line in found)
 
 
-def test_check_and_help_write_nothing(tmp_path, monkeypatch):
-    """`bench.plot --help` and `--check` leave pages alone. The latter names a stale one."""
-    page = tmp_path / "page.md"
-    page.write_text("# A page\n<!-- headline -->\nold\n<!-- end -->\n")
+def test_only_what_is_asked_is_written(tmp_path, monkeypatch, capsys):
+    """`bench.plot` writes with --text or --all; --help, --check, nothing or a typo do not."""
+    page, drawn = tmp_path / "page.md", []
+    page.write_text(old := "# A page\n<!-- headline -->\nold\n<!-- end -->\n")
     monkeypatch.setattr(plot, "ROOT", tmp_path)
     monkeypatch.setattr(plot, "PAGES", [page])
-    for flag in ("--help", "--check"):
-        before = page.read_text()
-        monkeypatch.setattr(sys, "argv", ["plot", flag])
+    monkeypatch.setattr(pictures, "PICTURES", [lambda: drawn.append(1)])
+
+    def plotted(*argv):
+        monkeypatch.setattr(sys, "argv", ["plot", *argv])
         with pytest.raises(SystemExit) as stopped:
-            plot.main()
-        assert page.read_text() == before
-    assert "page.md" in stopped.value.code
-    monkeypatch.setattr(sys, "argv", ["plot", "--text"])
-    plot.main()
+            sys.exit(plot.main())
+        return stopped.value.code
+
+    for argv in ["--help"], [], ["--chek"], ["README.md"], ["--text", "--check"]:
+        assert plotted(*argv) == (0 if argv == ["--help"] else 2)
+    assert "page.md" in plotted("--check") and page.read_text() == old and not drawn
+    assert plotted("--text") is None and not drawn
     assert "| --- | --- | --- |" in page.read_text() and "old" not in page.read_text()
-    monkeypatch.setattr(sys, "argv", ["plot", "--check"])
-    with pytest.raises(SystemExit) as stopped:
-        plot.main()
-    assert stopped.value.code == 0
+    assert plotted("--check") == 0
+    assert plotted("--all") is None and drawn == [1]
+
+
+@pytest.mark.parametrize("argv, code", [(["--help"], 0), (["--typo"], 2)])
+def test_plot_answers_without_torch(argv, code, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was loaded')")
+    done = subprocess.run([sys.executable, "-m", "bench.plot", *argv], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == code and "--check" in done.stdout + done.stderr
+
+
+# --- pictures
+
+def contrast(a, b):
+    """The ratio that WCAG defines, 1 to 21, of two colours like #d1495b."""
+    def light(colour):
+        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), parts))
+
+    low, high = sorted((light(a), light(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_on_a_white_and_on_a_dark_page():
+    """WCAG asks for 3 of graphics. GitHub's dark page is #0d1117."""
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    colours = {pictures.INK, pictures.OCHRE, *pictures.COLOURS.values()}
+    assert len(colours) == 6
+    for colour in colours:
+        assert min(contrast(colour, page) for page in ("#ffffff", "#0d1117")) > 3, colour
+
+
+def test_every_picture_is_drawn_shown_and_described():
+    """One of each function, on some page, with an alt text that says what is seen."""
+    names = {picture.__name__ for picture in pictures.PICTURES}
+    assert {path.stem for path in pictures.FIGURES.glob("*")} == names
+    shown = [found for page in PAGES
+             for found in re.findall(r"!\[([^]]*)\]\(\S*figures/(\w+)\.png\)", page.read_text())]
+    assert {name for _, name in shown} == names
+    assert [name for alt, name in shown if len(alt.split()) < 15] == []
+    assert [alt for alt, _ in shown if re.search(r"\d[.\d]* ?(%|x\b|s\b)", alt)] == []      # stale
+
+
+@pytest.mark.parametrize("name", [picture.__name__ for picture in pictures.PICTURES])
+def test_pictures_are_transparent(name):
+    image = pytest.importorskip("matplotlib.image").imread(pictures.FIGURES / f"{name}.png")
+    assert (image[0, :, 3] == 0).all() and (image[:, 0, 3] == 0).all()
+    assert 0.01 < (image[..., 3] > 0.5).mean() < 0.6
+
+
+@pytest.mark.long
+def test_pictures_are_what_is_drawn(tmp_path, monkeypatch):
+    """Two of them, made anew, have the size and nearly all pixels of those that are here."""
+    imread = pytest.importorskip("matplotlib.image").imread
+    monkeypatch.setattr(pictures, "FIGURES", tmp_path)
+    for picture in pictures.speed, pictures.same_rate:
+        picture()
+        new, old = (imread(folder / f"{picture.__name__}.png") for folder in (
+            tmp_path, ROOT / "bench" / "figures"))
+        assert abs(new[..., 3].mean() - old[..., 3].mean()) < 0.02
+
+
+def test_speeds_are_those_of_the_tables():
+    ratios = [f"{ratio:.2f}x" for _, peer, ratio in pictures.speeds() if "SVD" not in peer]
+    results = (ROOT / "bench" / "RESULTS.md").read_text()
+    assert len(ratios) == 6 and [r for r in ratios if f"**{r}**" not in results] == []
+    svd = {what: ratio for what, peer, ratio in pictures.speeds() if "SVD" in peer}
+    assert svd["A and B, 7B, rank 128"] > 5 and min(svd.values()) < 1            # losses, too
 
 
 @pytest.mark.slow
@@ -132,7 +202,7 @@ def test_demo_and_the_answer_to_a_prompt(tmp_path):
     shutil.copytree(ROOT, tree := tmp_path / "tree", ignore=shutil.ignore_patterns(
         ".git", "runs", ".venv*", "__pycache__"))
     prompt = re.search(r"--prompt (\"Tom .*?\")", README)[1]
-    first, last = re.search(r'the answer to the first one is "(.*)" and "(.*)"\.', README).groups()
+    answer = re.search(r"<!-- demo-answer -->\n```\n(.*?)```\n<!-- end -->", README, re.S)[1]
     env = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
 
     def printed(command):
@@ -150,4 +220,4 @@ def test_demo_and_the_answer_to_a_prompt(tmp_path):
     assert accuracy == pytest.approx(ends(shown)[1], abs=2)
     out = printed(f"{sys.executable} eval.py --ckpt tiny --adapter runs/demo/adapter --device cpu "
                   f"--prompt {prompt}")
-    assert out.endswith(f"{first}\n{last}\n")
+    assert out.endswith("\n" + answer) and "#### 7" in answer

@@ -349,13 +349,15 @@ def test_command_without_weights_or_data(llama2):
     assert "expected peak  31.9 GiB, at the end of forward (loading: 14.1)" in text
     assert "parameters     6,898,323,456, 159,907,840 of them trained (2.32%)" in text
     assert "--checkpointing" in text and "forward again" not in text
+    assert "at a time, all of them learnt\nas on a GPU; --device cpu plans for here\n" in text
+    assert re.search(r"seconds a step  3\.8 at 480 TFLOP/s, as reached on an H200", text)
     assert [f.name for f in llama2.iterdir()] == ["llama2"]                # nothing is written
     text = command(train.main, "--ckpt", "llama2", "--plan", "--checkpointing", "--micro-batch", 1,
                    "--method", "qpissa", "--device", "cuda")
     assert "forward again" in text and "--checkpointing" not in text
     for flags in (("--device", "cpu", "--dtype", "bfloat16"), ("--niter", "exact")):
         text = command(train.main, "--ckpt", "llama2", "--rank", 64, "--plan", *flags)
-        assert "(loading: 13.5)" in text                                   # matrices one by one
+        assert f"(loading: {'13.4' if 'cpu' in flags else '13.5'})" in text    # one by one
 
 
 def test_configs_and_adapters(tmp_path, stories, monkeypatch):
@@ -450,3 +452,49 @@ def test_gpus_of_the_command_line(capsys):
     plan.show(parse("--ckpt", "tiny", "--plan", "--gpus", 4, "--device", "cpu"))
     text = capsys.readouterr().out
     assert re.search(r"each of 4 GPUs.*copy of the model +\d.*--shard\) +\d", text, re.DOTALL)
+
+
+def test_a_plan_for_a_cpu_has_nothing_of_a_gpu(llama2):
+    """D8: neither cuBLAS nor CUDA, in a sum that is less by just that, and a thread's speed."""
+    gpu, cpu, bf16 = (
+        command(train.main, "--ckpt", "llama2", "--rank", 64, "--plan", *flags)
+        for flags in ((), ("--device", "cpu"), ("--device", "cpu", "--dtype", "bfloat16")))
+    assert "cuBLAS" in gpu and "CUDA" in gpu and "GiB that CUDA itself takes" in gpu
+    for text in cpu, bf16:
+        assert "cuBLAS" not in text and "CUDA" not in text and "GPU" not in text
+        assert "all of them learnt\non cpu\n" in text and "H200" not in text
+        rate = 0.1 * torch.get_num_threads()
+        assert f"at {rate:g} TFLOP/s, as reached by {torch.get_num_threads()} CPU threads" in text
+    job = plan.job_of(model.Config(), rank=64)
+    least = {cuda: plan.estimate_of(replace(job, cuda=cuda)) for cuda in (True, False)}
+    assert least[True]["peak"] - least[False]["peak"] == plan.CUBLAS
+
+
+@pytest.mark.parametrize("there, device, words", [
+    (False, None, "as on a GPU; --device cpu plans for here"), (True, None, "on the GPU"),
+    (False, "cpu", "on cpu"), (True, "cuda:0", "on cuda:0"), (False, "mps", "on mps")])
+def test_the_device_of_a_plan(monkeypatch, there, device, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    from test_train import parse
+    args = parse("--ckpt", "tiny", "--plan", *(["--device", device] if device else []))
+    assert report.planned_for(args).startswith(words)
+    if not there:
+        job, _ = plan.from_arguments(args)
+        assert job.cuda == (device is None) and (job.dtype == torch.bfloat16) == job.cuda
+
+
+def test_the_rates_of_a_plan_were_measured():
+    """Tokens a second times FLOPs a token, in result files."""
+    gpus, cpu = (json.loads((ROOT / f"bench/results/{name}.json").read_text()) for name in (
+        "gpus_h200", "step_cpu"))
+    for bits, part, method in (16, "one", "lora"), (4, "one, four bits", "qpissa"):
+        flops = plan.flops_in_all(plan.job_of(model.Config(), method, 128))
+        rate = gpus["parts"][part]["tokens_per_second"] * flops / 1e12
+        assert plan.REACHED[bits] == pytest.approx(rate, rel=0.02)
+    job = plan.job_of(model.Config(576, 30, 9, 3, 49152, 1536), "lora", cpu["rank"], gpu=False,
+                      length=cpu["length"], dtype=torch.float32)
+    rate = cpu["step"]["ours"]["tokens_per_second"] * plan.flops_in_all(job) / 1e12
+    assert plan.REACHED_BY_A_THREAD == pytest.approx(rate, rel=0.05)
+    flops = plan.flops_in_all(plan.job_of(model.Config(), "lora", 128)) * 8 * 512
+    measured = gpus["parts"]["one"]["ms"] / 1e3
+    assert plan.seconds(plan.job_of(model.Config()), flops)[0] == pytest.approx(measured, rel=0.02)

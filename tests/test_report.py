@@ -15,10 +15,11 @@ import torch
 
 import convert
 import eval as evaluation
+import model
 import pissa
 import train
 from conftest import ROOT, command, small_net
-from support import options, report
+from support import mps, options, report
 
 
 def injected(method, **changes):
@@ -355,3 +356,38 @@ def test_damaged_summary_is_named(tmp_path, capsys):
     with pytest.raises(ValueError, match=f"^{tmp_path}/summary.json is damaged .*: remove it$"):
         report.finished(args)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("error", [
+    NotImplementedError("The operator 'aten::x' is not implemented for the MPS device"),
+    TypeError("Cannot convert a MPS Tensor to float64 dtype as MPS\ndoesn't support")])
+def test_what_mps_lacks(error):
+    line = report.one_line(error)
+    assert line.startswith("mps lacks what this needs (") and "\n" not in line
+    assert "PYTORCH_ENABLE_MPS_FALLBACK=1" in line and "--device cpu" in line
+    assert report.one_line(TypeError("a bug of ours")) is None
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora", "qpissa", "loftq"])
+def test_mps_decomposes_on_the_cpu(method, capsys):
+    """The same A, B and frozen weights as by name; nothing is changed on other devices."""
+    by_name, by_function = (pissa.inject(small_net(), 4, m, progress=False, quant_iters=2)
+                            for m in (method, mps.method(Namespace(device="mps:0", method=method))))
+    assert "not tested by us" in capsys.readouterr().out
+    assert by_function.pissa == by_name.pissa
+    for (_, a), (_, b) in zip(pissa.layers(by_name), pissa.layers(by_function)):
+        frozen = tuple(pissa.as_tensor(m.frozen) for m in (a, b))
+        for x, y in (a.A, b.A), (a.B, b.B), frozen:
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+        assert (a.A0 is None) == (b.A0 is None) and (a.A0 is None or torch.equal(a.A0, b.A0))
+    for device in None, "cpu", "cuda":
+        assert mps.method(Namespace(device=device, method=method)) == method
+
+
+def test_mps_is_refused_in_plain_words(monkeypatch):
+    """Where it is not built in, and never by default."""
+    def zeros(*args, device):
+        raise NotImplementedError("Could not run 'aten::empty.memory_format' with arguments from")
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ValueError, match="^mps is not available here: torch lacks it$"):
+        model.default_device("mps")
