@@ -258,9 +258,10 @@ def train_table():
 
 
 def demo_output():
-    """The end of what `python train.py` printed, without the examples, as it was."""
+    """The table at the end of what `python train.py` printed, as it was."""
     text = (RESULTS / "demo_output.txt").read_text()
-    return "```\n" + text[text.index("\nvalidation loss") + 1:].rstrip() + "\n```"
+    start, end = re.search(r"\n +before +after", text).start() + 1, text.index("\n\nweights: ")
+    return "```\n" + text[start:end] + "\n```"
 
 
 def demo_answer():

@@ -408,7 +408,7 @@ def weights_written(directory, args, prompts):
     use = ["--ckpt", directory] if args.method == "full" else [
         "--ckpt", args.ckpt, "--adapter", directory]
     short = [p for p in map(printable, prompts) if 0 < len(p) <= 62]
-    use += ["--prompt", min(short, key=len, default="your question")]
+    use += ["--prompt", min(short, key=len)] if short else ["--interactive"]
     others = [n for n in ("loss.png", "log.jsonl", "val.jsonl", "summary.json")
               if (args.out / n).exists()]
     print(f"\nweights: {directory}\nbeside them: {', '.join(others)}\nuse them:\n"

@@ -470,7 +470,7 @@ def test_run_says_how_to_use_it(run):
     summary = json.loads((out / "summary.json").read_text())
     question = next(iter(summary["before"]["answers"]))
     asked = [*eval_command(text)[:-1], question]               # that one is long
-    assert eval_command(text)[-1] == "your question" or len(eval_command(text)[-1]) <= 62
+    assert eval_command(text)[-1] == "--interactive" or len(eval_command(text)[-1]) <= 62
     printed = command(evaluation.main, *asked, "--max-new-tokens", 8)
     base, _, adapted = printed.removeprefix("--- base\n").partition(
         f"\n--- with {out / 'adapter'}\n")
