@@ -29,9 +29,9 @@ import data
 import model
 import pissa
 from formats import jsonl
+from formats.jsonl import write_lines
 from support import ask, report
 from support.files import named
-from support.report import write_lines
 
 # Of each protocol: the text after the template, the function that reads an answer, and its rule.
 PROTOCOLS = {

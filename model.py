@@ -409,17 +409,17 @@ def load(ckpt: str | Path, device=None, dtype: torch.dtype | None = None, prepar
     """
     device = default_device(device)
     dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
-    config, tensors = open_checkpoint(ckpt)
+    (config, tensors), where = open_checkpoint(ckpt), find(ckpt)
     with torch.device("meta"):
         net = Llama(config)
 
     def read(name, leaf="weight"):
         name = f"{'model.embed_tokens' if config.tied and name == 'lm_head' else name}.{leaf}"
-        return meta.check_finite(tensors[name]().to(device, dtype), f"{find(ckpt)}: {name}")
+        return meta.check_finite(tensors[name]().to(device, dtype), f"{where}: {name}")
 
     if prepare:
         prepare(net, read=read)
-    for name in tqdm(tensors, f"load {find(ckpt).name}", unit="tensor", delay=1, leave=False):
+    for name in tqdm(tensors, f"load {where.name}", unit="tensor", delay=1, leave=False):
         path, _, leaf = name.rpartition(".")
         module = net.get_submodule(path)
         here = getattr(module, leaf)

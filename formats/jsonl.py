@@ -1,7 +1,9 @@
-"""The records of a jsonl file. A file or a line that is none is refused with what it is, and with
+"""Read and write jsonl. A file or a line that is none is refused with what it is, and with
 what makes jsonl of it."""
 import json
 import re
+
+from support.files import written
 
 # How other kinds of files begin, what they are, and what makes jsonl of FILE.
 TABLE = ("python -c \"import pandas; pandas.read_KIND('FILE').to_json('FILE.jsonl', "
@@ -37,6 +39,14 @@ def records(path):
         for number, line in enumerate(file, 1):
             if line.strip(b"\xef\xbb\xbf \t\r\n"):  # neither blank nor a byte order mark alone
                 yield f"{path}:{number}", record(line, f"{path}:{number}")
+
+
+def write_lines(path, rows):
+    """Write a jsonl file; it appears when all rows are written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), file=file)
 
 
 def other_kind(path):

@@ -329,9 +329,10 @@ def for_train(doc):
     if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
         p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
     check_out(p, args)
-    ignored = [f"--{n.replace('_', '-')}" for n in OF_THE_ADAPTER if n in given_in(sys.argv[1:])]
-    if args.adapter and ignored and SPEAKS:
-        print(f"note: {', '.join(ignored)}: not used, since {args.adapter} brings its own")
+    if args.adapter and SPEAKS:
+        found = given_in(sys.argv[1:])
+        if ignored := [f"--{n.replace('_', '-')}" for n in OF_THE_ADAPTER if n in found]:
+            print(f"note: {', '.join(ignored)}: not used, since {args.adapter} brings its own")
     return args
 
 
@@ -348,12 +349,10 @@ def config(p, args):
     if args.resume:
         p.error("--resume goes on with the arguments of its own run: no --config")
     try:
-        found = json.loads(Path(args.config).read_text("utf-8"))
+        found = json_object(Path(args.config))
     except OSError as e:
         p.error(f"--config {args.config}: {e.strerror.lower()}")
-    except (ValueError, RecursionError):
-        found = None
-    if type(found) is not dict:
+    if found is None:
         p.error(f"--config {args.config} is no JSON object, as args.json of a run is")
     known = {a.dest for a in p._actions} | {"torchrun"}
     if other := [k for k in found if k not in known]:
@@ -375,13 +374,19 @@ def directory_of(args, name, last):
 def stored(p, out):
     """The arguments of the run in `out`, {} if there is none."""
     path = out / "args.json"
+    before = json_object(path) if path.is_file() else {}
+    if before is None:
+        p.error(f"{path} is damaged: --resume needs it")
+    return before
+
+
+def json_object(path):
+    """The dict in a JSON file, None if it holds something else."""
     try:
-        before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        if type(before) is dict:
-            return before
+        found = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):
-        pass
-    p.error(f"{path} is damaged: --resume needs it")
+        return None
+    return found if type(found) is dict else None
 
 
 def as_before(p, before, args):

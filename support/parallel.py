@@ -151,7 +151,7 @@ def parts(p):
     return getattr(p, "parts", [p])
 
 
-def split(p, value):
+def by_part(p, value):
     """What AdamW keeps for p, for each of its parts."""
     mine = parts(p)
     if mine == [p] or not value.ndim:                                     # or the number of steps
@@ -160,8 +160,8 @@ def split(p, value):
     return [piece.view_as(part) for piece, part in zip(pieces, mine, strict=True)]
 
 
-def joined(p, values):
-    """What AdamW keeps for p, of what belongs to its parts."""
+def from_parts(p, values):
+    """The opposite of `by_part`."""
     return values[0] if parts(p) == [p] else torch.cat([v.flatten() for v in values])
 
 
@@ -186,20 +186,14 @@ def complete(params):
 
 
 def send(p):
-    """Begin to add up the gradient of p over all processes, and first collect it from its parts."""
-    for part in parts(p):      # there is none if no micro-batch was left for this process
-        part.grad = torch.zeros_like(part) if part.grad is None else part.grad
-    collect(p)
+    """Begin to add up the gradient of p over all processes. It is that of its parts, and zero if no
+    micro-batch was left for this process."""
+    grads = [torch.zeros_like(q) if q.grad is None else q.grad for q in parts(p)]
+    for part in parts(p):
+        part.grad = None
+    p.grad = from_parts(p, grads)
     if local(p) is p and WORLD > 1:
         SENT[p] = dist.all_reduce(p.grad, async_op=True)
-
-
-def collect(p):
-    """The gradient of p is that of its parts."""
-    if parts(p) != [p]:
-        p.grad = torch.cat([part.grad.flatten() for part in p.parts])
-        for part in p.parts:
-            part.grad = None
 
 
 def before_backward(net, last):

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from formats.jsonl import write_lines
 from support import parallel
-from support.files import write_text
 
 
 def tensorboard():
@@ -79,7 +79,5 @@ def note(out, step, loss, is_best):
     """A row of val.jsonl."""
     row = {"step": step, "loss": loss, "best": is_best}
     if not parallel.RANK:
-        rows = [r for r in measured(out) if r["step"] != step] + [row]
-        write_text(out / "val.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n"
-                                              for r in rows))
+        write_lines(out / "val.jsonl", [*(r for r in measured(out) if r["step"] != step), row])
     return row

@@ -15,7 +15,7 @@ import torch
 
 import data
 import pissa
-from formats.jsonl import printable
+from formats.jsonl import printable, write_lines
 from support import options, parallel, progress
 from support.files import write_text, written
 
@@ -138,14 +138,6 @@ class Lines(OpenEnded):
 def write_json(path, content):
     """Write a dict to a file, which appears when it is complete."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def write_lines(path, rows):
-    """Write a jsonl file; it appears when all rows are written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as tmp, open(tmp, "w", encoding="utf-8") as file:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), file=file)
 
 
 # ------------------------------------------------------------------------------------ sets of data

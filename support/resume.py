@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 import adapter
+from formats.jsonl import write_lines
 from support import parallel, report
 from support.files import check_room, empty, lock, named, replaced, restored
 
@@ -130,7 +131,7 @@ def claim(args, net, before):
     report.write_json(out / "args.json", vars(args))
     if not measured(args):
         shutil.rmtree(out / "best", ignore_errors=True)           # of a run that left no state
-        report.write_lines(out / "val.jsonl", [{"step": 0, **before}])
+        write_lines(out / "val.jsonl", [{"step": 0, **before}])
     parallel.agree(None)
 
 
@@ -182,7 +183,7 @@ class Run:
         if args.resume and (path := newest(args.out)):
             self.put_back(path)
         if not parallel.RANK:                     # half a line may be its end, or rows too many
-            report.write_lines(args.out / "log.jsonl", self.rows)
+            write_lines(args.out / "log.jsonl", self.rows)
 
     def put_back(self, path):
         """Go on with a state. ValueError if it is of other data or arguments."""
@@ -203,7 +204,7 @@ class Run:
             of_parts = [kept[names[part]] for part in parallel.parts(p)]
             self.optimizer.state[p] = {
                 key: value.clone() if key == "step" else parallel.put(
-                    torch.empty_like(p), parallel.joined(p, [m[key] for m in of_parts]))
+                    torch.empty_like(p), parallel.from_parts(p, [m[key] for m in of_parts]))
                 for key, value in of_parts[0].items()}
         print(f"going on with {path}, after step {self.at} of {self.steps}")
 
@@ -268,7 +269,7 @@ class Run:
         names, found = {p: n for n, p in self.params.items()}, {n: {} for n in self.params}
         for p, kept in self.optimizer.state.items():
             for key, value in kept.items():
-                for part, v in zip(parallel.parts(p), parallel.split(p, value), strict=True):
+                for part, v in zip(parallel.parts(p), parallel.by_part(p, value), strict=True):
                     found[names[part]][key] = v
         return found
 

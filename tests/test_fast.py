@@ -299,11 +299,11 @@ def test_joined_parameters(monkeypatch, many):
             optimizer.zero_grad()
             assert all(p.grad is None for p in weights)
         results.append([norms, *weights])
-        moments = {key: [v for p in params for v in parallel.split(p, optimizer.state[p][key])]
+        moments = {key: [v for p in params for v in parallel.by_part(p, optimizer.state[p][key])]
                    for key in ("exp_avg", "exp_avg_sq")}
         results[-1] += [*moments["exp_avg"], *moments["exp_avg_sq"]]
         for p in params:
-            rejoined = parallel.joined(p, parallel.split(p, optimizer.state[p]["exp_avg"]))
+            rejoined = parallel.from_parts(p, parallel.by_part(p, optimizer.state[p]["exp_avg"]))
             assert torch.equal(rejoined, optimizer.state[p]["exp_avg"])
     assert len(params) == {1: 6, 40: 3, 2**24: 3}[many] and len(results[0]) == 19
     assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(*results, strict=True))
