@@ -15,10 +15,12 @@ import sys
 import warnings
 from pathlib import Path
 
+from support import streams
+
 SPEAKS = os.environ.get("RANK", "0") == "0"             # of several processes, one shows progress
 if not SPEAKS:
     os.environ["TQDM_DISABLE"] = "1"
-if not sys.stderr.isatty():         # every bar: a plain line in 30 seconds, see report.Lines. tqdm
+if not sys.stderr.isatty():         # every bar: a plain line in 30 seconds, see streams.Lines. tqdm
     for name, value in ("MININTERVAL", "30"), ("MAXINTERVAL", "30"), ("ASCII", " #"):
         os.environ.setdefault(f"TQDM_{name}", value)             # reads this when it is imported
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # torch's; numpy is not needed
@@ -84,6 +86,7 @@ BEGUN = []                                      # the arguments of a program tha
 def begin(parse, doc):
     """parse(doc), before torch is loaded. That takes seconds, so --help and mistakes come first, a
     line says it, and Ctrl-C ends the program with one line."""
+    streams.guard()
     BEGUN[:] = [parse(doc)]
     if SPEAKS:
         print(f"{Path(sys.argv[0]).name}: loading torch ...", file=sys.stderr, flush=True)

@@ -4,30 +4,24 @@ Nothing here changes a weight. train.py, eval.py and convert.py read better with
 """
 import json
 import math
-import os
 import signal
 import sys
 import textwrap
 import traceback
-from contextlib import suppress
 
 import torch
 
 import data
 import pissa
 from formats.jsonl import printable, write_lines
-from support import options, parallel, progress
+from support import options, parallel, progress, streams
 from support.files import write_text, written
 
 
 def run(main, name):
     """main(). An error that is no bug of ours ends the program with one line and exit code 1. A
     signal ends it with one line and 128 + its number. A closed output does not end it."""
-    for stream in (sys.stdout, sys.stderr):           # a terminal of few characters: café, caf\xe9
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    Errors = OpenEnded if sys.stderr.isatty() else Lines
-    sys.stdout, sys.stderr = OpenEnded(sys.stdout), Errors(sys.stderr)
+    streams.guard()
     if signal.getsignal(signal.SIGINT) is options.end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (getattr(signal, n, None) for n in ("SIGTERM", "SIGHUP", "SIGUSR1")):
@@ -87,52 +81,6 @@ def stop(stopped, text):
 def interrupted(number, frame):
     """A signal as an exception, so that what was begun is removed."""
     raise KeyboardInterrupt(number)
-
-
-class OpenEnded:
-    """A stream whose reader may go away: a closed terminal, a full disk. Text is lost then."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-        except (OSError, ValueError):
-            self.forget()
-        return len(text)
-
-    def flush(self):
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.forget()
-
-    def forget(self):
-        """Write to nowhere from now on, what is still in a buffer included."""
-        nowhere = open(os.devnull, "w", errors="replace")
-        with suppress(OSError, ValueError):
-            os.dup2(nowhere.fileno(), self.stream.fileno())
-        self.stream = nowhere
-
-
-UP = "\x1b[A"                                         # what tqdm writes between nested bars
-
-
-class Lines(OpenEnded):
-    """A stderr that is no terminal: each state of a bar is a line of its own."""
-    of_bar = False                                    # whether the last text was such a line
-
-    def write(self, text):
-        shown = text.replace(UP, "").strip("\r \n")
-        bar = "\r" in text or UP in text
-        if not shown and (bar or self.of_bar):                  # a bar removes itself, or ends
-            return len(text)
-        self.of_bar = bar
-        return super().write(shown + "\n" if bar else text)
 
 
 def write_json(path, content):

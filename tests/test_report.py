@@ -338,6 +338,19 @@ def test_bars_without_a_terminal(env):
         [] if "TQDM_DISABLE" in env else ["0/9", "3/9", "9/9"])
 
 
+def test_no_reader_is_there_at_the_start(monkeypatch):
+    """The first line, before torch is loaded, goes nowhere, and the program goes on."""
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    for name in "stdout", "stderr":
+        monkeypatch.setattr(sys, name, Closed())
+    monkeypatch.setattr(options.signal, "signal", lambda *args: None)
+    options.begin(lambda doc: print("the demo") or doc, "the arguments")
+    assert options.begun(None, "") == "the arguments"
+
+
 def test_ctrl_c_while_torch_is_loaded():
     """One line and exit code 130. A module that never comes stands for torch."""
     program = ("import runpy, signal, sys, time; sys.argv = ['eval.py', '--prompt', 'Hi']\n"
