@@ -2,6 +2,7 @@
 import base64
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -279,3 +280,39 @@ def test_four_bits(tmp_path):
     command(convert.main, "gguf", tmp_path / "x.gguf", tmp_path / "back", "--dtype", "float32")
     expected = read(tmp_path / "hf")
     assert all(torch.equal(W, expected[name]) for name, W in read(tmp_path / "back").items())
+
+
+# llama.cpp, in a process of its own: it writes to the terminal and does not unload.
+LLAMA_CPP = """
+import json, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 256, 1, False
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server = xllamacpp.Server(params)
+for text in json.load(open(sys.argv[2])):
+    found = server.handle_completions({"prompt": text, "max_tokens": 24, "temperature": 0})
+    print("=", json.dumps([found["usage"]["prompt_tokens"], found["choices"][0]["text"]]))
+"""
+
+
+def test_llama_cpp_answers_as_we_do(tmp_path):
+    """The same number of tokens of odd texts, and the same greedy continuations of plain ones."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp", reason="pip install xllamacpp brings llama.cpp")
+    (tmp_path / "args.json").write_text('{"method": "full"}')
+    shutil.copytree(TINY, tmp_path / "checkpoint")
+    command(convert.main, "merge", tmp_path, tmp_path / "tiny.gguf", "--dtype", "float32")
+    plain = [row["question"] for row in map(json.loads, open(TINY / "test.jsonl"))][:12]
+    texts = [text for text in TEXTS if text.strip()] + plain
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    done = subprocess.run([sys.executable, "-c", LLAMA_CPP, tmp_path / "tiny.gguf",
+                           tmp_path / "texts.json"], capture_output=True, text=True, timeout=100)
+    found = [json.loads(line[2:]) for line in done.stdout.splitlines() if line.startswith("= ")]
+    net, tok = model.load(TINY, "cpu"), Tokenizer(TINY)
+    for text, (length, answer) in zip(texts, found, strict=True):
+        ids = tok.encode(text, bos=True)
+        assert length == len(ids), text
+        if text in plain:
+            ours = model.generate(net, [ids], 24, eos=tok.stops)[0]
+            assert tok.decode(ours).strip() == answer.strip(), text
