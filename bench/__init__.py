@@ -4,7 +4,11 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
+
+from support import streams
 
 # For train.train by itself: a run that leaves no states.
 NO_STATES = {"save_every": "never", "keep": 1, "resume": False, "max_hours": None,
@@ -29,3 +33,50 @@ def stamped(result, out=None):
 def report(result, out=None):
     """Print that line, and write it to `out`."""
     print(stamped(result, out))
+
+
+def program(main, clock=True):
+    """main(), as a command: a mistake ends it with one line, and a clock runs between results."""
+    from support.report import run as as_program
+    name = Path(sys.argv[0]).stem
+
+    def timed():
+        with ticking(name):
+            main()
+
+    as_program(timed if clock else main, f"bench.{name}")
+
+
+class Above(streams.OpenEnded):
+    """A stdout whose whole lines appear above the bars."""
+    held = ""
+
+    def write(self, text):
+        from tqdm import tqdm
+        self.held += text
+        if text.endswith("\n"):
+            line, self.held = self.held, ""
+            with tqdm.external_write_mode(file=self.stream):
+                super().write(line)
+        return len(text)
+
+
+@contextmanager
+def ticking(name):
+    """Show on stderr, every second, for how long the measurements have run."""
+    from tqdm import tqdm
+    ended, before = threading.Event(), sys.stdout
+    sys.stdout = Above(before)
+    with tqdm(desc=name, bar_format="{desc}: measuring for {elapsed}", leave=False) as bar:
+        def tick():
+            while not ended.wait(1):
+                with bar.get_lock():
+                    bar.update()                       # in a log: as seldom as tqdm's MININTERVAL
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            sys.stdout = before

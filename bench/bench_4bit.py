@@ -14,6 +14,7 @@ exact    beside that, the authors' route: exact SVDs, timed once a shape, times 
 import argparse
 import math
 import statistics
+import sys
 import time
 from collections import Counter
 
@@ -22,6 +23,7 @@ import torch
 import model
 import nf4
 import pissa
+from bench import program
 from bench.steps import (
     CUDA,
     SEVENTY,
@@ -176,4 +178,5 @@ def arguments():
 
 
 if __name__ == "__main__":
-    run_parts(arguments(), PARTS, "bench.bench_4bit", {"bench": "4bit"})
+    program(lambda: run_parts(arguments(), PARTS, "bench.bench_4bit", {"bench": "4bit"}),
+            clock="--file" in sys.argv)

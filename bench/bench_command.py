@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import model
-from bench import stamped
+from bench import program, stamped
 from formats import meta_write
 
 VARIANTS = {"eager": [], "checkpointing": ["--checkpointing"], "compile": ["--compile"]}
@@ -90,4 +90,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main, clock=False)

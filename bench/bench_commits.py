@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import report
+from bench import program, report
 
 # What each part runs in either tree. It prints {row: {figure: number}} as its last line.
 STEP = """
@@ -115,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

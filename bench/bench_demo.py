@@ -22,7 +22,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench import report
+from bench import program, report
 
 RATES = {"pissa": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3], "lora": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
          "full": [6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3]}
@@ -109,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

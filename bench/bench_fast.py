@@ -21,7 +21,7 @@ import fast
 import model
 import pissa
 import train
-from bench import report, steps
+from bench import program, report, steps
 
 # row: the module and the name of the function that is plain
 FORMS = {"low-rank product": (pissa, "product"), "RoPE": (model, "rotate"),
@@ -158,4 +158,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -16,7 +16,7 @@ import time
 import torch
 
 import model
-from bench import report
+from bench import program, report
 
 
 def llama_config(c, dtype, **more):
@@ -108,4 +108,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

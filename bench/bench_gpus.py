@@ -22,7 +22,7 @@ import torch
 
 import model
 import train
-from bench import stamped
+from bench import program, stamped
 from bench.steps import CUDA, DTYPE, SEVEN, SEVENTY, TOY, fill, gib, random_matrix
 from support import options, parallel, resume
 
@@ -146,4 +146,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

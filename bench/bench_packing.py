@@ -23,7 +23,7 @@ import data
 import model
 import pissa
 import train
-from bench import NO_STATES, report
+from bench import NO_STATES, program, report
 from bench.bench_generate import twin
 from bench.steps import with_lora
 
@@ -194,4 +194,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import model
-from bench import report
+from bench import program, report
 from bench.bench_svd import singular_values
 from pissa import METHODS, Options
 
@@ -138,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

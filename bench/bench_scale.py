@@ -26,7 +26,7 @@ from torch import nn
 import model
 import pissa
 import train
-from bench import NO_STATES, stamped
+from bench import NO_STATES, program, stamped
 from bench.steps import CUDA, DEVICE, SEVEN, TOY, clock, fill, gib, injected
 from support import plan
 
@@ -168,4 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -15,7 +15,7 @@ import data
 import model
 import pissa
 import train
-from bench import NO_STATES, report
+from bench import NO_STATES, program, report
 from eval import accuracy
 from support import options
 
@@ -59,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -8,7 +8,9 @@ Eager, checkpointing and compiled; seconds, tokens per second, peak memory, the 
 losses, which begin alike. What is compared with what, and on which numbers: see steps.py.
 """
 import argparse
+import sys
 
+from bench import program
 from bench.steps import CUDA, run_parts, sizes, step
 
 PARTS = {"step": step}
@@ -25,4 +27,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main, clock="--file" in sys.argv)

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import model
-from bench import report
+from bench import program, report
 from convert import write_checkpoint
 from support import files, resume
 
@@ -358,4 +358,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

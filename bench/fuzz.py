@@ -32,6 +32,7 @@ import convert
 import data
 import model
 import train
+from bench import program
 from bench import report as publish
 from bench.damage import Wrong, damaged, outcome, write_gguf
 from formats import gguf
@@ -197,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

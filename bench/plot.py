@@ -490,9 +490,8 @@ def arguments():
     return p.parse_args()
 
 
-def main():
+def main(args):
     """Write, or check, every page."""
-    args = arguments()
     if args.check:
         stale = ", ".join(str(page.relative_to(ROOT)) for page in PAGES
                           if updated(page) != page.read_text())
@@ -506,4 +505,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    asked = arguments()                                           # before torch is loaded
+    from bench import program
+    program(lambda: main(asked))

@@ -221,3 +221,18 @@ def test_demo_and_the_answer_to_a_prompt(tmp_path):
     out = printed(f"{sys.executable} eval.py --ckpt tiny --adapter runs/demo/adapter --device cpu "
                   f"--prompt {prompt}")
     assert out.endswith("\n" + answer) and "#### 7" in answer
+
+
+def test_a_bench_says_how_long_it_runs_and_what_is_missing(capsys, monkeypatch, tmp_path):
+    """A mistake is one line; results appear whole above a clock, and stdout has only them."""
+    import bench
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    with bench.ticking("bench_x"):
+        print("one", {"row": 1})
+    out, err = capsys.readouterr()
+    assert out == "one {'row': 1}\n" and "bench_x: measuring for 00:0" in err
+    assert sys.stdout.write("") == 0 and not isinstance(sys.stdout, bench.Above)
+    done = subprocess.run([sys.executable, "-m", "bench.bench_svd", "--smollm2", tmp_path / "x"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == (
+        f"bench.bench_svd: No such file or directory: {tmp_path / 'x'}")
