@@ -63,15 +63,17 @@ class Above(streams.OpenEnded):
 
 @contextmanager
 def ticking(name):
-    """Show on stderr, every second, for how long the measurements have run."""
+    """Show on stderr for how long the measurements have run: every second, in a log every 30."""
     from tqdm import tqdm
     ended, before = threading.Event(), sys.stdout
     sys.stdout = Above(before)
-    with tqdm(desc=name, bar_format="{desc}: measuring for {elapsed}", leave=False) as bar:
+    every = 1 if sys.stderr.isatty() else 30
+    with tqdm(desc=name, bar_format="{desc}: measuring for {elapsed}", leave=False,
+              mininterval=every) as bar:
         def tick():
             while not ended.wait(1):
                 with bar.get_lock():
-                    bar.update()                       # in a log: as seldom as tqdm's MININTERVAL
+                    bar.update()
         thread = threading.Thread(target=tick, daemon=True)
         thread.start()
         try:

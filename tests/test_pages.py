@@ -116,7 +116,7 @@ def test_only_what_is_asked_is_written(tmp_path, monkeypatch, capsys):
     def plotted(*argv):
         monkeypatch.setattr(sys, "argv", ["plot", *argv])
         with pytest.raises(SystemExit) as stopped:
-            sys.exit(plot.main())
+            sys.exit(plot.main(plot.arguments()))
         return stopped.value.code
 
     for argv in ["--help"], [], ["--chek"], ["README.md"], ["--text", "--check"]:
