@@ -30,7 +30,8 @@ import model  # noqa: E402
 import nf4  # noqa: E402
 import pissa  # noqa: E402
 
-PISSA, LORA, MILORA, GREY = "#c0392b", "#2471a3", "#b9770e", "#7f8c8d"
+# Grounds are transparent. All colours can be told from a white page and from a dark one.
+PISSA, LORA, MILORA, GREY, INK = "#d1495b", "#3a86c8", "#b07d2b", "#8a8f96", "#767c84"
 BLOCK = 64                                                  # entries that share one NF4 scale
 
 
@@ -118,7 +119,8 @@ def pyplot():
     plt.rcParams.update({
         "font.size": 15, "axes.titlesize": 17, "axes.titleweight": "bold", "axes.titlelocation":
         "left", "axes.titlepad": 14, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.edgecolor": "#444444", "figure.facecolor": "white", "savefig.facecolor": "white",
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
+                         "ytick.color"), INK),
         "figure.constrained_layout.h_pad": 0.12, "figure.constrained_layout.w_pad": 0.12,
         "legend.frameon": False, "lines.linewidth": 2.5})
     return plt
@@ -137,7 +139,7 @@ def draw_spectrum(ax, S, rank, shares):
         x = [first + 0.5, *range(first + 1, last + 1), last + 0.5]
         y = S[first:last].tolist()
         ax.fill_between(x, low, [y[0], *y, y[-1]], color=colour, alpha=alpha, linewidth=0)
-    ax.plot(range(1, n + 1), S.tolist(), color="#222222")
+    ax.plot(range(1, n + 1), S.tolist(), color=INK)
     ax.set(yscale="log", xlim=(0.5, n + 0.5), ylim=(low, at(1.3)), xlabel="component $i$",
            ylabel="singular value $s_i$", title="Which part of $W$ is trained?")
     line = {"arrowstyle": "-", "linewidth": 2}
@@ -147,7 +149,7 @@ def draw_spectrum(ax, S, rank, shares):
     ax.annotate(f"MiLoRA: the {rank} smallest,\n{100 * shares[1]:.1g}% of $|W|^2$",
                 (n - rank * 0.6, at(0.15)), (n * 0.87, at(0.42)), color=MILORA, weight="bold",
                 ha="right", va="center", arrowprops={**line, "color": MILORA})
-    ax.text(n * 0.45, at(0.12), "frozen", color="#555555", ha="center")
+    ax.text(n * 0.45, at(0.12), "frozen", color=INK, ha="center")
     ax.text(n, at(1.04), "LoRA: nothing of $W$,\na new $A\\,B$ starts at 0", color=LORA,
             weight="bold", ha="right", va="bottom")
 
@@ -188,7 +190,7 @@ def singular_values(ckpt, out, module=None, rank=16):
     above = figure.add_subplot(grid[0, 1])
     draw_rounding(above, figure.add_subplot(grid[1, 1], sharex=above), W, W_res)
     figure.supxlabel(f"{label(ckpt)}, {name}, {W.shape[0]} x {W.shape[1]}, rank {rank}",
-                     fontsize=13, color="#555555", x=0.995, ha="right")
+                     fontsize=13, color=INK, x=0.995, ha="right")
     before, after = rounding(W)[0] / W.norm(), rounding(W_res)[0] / W.norm()
     print(f"{name}: singular values {S[0]:.3g} ... {S[rank - 1]:.3g} | ... {S[-1]:.3g}, the first "
           f"{rank} hold {shares[0]:.1%} of |W|^2; NF4 changes W by {before:.2%} of |W|, W_res by "
@@ -219,11 +221,11 @@ def gradients(ckpt, out, examples, rank=16, lr=1e-3, lora_lr=3e-3, steps=10, bat
     top = axes[0].get_ylim()[1]
     axes[0].set_ylim(-0.2 * top, top)                # room for a sentence below the axis of steps
     axes[0].set_yticks([t for t in axes[0].get_yticks() if 0 <= t <= top])
-    axes[0].axhline(0, color="#444444", linewidth=1)
+    axes[0].axhline(0, color=INK, linewidth=1)
     axes[0].text(1, -0.04 * top, "LoRA: exactly 0 at step 1, as $B=0$", color=LORA, weight="bold",
                  va="top")
     figure.supxlabel(f"{label(ckpt)}, rank {rank}, the same data, learning rate {lr:g}",
-                     fontsize=13, color="#555555", x=0.995, ha="right")
+                     fontsize=13, color=INK, x=0.995, ha="right")
     for (method, rate), rows in runs.items():
         ends = (f"{key} {rows[0][key]:.3g} -> {rows[-1][key]:.3g}" for key in ("loss", "A", "B"))
         print(f"{method}, rate {rate:g}: loss and gradient norms: {', '.join(ends)}")
@@ -239,7 +241,7 @@ def label(ckpt):
 def save(plt, figure, path):
     """Write a figure and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, transparent=True)
     plt.close(figure)
     print(f"wrote {path}")
     return path
