@@ -55,6 +55,11 @@ def assert_alike(one, two, rel=1e-6):
     a, b = (json.loads((out / "summary.json").read_text())["after"] for out in (one, two))
     assert a["loss"] == pytest.approx(b["loss"], rel=rel) and a["accuracy"] == b["accuracy"]
     assert a["answers"] == b["answers"]
+    x, y = ([json.loads(line) for line in (out / "val.jsonl").read_text().splitlines()]
+            for out in (one, two))
+    assert [(r["step"], r.get("best")) for r in x] == [(r["step"], r.get("best")) for r in y]
+    assert [r["loss"] for r in x] == pytest.approx([r["loss"] for r in y], rel=rel)
+    assert (one / "best").exists() == (two / "best").exists() == any(r.get("best") for r in x)
     if (one / "adapter").exists():
         x, y = (adapter.read_adapter(out / "adapter").pairs for out in (one, two))
         for n in x:
@@ -70,7 +75,8 @@ SLOW = [["--method", "lora", "--shard=no"], ["--method", "loftq", "--shard=no"],
         ["--method", "full", "--shard=no"], ["--batch", 1, "--shard=no"],
         ["--no-packing", "--shard", "--method", "qlora"], ["--plain", "--shard"],
         ["--method", "full", "--shard", "--checkpointing"], ["--niter", "exact", "--shard=no"],
-        ["--checkpointing", "--shard=no"], ["--targets", "q_proj,down_proj", "--shard"]]
+        ["--checkpointing", "--shard=no", "--val-every", 2],
+        ["--method", "full", "--shard", "--val-every", 5], ["--targets", "q_proj,down_proj", "--shard"]]
 
 
 @pytest.mark.long

@@ -744,6 +744,33 @@ def test_best_is_kept_by_a_run_that_goes_on(watched, monkeypatch, tmp_path):
         assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
 
 
+@pytest.mark.parametrize("method", ["pissa", pytest.param("full", marks=pytest.mark.long)])
+def test_killed_between_best_and_its_row(flags, tmp_path, monkeypatch, method):
+    """best/ is written before its row of val.jsonl. A run that goes on writes both again."""
+    more = [*flags, "--method", method, "--val-every", 1, "--steps", 3, "--max-new-tokens", 1,
+            "--save-every", 1, "--out"]
+
+    def killed(out, step, loss, is_best):
+        if step == 2:
+            raise SystemExit(137)
+        return noted(out, step, loss, is_best)
+
+    command(train.main, *more, tmp_path / "whole")
+    noted = train.progress.note
+    monkeypatch.setattr(train.progress, "note", killed)
+    with pytest.raises(SystemExit, match="137"):
+        command(train.main, *more, tmp_path / "out")
+    assert [r["step"] for r in read_lines(tmp_path / "out" / "val.jsonl")] == [0, 1]
+    monkeypatch.undo()
+    command(train.main, *more, tmp_path / "out", "--resume")
+    for name in "val.jsonl", "best":
+        whole, again = (run / name for run in (tmp_path / "whole", tmp_path / "out"))
+        found = whole.rglob("*[.]*[sh]") if whole.is_dir() else [whole]       # safetensors or pth
+        assert (found := list(found))
+        for path in found:
+            assert path.read_bytes() == (again / path.relative_to(whole)).read_bytes(), path
+
+
 def test_tensorboard(examples, tmp_path, monkeypatch):
     """Without the package one line; with one, a point of every curve after every step."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -768,6 +795,20 @@ def test_tensorboard(examples, tmp_path, monkeypatch):
     train.train(prepared("pissa"), examples[:8], args, nullcontext(), examples[:4])
     assert points == [(name, step) for step in (1, 2) for name in ("loss", "grad_norm", "lr")] + [
         ("validation loss", 2)] and closed
+
+
+@pytest.mark.long
+def test_tensorboard_reads_its_files(flags, tmp_path):
+    """tensorboard itself finds every step once, also in a run that went on."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    more = [*flags, "--tensorboard", "--val-every", 2, "--max-new-tokens", 1, "--out", tmp_path]
+    command(train.main, *more, "--steps", 2)
+    command(train.main, "--resume", "--steps", 4, "--out", tmp_path)
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [(e.step, pytest.approx(e.value, rel=1e-6)) for e in curves.Scalars("loss")]
+    assert losses == [(r["step"], r["loss"]) for r in read_lines(tmp_path / "log.jsonl")]
+    assert [e.step for e in curves.Scalars("validation loss")] == [2, 4]
 
 
 # --- interruptions
