@@ -109,7 +109,7 @@ def show(net, tok, problems, args, weights):
     asked = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
     header |= {"weights": weights, "problems": asked}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with files.named(part), open(part, "a+", encoding="utf-8", errors="replace", newline="") as log:
+    with files.named(part), open(part, "a", encoding="utf-8", newline="") as log:
         held = files.lock(part)
         try:
             done = begun(log, part, header, len(problems))
@@ -130,13 +130,11 @@ def begun(log, part, header, count):
 
     The file then ends with a whole line. Of another run, or damaged: ValueError.
     """
-    log.seek(0)
-    text = log.read()
-    whole = text[:text.rfind("\n") + 1]                         # less half a line
+    whole = part.read_bytes().rpartition(b"\n")[0]               # less half a line
     try:
         before, done = None, {}
         if whole:
-            first, *rows = map(json.loads, whole.splitlines())
+            first, *rows = map(json.loads, whole.split(b"\n"))
             before, done = {key: first[key] for key in header}, dict(rows)
         assert all(type(i) is int and 0 <= i < count and row["correct"] in (True, False)
                    for i, row in done.items())
@@ -147,7 +145,7 @@ def begun(log, part, header, count):
         raise ValueError(f"{part}: begun with other {', '.join(other)} ({was}, now {now}): give "
                          "the same, another --out, or remove it to begin anew")
     if done:
-        log.truncate(len(whole.encode()))
+        log.truncate(len(whole) + 1)
         print(f"going on: {len(done)} of {count} are done")
     else:
         log.truncate(0)

@@ -76,8 +76,8 @@ def same(a, b, authors=False):
 def normal(text, authors=False):
     r"""An answer in Hendrycks' normal form. ValueError or IndexError if his rules do not apply.
 
-    authors: as the copy in the PiSSA authors' scripts. It removes \% but no bare %, and gives up on
-    a text with one slash that is no fraction of whole numbers.
+    authors: as the copy in the PiSSA authors' scripts, which also gives up on a text with one slash
+    that is no fraction of whole numbers.
     """
     for old, new in (("\n", ""), (r"\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"),
                      (r"\left", ""), (r"\right", ""), (r"^{\circ}", ""), (r"^\circ", ""),
@@ -86,8 +86,7 @@ def normal(text, authors=False):
     text, *units = text.split(r"\text{ ")                  # in MATH it stands before units only
     if len(units) > 1:
         raise ValueError(r"more than one \text{ }")
-    text = text.replace(r"\%", "").replace("" if authors else "%", "")
-    text = text.replace(" .", " 0.").replace("{.", "{0.")
+    text = text.replace(r"\%", "").replace(" .", " 0.").replace("{.", "{0.")
     text = f"0{text}" if text.startswith(".") else text
     left, *right = text.split("=")
     text = right[0] if len(right) == 1 and len(left) <= 2 else text           # "x = 5" is 5
@@ -102,11 +101,11 @@ def fractions(text):
     r"""\frac12 and \frac1{2} as \frac{1}{2}. A last \frac1 leaves the text as it is."""
     head, *parts = text.split(r"\frac")
     for p in parts:
-        if p[0] != "{" and len(p) < 2:
-            return text
-        above, below = ("", "") if p[0] == "{" else (f"{{{p[0]}}}", p[1] if p[1] == "{" else
-                                                     f"{{{p[1]}}}")
-        head += r"\frac" + (above + below + p[2:] if above else p)
+        if p[0] != "{":
+            if len(p) < 2:
+                return text
+            p = f"{{{p[0]}}}{p[1:]}" if p[1] == "{" else f"{{{p[0]}}}{{{p[1]}}}{p[2:]}"
+        head += r"\frac" + p
     return head
 
 
