@@ -72,13 +72,14 @@ def evaluate(net, tok, task, problems, *, max_new_tokens, batch=64, done=(), log
                             partial(page.ended, problem=problems[0]))
             scores = pool.map(page.score, texts, [problems[i] for i in now])
             for i, text, score in zip(now, texts, scores, strict=True):
-                about = {k: problems[i][k] for k in ("id", "reference") if k in problems[i]}
+                about = {k: problems[i][k] for k in ("id", "prompt", "reference")
+                         if k in problems[i]}
                 rows[i] = {**about, "response": text, **score}
                 if log:
                     print(json.dumps([i, rows[i]], ensure_ascii=False), file=log, flush=True)
+            share = sum(row["correct"] for row in rows.values()) / len(rows)
+            bar.set_postfix_str(f"{share:.1%} right", refresh=False)
             bar.update(len(now))
-            bar.set_postfix_str(f"{sum(r['correct'] for r in rows.values()) / len(rows):.1%} "
-                                "right", refresh=False)
     return [rows[i] for i in sorted(rows)]
 
 

@@ -6,6 +6,7 @@ file. It is no sandbox. Run programs of a model that you do not trust in a conta
 machine. On Windows only the time is limited, and files outside are refused.
 """
 import json
+import math
 import os
 import secrets
 import signal
@@ -43,11 +44,11 @@ def complete(response):
 def run(program, tests, seconds=SECONDS):
     """None if a program and then its tests (str, Python) run to the end, else why not (str).
 
-    seconds: of computing, and three times as many by the clock.
+    seconds: of computing, rounded up, and three times as many by the clock.
     """
     word = secrets.token_hex(16)
     job = {"program": program, "tests": tests, "word": word,
-           "limits": {"memory": MEMORY, "seconds": seconds, "size": FILE}}
+           "limits": {"memory": MEMORY, "seconds": math.ceil(seconds), "size": FILE}}
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as said, \
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as there:
         asked.write(json.dumps(job).encode())
