@@ -8,15 +8,14 @@ response is cleaned as they do, and stands after the function's head, as evalplu
 hold the rest of the function or all of it.
 """
 from formats.jsonl import string
-from tasks import programs
+from tasks.programs import SECONDS, clean, complete, run
 
 PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately "
           "completes the request.\n\n\n### Instruction:\nCreate a Python script for this problem:\n"
           "{}\n\n### Response:")
 SHOWN = {"paper": "humaneval.PROMPT"}
 RULE = {"paper": "the function's head and the response, cleaned as by the PiSSA authors, must pass "
-                 f"the hidden tests within {programs.SECONDS} s"}
-RUNS_CODE = True
+                 f"the hidden tests within {SECONDS} s"}
 
 
 def problem(record, where, task, protocol):
@@ -31,11 +30,11 @@ def problem(record, where, task, protocol):
 
 def score(response, problem):
     """{answer, correct, why}: the program, and why it is wrong."""
-    answer = programs.clean(response)
-    why = programs.run(problem["head"] + answer, problem["tests"])
+    answer = clean(response)
+    why = run(problem["head"] + answer, problem["tests"])
     return {"answer": answer, "correct": why is None, "why": why}
 
 
 def ended(text, problem):
     """True if what follows in the response cannot change its score."""
-    return programs.complete(text)
+    return complete(text)

@@ -8,15 +8,15 @@ name of the function stands only there. It has the form of the PiSSA authors' te
 made from MBPP+, which words some tasks better and tests more.
 """
 from formats.jsonl import columns, string
-from tasks import programs
+from tasks.programs import SECONDS, clean, complete, run
 
 PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately "
           "completes the request.\n\n\n### Instruction:\n{} Your code should satisfy the following "
           "assertion:\n```python\n{}\n```\n\n### Response:")
 SHOWN = {"paper": "mbpp.PROMPT"}
 RULE = {"paper": "the response, cleaned as by the PiSSA authors, must pass all asserts within "
-                 f"{programs.SECONDS} s"}
-RUNS_CODE, IDS = True, range(11, 511)
+                 f"{SECONDS} s"}
+IDS = range(11, 511)
 
 
 def problem(record, where, task, protocol):
@@ -37,11 +37,11 @@ def problem(record, where, task, protocol):
 
 def score(response, problem):
     """{answer, correct, why}: the program, and why it is wrong."""
-    answer = programs.clean(response)
-    why = programs.run(answer, problem["tests"])
+    answer = clean(response)
+    why = run(answer, problem["tests"])
     return {"answer": answer, "correct": why is None, "why": why}
 
 
 def ended(text, problem):
     """True if what follows in the response cannot change its score."""
-    return programs.complete(text)
+    return complete(text)

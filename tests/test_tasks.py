@@ -80,7 +80,7 @@ def test_every_page_is_whole():
     assert set(options.COMMONSENSE) == commonsense.NAMES.keys()
     for task, page in tasks.PAGES.items():
         assert page.RULE.keys() == page.SHOWN.keys() == options.TASKS[task].keys()
-        assert getattr(page, "RUNS_CODE", False) == (task in options.RUN_CODE)
+        assert hasattr(page, "run") == (task in options.RUN_CODE)
 
 
 @pytest.mark.parametrize("task, protocol, expected", [
@@ -366,14 +366,14 @@ def test_tests_cannot_be_hidden():
         assert not right("humaneval", problem, response), response
 
 
-def all_pass(task, pairs, solution):
-    """Reference solutions score 100 %, those of the problem before 0 %."""
+def all_pass(task, pairs, solution, but=()):
+    """Reference solutions score 100 %, less `but`; those of the problem before 0 %."""
     for turn, expected in (0, True), (-1, False):
         found = {}
         for i, (_, problem) in enumerate(pairs):
             found[problem["id"]] = tasks.PAGES[task].score(solution(pairs[i + turn][0]), problem)
         other = {i: f["why"] for i, f in found.items() if f["correct"] != expected}
-        assert not other, f"{len(other)} of {len(found)}: {other}"
+        assert set(other) == set(but if expected else ()), f"{len(other)} of {len(found)}: {other}"
 
 
 def body(record):
@@ -395,10 +395,12 @@ def test_some_of_mbpp():
 
 @pytest.mark.slow
 def test_all_of_humaneval():
-    """All 164, as the rest of the function and as a block with the whole of it."""
+    """All 164, as the rest of the function and as a block with the whole of it. Of the latter, the
+    authors' cleaning cuts one at the word "assert" in its docstring."""
     pairs = real("humaneval", "humaneval", "HumanEval.jsonl")
     all_pass("humaneval", pairs, lambda r: r["canonical_solution"])
-    all_pass("humaneval", pairs, lambda r: f"So:\n{TICKS}python\n{body(r)}{TICKS}\nprint(1)")
+    all_pass("humaneval", pairs, lambda r: f"So:\n{TICKS}python\n{body(r)}{TICKS}\nprint(1)",
+             but=["HumanEval/149"])
 
 
 @pytest.mark.slow
