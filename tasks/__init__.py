@@ -86,7 +86,7 @@ def evaluate(net, tok, task, problems, *, max_new_tokens, batch=64, done=(), log
 def answers(net, tok, prompts, max_new_tokens, ended):
     """What the model writes, greedily, after each prompt (ids): a list of str, spaces kept."""
     def stop(new):
-        return len(new) % 8 == 0 and ended(tok.decode(new))       # asked now and then: it is slow
+        return len(new) % 16 == 0 and ended(tok.decode(new))       # asked now and then: it is slow
 
     new = model.generate(net, prompts, max_new_tokens, eos=tok.stops, stop=stop)
     # Alone, sentencepiece would drop the first space of a text, and so an indentation.

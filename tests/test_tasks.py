@@ -15,6 +15,8 @@ import data
 import eval as evaluation
 import model
 import tasks
+from bench import bench_tasks, plot
+from bench.bench_tasks import FILES
 from conftest import SHARED, TINY
 from conftest import command as run_command
 from conftest import failure as run_failure
@@ -498,7 +500,7 @@ def test_an_answer_that_has_ended_is_not_continued(net, tok):
 
     prompt = tok.encode("Nora had 4 shells.", bos=True)
     text, = tasks.answers(net, tok, [prompt], 64, ended)
-    assert len(tok.encode(text)) <= 18 and len(asked) == 2
+    assert len(tok.encode(text)) <= 34 and len(asked) == 2
 
 
 def answer_with(monkeypatch, say):
@@ -678,6 +680,28 @@ def test_a_real_model(tmp_path, net, tok):
     mine, theirs = lines(out), lines(tmp_path / "other")
     assert [r["response"].strip() for r in mine] == [r["response"] for r in theirs]
     assert [r["reference"] for r in mine] == [r["reference"] for r in theirs]
+
+
+def test_the_table_of_results(monkeypatch, tmp_path, capsys):
+    """bench.bench_tasks measures what eval.py does, and bench.plot shows it."""
+    for task in ("math", "boolq"):
+        (tmp_path / f"{FILES[task]}.jsonl").parent.mkdir()
+        (tmp_path / f"{FILES[task]}.jsonl").write_text(f"{json.dumps(RECORDS[task])}\n" * 4)
+    answers = iter([RIGHT["math strict"], "?", "?", "?", *"????", *["true false"] * 3, "false"])
+    answer_with(monkeypatch, lambda prompt: next(answers))
+    out = tmp_path / "tasks_h100.json"
+    run_command(bench_tasks.main, "--folder", tmp_path, "--device", "cpu", "--out", out)
+    result = json.loads(out.read_text())
+    assert [(r["task"], r["protocol"], r["accuracy"], r["answered"]) for r in result["rows"]] == [
+        ("math", "strict", 0.25, 1), ("math", "paper", 0, 0), ("boolq", "paper", 0.25, 4)]
+    assert result["rows"][0]["standard_error"] == pytest.approx((0.25 * 0.75 / 4)**0.5)
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    table = plot.tasks_table().splitlines()
+    assert table[2].startswith("| base | math, strict | data.PROMPT, greedy, at most 512 new tokens"
+                               " | the content of the last \\boxed{} must equal the reference, ")
+    assert table[2].endswith("| 4 | **25.0%** ± 21.7% | 25% |") and len(table) == 7
+    (tmp_path / "tasks_h100.json").unlink()
+    assert plot.tasks_table() == "Not measured yet."
 
 
 def test_pages_are_short():
