@@ -4,10 +4,11 @@
     python eval.py --ckpt tiny --adapter runs/demo/adapter --accuracy checkpoints/tiny/test.jsonl
     python eval.py --ckpt tiny --adapter runs/demo/adapter --interactive
     python eval.py --ckpt tiny --ppl some_text.txt
+    python eval.py --ckpt smollm2 --task math --data math/test.jsonl        # tasks/ has them all
 
 With an adapter, --prompt and --interactive show the base model's answer beside the adapted one. An
-adapter of weights in four bits is shown alone, since its base may be too large. If --accuracy was
-interrupted, run the same command again: it resumes.
+adapter of weights in four bits is shown alone, since its base may be too large. If --accuracy or
+--task was interrupted, run the same command again: it resumes.
 """
 from support import options
 
@@ -28,6 +29,7 @@ import adapter
 import data
 import model
 import pissa
+import tasks
 from formats import jsonl
 from formats.jsonl import write_lines
 from support import ask, report
@@ -200,6 +202,7 @@ def main():
     args = options.begun(options.for_eval, __doc__)
     examples = data.read(args.accuracy, args.fields)[:args.limit] if args.accuracy else []
     data.references(examples, args.accuracy)
+    problems = tasks.read(args.task, args.data, args.protocol)[:args.limit] if args.task else []
     try:
         text = Path(args.ppl).read_text(encoding="utf-8") if args.ppl else ""
     except UnicodeDecodeError:
@@ -207,7 +210,8 @@ def main():
     if args.ppl and not text:
         raise ValueError(f"{args.ppl}: the text is empty")
     tok = data.Tokenizer(model.find(args.ckpt))
-    for where, texts in (args.ppl, [text]), (args.accuracy, [prompt for prompt, _ in examples]):
+    for where, texts in ((args.ppl, [text]), (args.accuracy, [prompt for prompt, _ in examples]),
+                         (args.data, [problem["prompt"] for problem in problems])):
         report.spelled(where, texts, tok)
     quantised = args.adapter and adapter.is_quantised(args.adapter)
 
@@ -227,6 +231,8 @@ def main():
         ask.session(answer, data.PROMPT)
     if args.accuracy:
         show_accuracy(net, tok, examples, args)
+    if args.task:
+        tasks.show(net, tok, problems, args, content_hash(net, args.adapter, []))
     if args.ppl:
         length = args.length or min(512, net.config.max_seq_len or 512)
         ppl, n, windows = perplexity(net, tok, text, length, args.stride)

@@ -1,6 +1,6 @@
 """Damaged inputs: each should work as it says, or be refused in one line that names the file.
 
-    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 9 kinds, 10 min
+    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 10 kinds, 10 min
     python -m bench.fuzz --kinds gguf state --cases 50          # of some kinds
 
 A case is a function of (kind, number). It runs in a process of its own, forked from this one, with
@@ -31,6 +31,7 @@ import adapter
 import convert
 import data
 import model
+import tasks
 import train
 from bench import program
 from bench import report as publish
@@ -42,7 +43,19 @@ TOKENS = torch.arange(3, 40)[None]
 FAULTS = "traceback", "hang", "memory", "crash", "unclear", "wrong"
 
 
-# ------------------------------------------------------------------------------- the nine attempts
+# A record of every task, and what of it must stand in the prompt.
+TASKS = {"gsm8k": ({"question": "2 + 3?", "answer": "It is 5.\n#### 5"}, "question"),
+         "math": ({"problem": "What is $\\frac12$ of 3?", "answer": "\\frac{3}{2}",
+                   "solution": "$\\boxed{\\frac{3}{2}}$", "unique_id": "test/1.json"}, "problem"),
+         "humaneval": ({"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f",
+                        "test": "def check(f):\n    assert f(1) == 1\n"}, "entry_point"),
+         "mbpp": ({"task_id": 11, "text": "Return x.", "test_setup_code": "",
+                   "test_list": ["assert f(1) == 1", "assert f(2) == 2"]}, "text"),
+         "boolq": ({"instruction": "Is it?", "input": "", "output": "the correct answer is true",
+                    "answer": "true"}, "instruction")}
+
+
+# -------------------------------------------------------------------------------- the ten attempts
 
 def same(ours, read):
     """Wrong unless another program's model, if that takes the file, has our logits."""
@@ -115,6 +128,30 @@ def read_state(net, args, examples, before, path):
             raise Wrong(f"{name} is not what was saved")
 
 
+def read_task(path):
+    """--data of --task, or the predictions of a run that goes on: as json reads them."""
+    if path.stem == "part":
+        with open(path, "a") as log:
+            return tasks.begun(log, path, {"task": "gsm8k", "weights": "ab"}, 9)
+    for protocol in options.TASKS[path.stem]:
+        found = tasks.read(path.stem, path, protocol)
+    rows = [json.loads(line) for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
+    rows = [r for r in rows if path.stem != "mbpp" or 10 < r["task_id"] < 511]
+    for row, problem in zip(rows, found, strict=True):
+        if row[TASKS[path.stem][1]] not in problem["prompt"] + problem.get("tests", ""):
+            raise Wrong(f"{row} became {problem}")
+
+
+def write_tasks(folder):
+    """A file of every task, and one of predictions; their paths."""
+    folder.mkdir()
+    for task, (record, _) in TASKS.items():
+        (folder / f"{task}.jsonl").write_text(f"{json.dumps(record)}\n" * 3)
+    rows = [{"task": "gsm8k", "weights": "ab"}, *([i, {"id": i, "correct": True}] for i in (0, 4))]
+    (folder / "part.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return sorted(folder.iterdir())
+
+
 # ----------------------------------------------------------------------------------------- set up
 
 def set_up(there):
@@ -159,6 +196,7 @@ def set_up(there):
         "tokenizer.model": (read_tokenizer, there / "tok" / "tokenizer.model"),
         "args.json": (read_args, out / "args.json"),
         "gguf": (read_gguf, there / "x.gguf"),
+        "task files": (read_task, *write_tasks(there / "tasks")),
         "state": (partial(read_state, started, args, examples, before), state, state,
                   out / "val.jsonl", out / "summary.json")}
 
@@ -168,7 +206,7 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--cases", type=int, default=300, help="of each kind")
-    p.add_argument("--kinds", nargs="*", help="default: all nine")
+    p.add_argument("--kinds", nargs="*", help="default: all ten")
     p.add_argument("--out")
     asked, argv, begin, counts, faults = p.parse_args(), sys.argv, time.perf_counter(), {}, []
     torch.set_num_threads(1)

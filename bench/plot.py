@@ -451,6 +451,21 @@ def gpus_table():
                  rows) + states + source(result)
 
 
+def tasks_table():
+    """The score of every model on every task, on each GPU."""
+    texts = []
+    for result in (r for parts in measured("tasks").values() for r in parts):
+        rows = [[r["model"], f"{r['task']}, {r['protocol']}",
+                 r["how"].partition("; ")[0].partition(": ")[2],
+                 r["how"].partition("; ")[2].rpartition("; ")[0], r["problems"],
+                 f"**{r['accuracy']:.1%}** ± {r['standard_error']:.1%}",
+                 f"{r['answered'] / r['problems']:.0%}"] for r in result["rows"] if "how" in r]
+        texts.append(table([result["model"], "task", "prompt", "rule", "problems",
+                            "accuracy ± one standard error", "gave an answer"], rows)
+                     + source(result))
+    return "\n\n".join(texts) or "Not measured yet."
+
+
 def faults_table():
     """What survived."""
     result = read("faults_cpu")
@@ -470,7 +485,8 @@ PARTS = {"gpus": gpus_table, "faults": faults_table, "demo": demo_table, "svd": 
          "large": large_table, "quantised-training": quantised_training_table,
          "quant": quant_table, "plan": plan_table, "plan-output": plan_output,
          "step": step_table, "step-cpu": step_cpu_table, "packing": packing_table,
-         "headline": headline_table, "commits": commits_table, "fast": fast_table}
+         "headline": headline_table, "commits": commits_table, "fast": fast_table,
+         "tasks": tasks_table}
 
 
 def updated(page):

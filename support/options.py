@@ -29,6 +29,13 @@ METHODS = ("pissa", "lora", "qpissa", "qlora", "loftq")             # those of p
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_NEW_TOKENS = {"strict": 256, "paper": 1024}                     # of the protocols of eval.py
+COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy",
+               "ARC-Challenge", "openbookqa")
+# Of each task {protocol: most new tokens}. The first protocol is the default.
+TASKS = {"gsm8k": MAX_NEW_TOKENS, "math": {"strict": 1024, "paper": 1024},
+         "humaneval": {"paper": 1024}, "mbpp": {"paper": 1024},
+         **dict.fromkeys(COMMONSENSE, {"paper": 32})}
+RUN_CODE = ("humaneval", "mbpp")                                    # tasks that run programs
 OF_THE_ADAPTER = ("method", "rank", "niter", "quant_iters", "no_double_quant", "targets")
 AT_LEAST_1 = (1, 10**9)
 SEEDS = (0, 2**63 - 1)
@@ -446,7 +453,7 @@ def check_out(p, args):
 def eval_parser(doc):
     """The parser of eval.py."""
     p = parser(doc, "eval.py")
-    p.epilog, add = "Not here: multiple-choice benchmarks, MATH.", p.add_argument
+    add = p.add_argument
     add("--ckpt", default="tiny", help="directory, or a name under checkpoints/, or owner/name in "
         "Hugging Face's cache")
     add("--adapter", help="adapter directory, as train.py or PEFT wrote it")
@@ -454,13 +461,19 @@ def eval_parser(doc):
     add("--prompt", help="an instruction to answer")
     add("--interactive", action="store_true", help="ask one question after another")
     add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
-    add("--protocol", choices=list(MAX_NEW_TOKENS), default="strict",
-        help="how --accuracy asks and scores; paper: as the PiSSA authors' scripts do")
+    add("--task", choices=list(TASKS), metavar="NAME", help="a benchmark: " + ", ".join(TASKS))
+    add("--data", metavar="JSONL", help="the problems of --task, as their authors publish them")
+    add("--allow-code", action="store_true", help="let humaneval and mbpp run the programs that "
+        "the model writes, each in a process of its own with limits: a guard against accidents, "
+        "no sandbox")
+    add("--protocol", choices=list(MAX_NEW_TOKENS), help="how --accuracy and --task ask and score; "
+        "paper: as the PiSSA authors' scripts do (default: strict, if the task has it)")
     add("--ppl", metavar="TEXT", help="a text file")
     add("--fields", help="field names of the jsonl, e.g. question,answer")
     add("--limit", type=int, help="only the first so many problems")
-    add("--out", help="file for --accuracy's predictions (default: by the adapter)")
-    add("--max-new-tokens", type=int, help="default: 256, or 1024 by protocol paper")
+    add("--out", help="file for the predictions of --accuracy or --task (default: by the adapter)")
+    add("--max-new-tokens", type=int, help="default: 256, or 1024 by protocol paper, and for tasks "
+        "what their protocol says")
     add("--stop", action="append", default=[], help="text that ends a response; repeatable")
     add("--temperature", type=float, default=0.0, help="of answers; 0: greedy")
     add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all")
@@ -480,10 +493,11 @@ def for_eval(doc):
     check_ranges(p, args, limit=AT_LEAST_1, max_new_tokens=AT_LEAST_1, batch=AT_LEAST_1,
                  length=AT_LEAST_1, stride=AT_LEAST_1, temperature=(0, 1e6), top_k=(0, 2**31 - 1),
                  top_p=(1e-9, 1), seed=SEEDS)
-    others = args.prompt or args.accuracy or args.ppl
+    others = args.prompt or args.accuracy or args.ppl or args.task
     if bool(others) == args.interactive:
-        p.error("--interactive stands alone: no --prompt, --accuracy or --ppl" if others else
-                "nothing to do: give --prompt, --interactive, --accuracy or --ppl")
+        p.error("--interactive stands alone: no --prompt, --accuracy, --task or --ppl" if others
+                else "nothing to do: give --prompt, --interactive, --accuracy, --task or --ppl")
+    check_task(p, args)
     for name, text in ("--prompt", args.prompt or "-"), *(("--stop", s) for s in args.stop):
         if not text or text.encode(errors="replace").decode() != text:
             p.error(f"{name} is {'not valid UTF-8' if text else 'empty'}")
@@ -491,10 +505,28 @@ def for_eval(doc):
         path = Path(args.out)
         if path.is_dir() or not path.name or path.parent.exists() and not path.parent.is_dir():
             p.error(f"--out {path} is not a file that can be written")
-        if args.accuracy and path.exists() and path.samefile(args.accuracy):
+        asked = args.accuracy or args.data
+        if asked and path.exists() and path.samefile(asked):
             p.error(f"--out {path} is the file of problems")
-    args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS[args.protocol]
     return args
+
+
+def check_task(p, args):
+    """Refuse what does not go with --task; give args the protocol and its number of tokens."""
+    known = TASKS[args.task] if args.task else MAX_NEW_TOKENS
+    if bool(args.task) != bool(args.data):
+        p.error(f"--task {args.task} needs --data, the file of its problems" if args.task else
+                "--data needs --task, which says what its problems are")
+    more = [f"--{name}" for name in ("accuracy", "fields", "stop") if getattr(args, name)]
+    if args.task and more:
+        p.error(f"--task stands without {' and '.join(more)}: it has a rule of its own")
+    if args.protocol not in (None, *known):
+        p.error(f"--task {args.task} has no protocol {args.protocol}, only {', '.join(known)}")
+    if args.task in RUN_CODE and not args.allow_code:
+        p.error(f"--task {args.task} runs programs that the model writes. They can do harm: the "
+                "limits that they get are no sandbox. --allow-code allows it")
+    args.protocol = args.protocol or next(iter(known))
+    args.max_new_tokens = args.max_new_tokens or known[args.protocol]
 
 
 # ----------------------------------------------------------------------------------------- convert

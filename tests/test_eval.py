@@ -678,7 +678,7 @@ def test_mistakes(tmp_path, argv, message):
 
 
 @pytest.mark.parametrize("argv, name", [
-    ([], "nothing to do: give --prompt, --interactive, --accuracy or --ppl"),
+    ([], "nothing to do: give --prompt, --interactive, --accuracy, --task or --ppl"),
     (["--prompt", "Hi", "--interactive"], "--interactive stands alone: no --prompt"),
     (["--prompt", "Hi", "--max-new-tokens", 0], "--max-new-tokens"),
     (["--prompt", "Hi", "--top-p", 0], "--top-p"),

@@ -18,7 +18,11 @@ MAY_IMPORT = {
     "formats.gguf_write": ("formats.gguf", "formats.tokenizer", "model", "support.files"),
     "formats.meta_write": ("formats.meta", "model", "support.files"),
     "adapter": ("pissa", "qpissa", "svd", "nf4", "fp8", "formats", "support.files"),
-    "support.options": ("support.streams",), "support.streams": ()}
+    "support.options": ("support.streams",), "support.streams": (), "tasks.child": (),
+    "tasks.programs": (), "tasks.commonsense": ("data", "formats.jsonl"),
+    "tasks.gsm8k": ("data", "formats.jsonl"), "tasks.math": ("data", "formats.jsonl"),
+    "tasks.humaneval": ("formats.jsonl", "tasks.programs"),
+    "tasks.mbpp": ("formats.jsonl", "tasks.programs")}
 
 # Lines that are promised to a reader, comments included.
 LINES = {"model.py": 430, "fast.py": 435, "support/files.py": 155, "svd.py": 200, "pissa.py": 275,
