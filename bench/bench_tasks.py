@@ -23,7 +23,7 @@ import data
 import eval as evaluation
 import model
 import tasks
-from bench import report, stamped
+from bench import program, report, stamped
 from support import options
 
 FILES = {"gsm8k": "gsm8k/test", "math": "math/test", "humaneval": "humaneval/HumanEval",
@@ -87,4 +87,4 @@ def main():
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main()
+        program(main)
