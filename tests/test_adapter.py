@@ -691,7 +691,7 @@ def test_wrapped_networks(tmp_path, how):
             warnings.simplefilter("error")
             for other in (copy.deepcopy(plain), wrapped(mlp(), how)):
                 assert adapter.load(other, tmp_path, keep_base=True) is other
-                assert torch.equal(other(x), want)
+                torch.testing.assert_close(other(x), want)    # plain forms are compiled
                 with pissa.disabled(other):
                     torch.testing.assert_close(other(x), before)
                 adapter.save(other, tmp_path / "again")

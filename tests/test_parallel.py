@@ -76,7 +76,8 @@ SLOW = [["--method", "lora", "--shard=no"], ["--method", "loftq", "--shard=no"],
         ["--no-packing", "--shard", "--method", "qlora"], ["--plain", "--shard"],
         ["--method", "full", "--shard", "--checkpointing"], ["--niter", "exact", "--shard=no"],
         ["--checkpointing", "--shard=no", "--val-every", 2],
-        ["--method", "full", "--shard", "--val-every", 5], ["--targets", "q_proj,down_proj", "--shard"]]
+        ["--method", "full", "--shard", "--val-every", 5],
+        ["--targets", "q_proj,down_proj", "--shard"]]
 
 
 @pytest.mark.long
