@@ -452,17 +452,24 @@ def gpus_table():
 
 
 def tasks_table():
-    """The score of every model on every task, on each GPU."""
+    """The score of every model on every task, on each GPU, and the rules."""
     texts = []
     for result in (r for parts in measured("tasks").values() for r in parts):
-        rows = [[r["model"], f"{r['task']}, {r['protocol']}",
-                 r["how"].partition("; ")[0].partition(": ")[2],
-                 r["how"].partition("; ")[2].rpartition("; ")[0], r["problems"],
-                 f"**{r['accuracy']:.1%}** ± {r['standard_error']:.1%}",
-                 f"{r['answered'] / r['problems']:.0%}"] for r in result["rows"] if "how" in r]
-        texts.append(table([result["model"], "task", "prompt", "rule", "problems",
-                            "accuracy ± one standard error", "gave an answer"], rows)
-                     + source(result))
+        found = [r for r in result["rows"] if "how" in r]
+        models, scores = list(dict.fromkeys(r["model"] for r in found)), {}
+        for r in found:
+            cell = (f"{r['accuracy']:.1%} ± {r['standard_error']:.1%}, "
+                    f"{r['answered'] / r['problems']:.0%} gave an answer")
+            scores.setdefault((f"{r['task']}, {r['protocol']}", r["problems"]), []).append(cell)
+        rules = {}
+        for r in found:
+            prompt, rule = r["how"].rpartition("; ")[0].split("; ", 1)
+            rules.setdefault(f"{prompt.partition(': ')[2]}; {rule}", []).append(
+                f"{r['task']}, {r['protocol']}")
+        texts += [table([result["model"], "problems", *models],
+                        [[*task, *cells] for task, cells in scores.items()]),
+                  "\n".join(f"- {'; '.join(dict.fromkeys(names))}: {how.rstrip('.')}."
+                            for how, names in rules.items()), source(result).strip()]
     return "\n\n".join(texts) or "Not measured yet."
 
 
