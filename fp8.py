@@ -1,0 +1,119 @@
+# From "PiSSA from scratch, in pure PyTorch" (MIT licence).
+"""Frozen weights and their products in eight bits, on tensor cores that multiply float8.
+
+A number in E4M3 has a sign, 4 bits of exponent and 3 of mantissa: the largest is 448, and rounding
+changes a number by 3 % at most. Tensor cores multiply such numbers twice as fast as bfloat16. A row
+of W gets one scale, so that its largest entry becomes 448, and a row of x likewise:
+
+    W_ij ~ s_i codes_ij,    x_tj ~ a_t x8_tj,    y_ti = a_t s_i sum_j x8_tj codes_ij
+
+For dL/dx = g W the sum goes over the rows i of W. So s_i is multiplied into g before g is rounded,
+and the same codes serve again:
+
+    s_i g_ti ~ b_t g8_ti,    dx_tj = b_t sum_i g8_ti codes_ij
+
+    paper, code    shape, for W (out, in) and x (T, in)
+    codes          (out, in) float8_e4m3fn
+    codes_T        (in, out), the same numbers: the cores read both factors along the sum
+    scale          (out, 1) float32, s
+
+Both copies together take sixteen bits a weight, as bfloat16 does. PiSSA's principal components are
+not part of W here, so its rows are narrower and rounding loses less. On a CPU, or a GPU without
+such cores, the rounded numbers are the same and are multiplied as float32.
+
+    Q = fp8.quantize(W);  y = Q(x);  Q.dequantize(torch.float32)
+"""
+import torch
+from torch import nn
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max                                                             # 448
+
+
+def by_rows(x):
+    """x (n, k) as codes (n, k) in E4M3 and scales (n, 1) in float32: x ~ codes * scales."""
+    largest = x.abs().amax(-1, keepdim=True).float()
+    scale = (largest / LARGEST).clamp(min=1e-30)
+    return (x.float() / scale).to(E4M3), scale
+
+
+def on_cores(codes):
+    """True if the GPU multiplies float8 (Hopper, Ada and later), and the shape suits it."""
+    return (codes.is_cuda and torch.cuda.get_device_capability(codes.device) >= (8, 9)
+            and not any(n % 16 for n in codes.shape))
+
+
+def multiply(x, a, codes, s, dtype):
+    """a x codes^T s: x (T, k) and codes (n, k) in E4M3, a (T, 1), s (1, n). Returns (T, n)."""
+    if on_cores(codes) and dtype == torch.bfloat16:
+        return torch._scaled_mm(x, codes.T, scale_a=a, scale_b=s, out_dtype=dtype,
+                                use_fast_accum=True)
+    return ((x.float() @ codes.float().T) * a * s).to(dtype)
+
+
+class Product(torch.autograd.Function):
+    """x W^T and its gradient g W, in eight bits. x (T, in), g (T, out)."""
+
+    @staticmethod
+    def forward(ctx, x, Q):
+        ctx.Q = Q
+        return Q.product(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.Q.product_T(g), None
+
+
+@torch.no_grad()
+def quantize(W: torch.Tensor) -> "FP8":
+    """An FP8 of a matrix W (out, in) of any floating dtype.
+
+    Raises ValueError for NaN or Inf in W, or what is no matrix of floats.
+    """
+    if not W.is_floating_point() or W.ndim != 2 or W.numel() == 0:
+        raise ValueError(f"FP8 needs a matrix of floats, not {W.dtype} {tuple(W.shape)}")
+    codes, scale = by_rows(W)
+    if not scale.isfinite().all():
+        raise ValueError("the matrix holds NaN or Inf")
+    return FP8(codes, scale, W.dtype)
+
+
+class FP8(nn.Module):
+    """A frozen matrix in eight bits, made by `quantize`. Called, it computes y = x W^T.
+
+    Its parts are parameters without gradients, which keep their dtypes in `.to(torch.bfloat16)`.
+    """
+
+    shape = property(lambda self: self.codes.shape, doc="Of W, (out, in).")
+    device = property(lambda self: self.codes.device, doc="Where it is.")
+    nbytes = property(lambda self: sum(p.nbytes for p in self.parameters()), doc="All its bytes.")
+
+    def __init__(self, codes, scale, dtype):
+        super().__init__()
+        parts = {"codes": codes, "codes_T": codes.T.contiguous(), "scale": scale}
+        for name, part in parts.items():
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        self.dtype = dtype
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(lambda part: fn(part.view(torch.uint8)).view(part.dtype), recurse)
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """s * codes, (out, in), in the dtype of W or another."""
+        return (self.codes.float() * self.scale).to(dtype or self.dtype)
+
+    def product(self, x):
+        """x W^T of x (T, in), without a gradient."""
+        return multiply(*by_rows(x), self.codes, self.scale.T, x.dtype)
+
+    def product_T(self, g):
+        """g W of g (T, out), without a gradient."""
+        one = self.scale.new_ones(()).expand(1, self.shape[1]).contiguous()
+        return multiply(*by_rows(g * self.scale.T), self.codes_T, one, g.dtype)
+
+    def forward(self, x):
+        return Product.apply(x.reshape(-1, x.shape[-1]), self).view(*x.shape[:-1], -1)
+
+    def extra_repr(self):
+        return f"{tuple(self.shape)}, {8 * self.nbytes / self.codes.numel():.2f} bits a weight"
