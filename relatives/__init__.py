@@ -67,23 +67,28 @@ def options(method, given):
     return found
 
 
-def told(method, own, statistic=None):
+def told(method, own, statistic=None, trial=False):
     """A relative for `pissa.inject` that is told its options, and what was measured.
 
     statistic: a function from a module's name to what was measured of its matrix, such as the `pop`
-    of what calibrate.measure returns. Without one, `init` gets a stand-in: enough to learn which
-    kind of layers it makes, for a plan.
+    of what calibrate.measure returns. trial: `init` gets a stand-in instead, which is enough to
+    learn what kind of layers it makes, for a plan.
     """
     def init(weight, options):
-        measured = None
-        if statistic:
-            measured = statistic(next(iter(options.remaining)))
-        elif hasattr(method, "STATISTIC"):
+        measured = statistic(next(iter(options.remaining))) if statistic else None
+        if trial and hasattr(method, "STATISTIC"):
             measured = weight.float() if method.STATISTIC == "gradients" else (
                 weight.new_ones(weight.shape[1]).float().diag())
         return method.init(weight, replace(options, own=own, statistic=measured))
 
     return with_init(method, init, OPTIONS=own)
+
+
+def given(options):
+    """What was measured of the present matrix. ValueError if nothing was."""
+    if options.statistic is None:
+        raise ValueError("this method measures some examples first: see relatives/calibrate.py")
+    return options.statistic
 
 
 def with_init(method, init, **more):
@@ -94,14 +99,14 @@ def with_init(method, init, **more):
 
 def chosen(args, net=None, examples=(), loss=None):
     """args.method of train.py for `pissa.inject`: a name of pissa.py's, or a relative told its
-    --option. net, examples, loss: what --calibrate measures; without a net, see `told`.
+    --option. net, examples, loss: what --calibrate measures; without a net, for a plan.
     """
     method = known(args.method)
     own = options(method, args.option)                # also refuses options of what has none
     if not isinstance(method, ModuleType):
         return method
     if net is None or not hasattr(method, "STATISTIC"):
-        return told(method, own)
+        return told(method, own, trial=True)
     if net.lm_head.weight.is_meta:
         raise ValueError(f"--method {args.method} measures the {method.STATISTIC} of whole weights "
                          "first: no --shard")

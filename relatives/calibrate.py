@@ -3,11 +3,10 @@
 A few training examples go through the model. Hooks reduce what they see at once, so that no more
 than one gradient lies on the device. With STATISTIC = ... of the relative:
 
-    inputs      the sum of x^T x over all tokens, (in, in) float32, for the rows x that W multiplies
-    gradients   the sum of dL/dW over all examples, (out, in) float32, in host memory
+    inputs      the mean of x^T x over all tokens, (in, in) float32, of the rows x that W multiplies
+    gradients   dL/dW of all examples together, (out, in) float32, in host memory
 
-These are sums, not means: no start depends on their scale. Matrices that read the same x, such as
-q, k and v, share one tensor. A relative may have its own
+Matrices that read the same x, such as q, k and v, share one tensor. A relative may have its own
 
     reduce(before, new, options) -> what is kept   before: what was, None at first; new: x (tokens,
                                                    in) or dL/dW (out, in) of one micro-batch
@@ -24,16 +23,16 @@ import data
 import pissa
 from svd import finite, full_float32
 
-EXAMPLES = 128                                     # if a relative has no EXAMPLES of its own
 
 @full_float32()
-def add_inputs(before, x, options):
-    """before + x^T x, (in, in), for x (tokens, in)."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x.T @ x if before is None else before.addmm_(x.T, x)
+def mean_of_inputs(before, x, options):
+    """(tokens so far, the mean of x^T x, (in, in)), of `before` and x (tokens, in)."""
+    x, new = x.to(torch.promote_types(x.dtype, torch.float32)), len(x)
+    n, C = before or (0, x.new_zeros(x.shape[1:] * 2))
+    return n + new, C.addmm_(x.T, x, beta=n / (n + new), alpha=1 / (n + new))
 
 
-def add_gradients(before, G, options):
+def sum_of_gradients(before, G, options):
     """before + G, (out, in) in host memory."""
     G = G.to("cpu", torch.promote_types(G.dtype, torch.float32))
     return G if before is None else before.add_(G)
@@ -46,7 +45,7 @@ def measure(net, method, batches, loss, options, targets=pissa.TARGETS):
     """
     linears, found, same, last = pissa.find_linears(net, targets), {}, {}, [None, None]
     by_inputs = method.STATISTIC == "inputs"
-    reduce = getattr(method, "reduce", add_inputs if by_inputs else add_gradients)
+    reduce = getattr(method, "reduce", mean_of_inputs if by_inputs else sum_of_gradients)
 
     def see_input(name, module, args):
         if args[0] is last[0]:                                   # another matrix has just read it
@@ -73,17 +72,17 @@ def measure(net, method, batches, loss, options, targets=pissa.TARGETS):
         for hook in hooks:
             hook.remove()
     found |= {name: found[first] for name, first in same.items()}
-    if hasattr(method, "finish"):
-        found = method.finish({n: found[n] for n in linears}, options)
-    for name, statistic in found.items():
-        if not finite(statistic):
-            raise ValueError(f"{name}: its {method.STATISTIC} hold NaN or Inf")
+    finish = getattr(method, "finish", lambda found, options: {
+        n: kept[1] if reduce is mean_of_inputs else kept for n, kept in found.items()})
+    found = finish({n: found[n] for n in linears}, options)
+    if bad := [name for name, statistic in found.items() if not finite(statistic)]:
+        raise ValueError(f"{bad[0]}: its {method.STATISTIC} hold NaN or Inf")
     return found
 
 
 def for_train(net, method, own, examples, loss, args):
     """`measure` on --calibrate N of the examples of train.py, at most all of them."""
-    count = min(args.calibrate or getattr(method, "EXAMPLES", EXAMPLES), len(examples))
+    count = min(args.calibrate or getattr(method, "EXAMPLES", 128), len(examples))
     batch = data.batches(examples, count, args.seed, 0)[0]
     batches = data.micro_batches(batch, args.micro_batch * max(len(ids) for ids, _ in batch))
     print(f"{args.method}: measuring {method.STATISTIC} on {count} of {len(examples)} examples")
