@@ -1,15 +1,19 @@
 """The family of PiSSA: what holds for every relative, and the property of each."""
 import json
+import re
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import adapter
+import model
 import pissa
 import relatives
 import train
 from conftest import (
+    ROOT,
     SMALL,
     TINY,
     assert_logits_equal,
@@ -19,14 +23,14 @@ from conftest import (
     small_net,
 )
 from relatives import calibrate
-from support import plan, resume
+from support import options, plan, resume
 from test_parallel import assert_alike, ended, torchrun
 from test_resume import assert_same, interrupt
 
 NAMES = relatives.names()
 STEP_0 = {}                    # {name: the largest relative difference of logits at step 0}
 PLANNED = {"eva": 0.05}        # its ranks depend on the data
-OWN = {}                       # options with which a relative is tested, if not its defaults
+OWN = {"milora": {"offset": 0.25}, "corda": {"mode": "knowledge"}}   # others than the defaults
 
 
 def batches(count=3, rows=4):
@@ -109,44 +113,140 @@ def flags(tmp_path_factory):
                        "--steps", 10, "--save-every", 2, "--calibrate", 8, "--device", "cpu"])]
 
 
-def some(*quick):
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+def own_flags(name):
+    return [flag for key, value in OWN.get(name, {}).items()
+            for flag in ("--option", f"{key}={value}")]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", some("mica"))
-def test_resumed_is_uninterrupted(flags, tmp_path, monkeypatch, name):
-    command(train.main, *flags, "--method", name, "--out", tmp_path / "whole")
-    before, after = (json.loads((tmp_path / "whole" / "summary.json").read_text())[k]["loss"]
+def assert_resumed_is_uninterrupted(flags, folder, monkeypatch, kinds):
+    """kinds: the classes of optimizers, one of which raises an error in step 6 of 10."""
+    command(train.main, *flags, "--out", folder / "whole")
+    before, after = (json.loads((folder / "whole" / "summary.json").read_text())[k]["loss"]
                      for k in ("before", "after"))
     assert after < before
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        for kind in {torch.optim.AdamW, *own_optimizer(name)}:
+        for kind in kinds:
             interrupt(patch, 6, RuntimeError("a CUDA error"), kind)
-        command(train.main, *flags, "--method", name, "--out", tmp_path / "run")
+        command(train.main, *flags, "--out", folder / "run")
     resume.release()
-    text = command(train.main, "--resume", "--out", tmp_path / "run")
-    assert "after step 5 of 10" in text
-    assert_same(tmp_path / "whole", tmp_path / "run")
-    a, b = (adapter.read_adapter(tmp_path / out / "adapter") for out in ("whole", "run"))
+    text = command(train.main, "--resume", "--out", folder / "run")
+    assert "after step 5 of 10" in text and "measuring" not in text
+    assert_same(folder / "whole", folder / "run")
+    a, b = (adapter.read_adapter(folder / out / "adapter") for out in ("whole", "run"))
     assert all(torch.equal(x, y) for n in a.pairs for x, y in zip(a.pairs[n], b.pairs[n]))
     assert all(torch.equal(a.extras[k], b.extras[k]) for k in a.extras)
 
 
-def own_optimizer(name):
-    """The class of a relative's own optimizer, if it has one."""
-    method = relatives.find(name)
-    return {type(method.optimizer(injected(name), 1e-3, 0.0))} if hasattr(
-        method, "optimizer") else set()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_is_uninterrupted(flags, tmp_path, monkeypatch, name):
+    method, flags = relatives.find(name), [*flags, "--method", name, *own_flags(name)]
+    own = hasattr(method, "optimizer") and type(method.optimizer(injected(name), 1e-3, 0.0))
+    assert_resumed_is_uninterrupted(flags, tmp_path, monkeypatch, {own or torch.optim.AdamW})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_are_one(flags, tmp_path, name):
-    two = torchrun(*flags, "--method", name, "--shard=no", "--out", tmp_path / "two")
-    command(train.main, *flags, "--method", name, "--out", tmp_path / "one")
+    flags = [*flags, "--method", name, *own_flags(name)]
+    two = torchrun(*flags, "--shard=no", "--out", tmp_path / "two")
+    command(train.main, *flags, "--out", tmp_path / "one")
     ended(two)
     assert_alike(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+# --------------------------------------------------------------------------- one that has all hooks
+
+class Toy:
+    """What a file relatives/toy.py may hold."""
+    __name__ = "relatives.toy"
+    OPTIONS = {"gamma": 0.01, "on": True}
+    init = staticmethod(pissa.init_pissa)
+
+    class Layer(pissa.PissaLinear):
+        """y = x W_res + (x A) R B, R trained, and a buffer that after_step changes."""
+        state = ("A", "R", "drift")
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.A.requires_grad_(False)
+            self.R = torch.nn.Parameter(torch.eye(self.A.shape[1]))
+            self.register_buffer("drift", torch.zeros(1))
+
+        def factors(self):
+            return self.A @ self.R, self.B * (1 + self.drift)
+
+    class Optimizer(torch.optim.Optimizer):
+        """A step of a length that a state of another shape than p decides."""
+
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                kept = self.state.setdefault(p, {"rows": torch.full((len(p),), 1e-16)})
+                kept["rows"] += p.grad.square().sum(1)
+                p.data -= self.param_groups[0]["lr"] * p.grad / kept["rows"].sqrt()[:, None]
+
+    @classmethod
+    def optimizer(cls, net, lr, weight_decay):
+        return cls.Optimizer([p for p in net.parameters() if p.requires_grad], {"lr": lr})
+
+    @staticmethod
+    def penalty(net):
+        return net.pissa["own"]["gamma"] * sum(m.R.square().sum() for _, m in pissa.layers(net))
+
+    @staticmethod
+    @torch.no_grad()
+    def after_step(net, step, steps):
+        for _, m in pissa.layers(net):
+            m.drift += 1e-4 * step / steps
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    import types
+    module = types.ModuleType("relatives.toy")
+    vars(module).update({k: getattr(Toy, k) for k in vars(Toy) if not k.startswith("__")})
+    monkeypatch.setitem(sys.modules, "relatives.toy", module)
+    monkeypatch.setattr(relatives, "names", lambda: [*NAMES, "toy"])
+    return module
+
+
+@pytest.mark.long
+def test_all_hooks_together(toy, flags, tmp_path, monkeypatch):
+    """Own parameters, penalty, optimizer and what a step leaves: resumed, saved and planned."""
+    flags = [*flags, "--method", "toy", "--option", "gamma=0.1", "--option", "on=false"]
+    assert_resumed_is_uninterrupted(flags, tmp_path, monkeypatch, {Toy.Optimizer})
+    net = adapter.load(model.load("tiny", "cpu"), tmp_path / "run" / "adapter",
+                       relative=relatives.known)
+    m = pissa.layers(net)[0][1]
+    assert type(m) is toy.Layer and net.pissa["own"] == {"gamma": 0.1, "on": False}
+    assert m.drift.item() == pytest.approx(1e-4 * 5.5) and not torch.equal(m.R, torch.eye(4))
+    assert {n[-1] for n, p in net.named_parameters() if p.requires_grad} == {"R", "B"}
+    job, method = plan.from_arguments(train_arguments(flags))
+    assert method == "toy" and plan.estimate_of(job)["trained"] == sum(
+        p.numel() for p in net.parameters() if p.requires_grad)
+    adapter.compress(tmp_path / "run" / "adapter", tmp_path / "small", 3)      # it ends as a LoRA
+    assert adapter.read_adapter(tmp_path / "small").facts["method"] == "lora"
+
+
+@pytest.mark.slow
+def test_a_penalty_counts_and_an_adapter_goes_on(toy, flags, tmp_path):
+    flags, sizes = [*flags, "--method", "toy"], []
+    for gamma in "0", "0.1":
+        command(train.main, *flags, "--option", f"gamma={gamma}", "--out", tmp_path / gamma)
+        net = adapter.load(model.load("tiny", "cpu"), tmp_path / gamma / "adapter",
+                           relative=relatives.known)
+        sizes.append(sum(m.R.square().sum() for _, m in pissa.layers(net)))
+    assert sizes[0] > sizes[1]
+    command(train.main, *flags, "--adapter", tmp_path / "0.1/adapter", "--out", tmp_path / "on")
+    on = adapter.read_adapter(tmp_path / "on" / "adapter")
+    assert on.facts["own_layer"] and on.facts["own"]["gamma"] == 0.1
+    assert on.extras["model.layers.0.self_attn.q_proj.drift"].item() == pytest.approx(1.1e-3)
+
+
+def train_arguments(flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        return options.for_train("")
 
 
 # ----------------------------------------------------------------------- what find and the rest say
@@ -318,8 +418,8 @@ def test_cordas_knowledge_mode_touches_the_examples_least():
                 for n, m in pissa.layers(net)}
 
     kept, *others = (carried(injected(*args, **own)) for args, own in [
-        (("corda",), {"mode": "knowledge"}), (("corda",), {}), (("milora",), {}), (("olora",), {}),
-        (("milora",), {"offset": 1.0})])
+        (("corda",), {"mode": "knowledge"}), (("corda",), {"mode": "instruction"}), (("olora",), {}),
+        (("milora",), {"offset": 0.0}), (("milora",), {"offset": 1.0})])
     assert all(kept[n] <= other[n] * 1.0001 for n in kept for other in others)
     assert all(kept[n] < others[0][n] / 5 for n in kept)
 
@@ -422,3 +522,17 @@ def test_eva_is_pefts(tmp_path):
     assert len(config["rank_pattern"]) == sum(r != max(ranks.values()) for r in ranks.values()) > 0
     again = adapter.load(small_net(), tmp_path)
     assert {n: m.A.shape[1] for n, m in pissa.layers(again)} == ranks
+
+
+def test_contributing_shows_a_whole_relative():
+    """The example is the file, and every relative has a line in the table."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    shown, = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert shown in (ROOT / "relatives" / "olora.py").read_text()
+    table = (ROOT / "relatives" / "README.md").read_text()
+    assert [n for n in NAMES if f"[`{n}`]({n}.py)" not in table] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_are_short(name):
+    assert len((ROOT / "relatives" / f"{name}.py").read_text().splitlines()) <= 110
