@@ -417,9 +417,9 @@ def test_cordas_knowledge_mode_touches_the_examples_least():
                     / torch.trace((W := base.get_submodule(n).weight) @ C[n] @ W.T)).sqrt().item()
                 for n, m in pissa.layers(net)}
 
-    kept, *others = (carried(injected(*args, **own)) for args, own in [
-        (("corda",), {"mode": "knowledge"}), (("corda",), {"mode": "instruction"}), (("olora",), {}),
-        (("milora",), {"offset": 0.0}), (("milora",), {"offset": 1.0})])
+    kept, *others = (carried(injected(name, **own)) for name, own in [
+        ("corda", {"mode": "knowledge"}), ("corda", {"mode": "instruction"}), ("olora", {}),
+        ("milora", {"offset": 0.0}), ("milora", {"offset": 1.0})])
     assert all(kept[n] <= other[n] * 1.0001 for n in kept for other in others)
     assert all(kept[n] < others[0][n] / 5 for n in kept)
 
