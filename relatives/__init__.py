@@ -79,7 +79,7 @@ def told(method, own, statistic=None, trial=False):
         if trial and hasattr(method, "STATISTIC"):
             measured = weight.float() if method.STATISTIC == "gradients" else (
                 weight.new_ones(weight.shape[1]).float().diag())
-        return method.init(weight, replace(options, own=own, statistic=measured))
+        return method.init(weight, replace(options, statistic=measured))
 
     return with_init(method, init, OPTIONS=own)
 

@@ -210,6 +210,14 @@ def toy(monkeypatch):
     return module
 
 
+def test_an_own_layer_trains_saves_loads_and_merges(toy, tokens, tmp_path):
+    test_trains_saves_loads_and_merges("toy", tokens, tmp_path)
+    m, x = pissa.layers(injected("toy"))[0][1], torch.randn(3, 48)
+    m.R.data += 0.1
+    m.drift += 0.5
+    torch.testing.assert_close(m(x), x @ m.frozen.T + 1.5 * x @ m.A @ m.R @ m.B)
+
+
 @pytest.mark.long
 def test_all_hooks_together(toy, flags, tmp_path, monkeypatch):
     """Own parameters, penalty, optimizer and what a step leaves: resumed, saved and planned."""
