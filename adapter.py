@@ -50,8 +50,8 @@ def facts(net):
     """What `save` writes to pissa.json of an injected `net`: a dict.
 
     bits: of the frozen weights, 16 (any float dtype) or 4. double_quant: see nf4.py. subtracted:
-    whether a pair was subtracted from W; own_pair: whether that is not (A_0, B_0). rank: the
-    largest. For people: method, niter, seed ... ValueError if the layers are not of one kind.
+    whether a pair was subtracted from W; own_pair: one other than (A_0, B_0); own_layer: whether
+    layers are a relative's. rank: the largest. For people: method ... ValueError if they differ.
     """
     found, Qs = layers(net), quantised(net)
     if not found:
@@ -63,7 +63,8 @@ def facts(net):
                          "a pair subtracted from W or none, and as many bits as the others")
     (subtracted, own_pair, double_quant, four), = kinds
     return {**getattr(unwrapped(net), "pissa", {}), "rank": max(m.A.shape[1] for _, m in found),
-            "bits": 4 if four else 16, "subtracted": subtracted, "own_pair": own_pair} | (
+            "bits": 4 if four else 16, "subtracted": subtracted, "own_pair": own_pair,
+            "own_layer": type(found[0][1]) is not pissa.PissaLinear} | (
         {"double_quant": double_quant, "codes": codes({n: Q.checksum() for n, Q in Qs.items()})}
         if four else {})
 
@@ -212,7 +213,7 @@ def compress(directory: str | Path, out: str | Path, rank: int | None = None) ->
                        ((S.sqrt()[:, None] * Vh)[:r] @ QN.T).float())
         errors[name] = S[r:].norm().item(), S.norm().item()
     found = {**saved.facts, "rank": max(A.shape[1] for A, _ in small.values())}
-    if found["subtracted"]:                                          # it ends as a LoRA on W
+    if found["subtracted"] or found.get("own_layer"):                # it ends as a LoRA on W
         found = {k: found[k] for k in ("rank", "niter", "seed", "base") if k in found} | LORA
     ours = {"weights", "base"} & set(saved.facts)
     prints = {k: M for k, M in saved.extras.items() if k.endswith(".fingerprint")}
@@ -231,11 +232,12 @@ def save(net: nn.Module, directory: str | Path, learnt: dict | None = None) -> N
     """
     found, pairs, extras = facts(net), {}, {}
     for name, m in layers(net):
-        A, B = ((learnt or {}).get(f"{name}.{k}", getattr(m, k)).detach().cpu() for k in "AB")
+        A, B = (M.detach().cpu() for M in (m.factors() if m.state else (
+            (learnt or {}).get(f"{name}.{k}", getattr(m, k)) for k in "AB")))
         if m.A0 is not None:                           # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
             A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
         pairs[name] = A, B
-        extras[f"{name}.fingerprint"] = m.fingerprint
+        extras |= {f"{name}.{k}": getattr(m, k).detach().cpu() for k in ("fingerprint", *m.state)}
         if found["own_pair"]:
             extras[f"{name}.A_q"], extras[f"{name}.B_q"] = m.subtracted
     modules = [plain(n) for n, _ in unwrapped(net).named_modules()]
@@ -243,13 +245,14 @@ def save(net: nn.Module, directory: str | Path, learnt: dict | None = None) -> N
 
 
 def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
-         force_base=False) -> nn.Module:
+         force_base=False, relative=None) -> nn.Module:
     """Put an adapter on `net`, in place: one of ours, to use or to train on, or a LoRA of PEFT's.
 
     An adapter already on `net` is removed first, which needs keep_base=True when it was put there.
     read, keep_base: as for `pissa.inject`. Raises ValueError, before anything changes, for an
     adapter of ours that was made on another base, or whose modules `net` does not have; with
     `read`, a base is checked matrix by matrix. force_base: only a warning for another base.
+    relative: a function from a method's name to the module with its `Layer`, to train on in that.
     """
     outside, net = net, unwrapped(net)
     saved, entries = read_adapter(directory, force_base), {}
@@ -261,6 +264,8 @@ def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
         saved.check_old(entries)
         pissa.remove(net)
     net.requires_grad_(False)
+    made_by = relative(saved.facts["method"]) if relative and saved.facts.get("own_layer") else None
+    Layer = getattr(made_by, "Layer", pissa.PissaLinear)
     for name in tqdm(saved.pairs, "adapter", unit="matrix", delay=1, leave=False):
         path = paths.get(name, name)
         linear = net.get_submodule(path)
@@ -270,8 +275,10 @@ def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
         W = linear.weight.detach()
         frozen, A, B, A0, B0, subtracted = saved.rebuild(name, W)
         original = W.cpu() if keep_base and frozen is not W else None
-        net.set_submodule(path, pissa.PissaLinear(linear, frozen, A, B, A0, B0, subtracted,
-                                                  original))
+        layer = Layer(linear, frozen, A, B, A0, B0, subtracted, original)
+        for key in layer.state:
+            getattr(layer, key).data = saved.extras[f"{name}.{key}"].to(A)
+        net.set_submodule(path, layer)
         del W, linear, frozen, original                  # freed before the next one is asked for
     saved.check_old(entries)
     net.pissa = {k: v for k, v in saved.facts.items() if k not in ("base", "seen", *peft.SUMS)}

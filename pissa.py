@@ -53,9 +53,20 @@ class Options:
     last_svd: bool = True
     remaining: dict = field(default_factory=dict)  # {name: linear} not replaced, first the present
     ready: dict = field(default_factory=dict)      # A, B of some: fast.in_groups works ahead
+    own: dict = field(default_factory=dict)        # those of the method alone, such as its OPTIONS
+    statistic: object = None                       # what was measured of this matrix, if anything
 
 
 # --- a method: weight (out, in), options -> frozen, A, B, subtracted (None if frozen is weight)
+
+def init_of(method):
+    """The function like init_pissa of a name, or of a module; a function is its own. ValueError."""
+    if callable(init := getattr(method, "init", method)):
+        return init
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    return getattr(import_module(METHODS[method]), "init_" + method)
+
 
 def init_pissa(weight, options):
     """The principal components are trained, W_res is frozen (eq. 2 to 4)."""
@@ -72,10 +83,10 @@ def principal(weight, options):
 
 
 @full_float32()
-def residual(weight, A, B):
+def residual(weight, A, B, sign=-1):
     """(W - A B)^T, (out, in): computed in float32, then rounded once to the dtype of `weight`."""
     W_T = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    return W_T.addmm_(B.T, A.T, alpha=-1).to(weight.dtype)                   # (A B)^T = B^T A^T
+    return W_T.addmm_(B.T, A.T, alpha=sign).to(weight.dtype)                 # (A B)^T = B^T A^T
 
 
 def init_lora(weight, options):
@@ -107,9 +118,10 @@ class PissaLinear(nn.Module):
 
     A0, B0, subtracted and original (W, if kept) lie in host memory: plain attributes do not move
     with the module. fingerprint: 256 entries of W. In a state_dict "weight" is a single number, so
-    whatever would load it as W refuses its shape. The attribute is for code that asks for a dtype.
+    whatever would load it as W refuses its shape.
     """
     weight = property(lambda self: self.frozen, doc="`frozen`, read-only.")
+    state = ()                    # names of parameters and buffers that `factors` cannot tell
 
     def __init__(self, linear, frozen, A, B, A0=None, B0=None, subtracted=None, original=None):
         super().__init__()
@@ -124,18 +136,20 @@ class PissaLinear(nn.Module):
     def from_linear(cls, linear, init, options, keep_base=False):
         """The layer that the method `init` makes of an nn.Linear."""
         W = linear.weight.detach()
-        frozen, A, B, subtracted = init(W, options)
+        frozen, A, B, pair = init(W, options)
+        A0, B0 = (M.to("cpu", copy=True) if pair else None for M in (A, B))
+        pair = pair and ((A0, B0) if pair[0] is A else tuple(M.cpu() for M in pair))
         original = W.cpu() if keep_base and frozen is not W else None
-        if subtracted is None:
-            return cls(linear, frozen, A, B, original=original)
-        A0, B0 = (M.to("cpu", copy=True) for M in (A, B))
-        subtracted = (A0, B0) if subtracted[0] is A else tuple(M.cpu() for M in subtracted)
-        return cls(linear, frozen, A, B, A0, B0, subtracted, original)
+        return cls(linear, frozen, A, B, A0, B0, pair, original)
 
     def forward(self, x):
         if self.W is not None:
             return linear(x, self.W, self.bias)
-        return product(x, self.frozen, self.A, self.B, self.bias)
+        return product(x, self.frozen, *self.factors(), self.bias)
+
+    def factors(self):
+        """A (in, r) and B (r, out) as they are multiplied, made of this layer's parameters."""
+        return self.A, self.B
 
     def base(self):
         """W (out, in) as it was before: kept, or `frozen` if nothing was subtracted. ValueError."""
@@ -143,38 +157,31 @@ class PissaLinear(nn.Module):
             raise ValueError("the base weights were not kept: inject or load with keep_base=True")
         return self.frozen.detach() if self.original is None else self.original
 
-    def extra_repr(self):
-        return f"in={self.A.shape[0]}, out={self.B.shape[1]}, rank={self.A.shape[1]}"
-
 
 def sampled(W):
     """Some 256 entries of W, by which adapter.py tells one base model from another."""
-    step = max(1, W.numel() // 256) | 1                    # odd, or it could stay in one column
-    return W.detach().flatten()[::step].to("cpu", copy=True)
+    return W.detach().flatten()[::max(1, W.numel() // 256) | 1].to("cpu", copy=True)  # odd: | 1
 
 
 # ------------------------------------------------------------------------------------- the network
 
-def inject(net: nn.Module, rank: int, method: str | Callable = "pissa", targets=TARGETS,
-           niter: int | None = 5, seed: int = 0, *, read: Callable | None = None,
-           quant_iters=5, double_quant=True, last_svd=True, keep_base=False,
-           progress=True) -> nn.Module:
+def inject(net: nn.Module, rank: int, method="pissa", targets=TARGETS, niter: int | None = 5,
+           seed: int = 0, *, read: Callable | None = None, quant_iters=5, double_quant=True,
+           last_svd=True, keep_base=False, progress=True) -> nn.Module:
     """Replace the target linears of `net` by PissaLinear, in place, and freeze everything else.
 
-    rank: 1 ... the smaller side of the smallest target. method: a key of METHODS, or a function
-    like init_pissa. targets: leaf names of modules. niter: power iterations of the SVD, None for an
-    exact one. 3 take 75 % of the time of 5; the residual is 0.4 % above the optimum with 3, 0.07 %
-    with 5 (SmolLM2). seed: of all random numbers. quant_iters, last_svd, double_quant: see
-    qpissa.py, nf4.py. keep_base: keep W in host memory, for `disabled` and `remove`. read: a
-    function from a module's name to its W, if `net` is on the meta device: each W is asked for once
-    and freed before the next. ValueError: before anything changes, or from `read` or the method.
+    rank: 1 ... the smaller side of the smallest target. method: a key of METHODS, a function like
+    init_pissa, or a module with an `init` and perhaps a `Layer`. targets: leaf names of modules.
+    niter: power iterations of the SVD, None for an exact one. The residual is 0.4 % above the
+    optimum with 3, 0.07 % with 5 (SmolLM2). seed: of all random numbers. quant_iters, last_svd,
+    double_quant: see qpissa.py, nf4.py. keep_base: keep W in host memory, for `disabled` and
+    `remove`. read: a function from a module's name to its W, if `net` is on the meta device: each W
+    is asked for once. ValueError: before anything changes, or from `read` or the method.
     """
-    if not callable(method) and method not in METHODS:
-        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-    init = method if callable(method) else getattr(import_module(METHODS[method]), "init_" + method)
-    method = getattr(method, "__name__", str(method))
-    linears = find_linears(net, targets, rank)
-    options = Options(rank, niter, None, quant_iters, double_quant, last_svd, remaining=linears)
+    init, Layer = init_of(method), getattr(method, "Layer", PissaLinear)
+    linears, own = find_linears(net, targets, rank), getattr(method, "OPTIONS", {})
+    options = Options(rank, niter, None, quant_iters, double_quant, last_svd, linears, own=own)
+    method = getattr(method, "__name__", str(method)).rpartition(".")[2]
     bar = tqdm(list(linears), method, unit="matrix", leave=False, disable=not progress)
     for name in bar:
         linear = linears[name]                       # the previous one is freed here, with its W
@@ -183,13 +190,13 @@ def inject(net: nn.Module, rank: int, method: str | Callable = "pissa", targets=
             if not finite(linear.weight):
                 raise ValueError(f"{name}: the weight holds NaN or Inf")
         options.generator = generator_of(name, seed, linear.weight.device)
-        net.set_submodule(name, PissaLinear.from_linear(linear, init, options, keep_base))
+        layer = Layer.from_linear(linear, init, options, keep_base)
+        if len(linears) == bar.total:                # now that the method has accepted the first
+            net.requires_grad_(False)
+        net.set_submodule(name, layer)
         del linears[name]                            # and options.remaining[name]
-    net.requires_grad_(False)
-    for _, m in layers(net):
-        m.A.requires_grad_(), m.B.requires_grad_()
     net.pissa = {"method": method, "rank": rank, "niter": niter, "seed": seed,
-                 "quant_iters": quant_iters, "last_svd": last_svd}
+                 "quant_iters": quant_iters, "last_svd": last_svd, "own": own}
     if progress:
         print(f"{method}: {bar.n} matrices at rank {rank} in {bar.format_dict['elapsed']:.1f} s")
     return net
@@ -216,11 +223,9 @@ def find_linears(net, targets, rank=1):
         if type(m) is not nn.Linear:      # a subclass may read its weight in ways of its own
             raise ValueError(f"{n} is a {type(m).__name__}, not an nn.Linear")
         if isinstance(net.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            raise ValueError(f"{n} is part of an nn.TransformerEncoderLayer, which reads its "
-                             "weight without calling it")
+            raise ValueError(f"{n} is part of an nn.TransformerEncoderLayer, which never calls it")
         if not 1 <= rank <= min(m.weight.shape):
-            raise ValueError(f"{n}: rank {rank} is not between 1 and {min(m.weight.shape)}, the "
-                             f"smaller side of its {m.in_features} x {m.out_features} matrix")
+            raise ValueError(f"{n}: rank {rank} is not between 1 and {min(m.weight.shape)}")
         if not (m.weight.is_meta or finite(m.weight)):
             raise ValueError(f"{n}: the weight holds NaN or Inf")
     return found
@@ -245,8 +250,8 @@ def disabled(net: nn.Module):
 
 
 def merge(net: nn.Module) -> nn.Module:
-    """nn.Linear again, with what was learnt: W_res - (-A) B, rounded once to the dtype of W."""
-    return to_linears(net, lambda m: residual(as_tensor(m.frozen), -m.A.detach(), m.B.detach()))
+    """nn.Linear again, with what was learnt: W_res + A B, rounded once to the dtype of W."""
+    return to_linears(net, lambda m: residual(as_tensor(m.frozen), *m.factors(), sign=1))
 
 
 def remove(net: nn.Module) -> nn.Module:
@@ -258,9 +263,8 @@ def remove(net: nn.Module) -> nn.Module:
 
 def as_tensor(frozen):
     """A frozen weight as a tensor (out, in). One in four bits is dequantised to float32 or more."""
-    if isinstance(frozen, nn.Module):
-        return frozen.dequantize(torch.promote_types(frozen.dtype, torch.float32))
-    return frozen.detach()
+    dtype = torch.promote_types(frozen.dtype, torch.float32)
+    return frozen.dequantize(dtype) if isinstance(frozen, nn.Module) else frozen.detach()
 
 
 def to_linears(net, weight):

@@ -34,6 +34,7 @@ import data
 import fast
 import model
 import pissa
+import relatives
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, complete, describe, load_model, positions
 from fast import faster
@@ -123,9 +124,15 @@ def validate(net, val, args, autocast, step):
 
 def train(net, examples, args, autocast, val=()):
     """The loop. Returns the rows of log.jsonl, and None or the resume.Stop that ended it early."""
+    method = relatives.known(args.method)                       # most have none of these hooks
+    penalty, after_step = getattr(method, "penalty", None), getattr(method, "after_step", None)
     params = list(parallel.trained(net).values())
-    params = params if args.method == "full" else joined(params)        # A and B: many, and small
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    if not (method == "full" or hasattr(method, "Layer") or hasattr(method, "optimizer")):
+        params = joined(params)                                         # A and B: many, and small
+    if make := getattr(method, "optimizer", None):
+        optimizer = make(net, args.lr, args.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay, fused=True)
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
     parallel.overlap(params)
     with (resume.Run(net, optimizer, args, examples, steps) as run,
@@ -137,6 +144,9 @@ def train(net, examples, args, autocast, val=()):
             start, (batch, parts, dealt) = time.perf_counter(), ahead
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
             learnt, total = sum(len(ids) - n_prompt for ids, n_prompt in batch), 0.0
+            if penalty and not parallel.RANK:                # of the weights, so in one process
+                parallel.before_backward(net, False)
+                penalty(net).backward()
             for part in parts:     # each divided by the batch's tokens: their sum is the batch mean
                 parallel.before_backward(net, part is parts[-1] and dealt)
                 with autocast:
@@ -154,6 +164,8 @@ def train(net, examples, args, autocast, val=()):
                         f"the {name} is {value} at step {step + 1}: lower --lr", 1)
             optimizer.step()
             optimizer.zero_grad()
+            if after_step:
+                after_step(net, step + 1, steps)
             row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
                    "tokens": sum(len(ids) for ids, _ in batch),
                    "seconds": time.perf_counter() - start}
@@ -202,36 +214,38 @@ def read_data(args, tok):
     return encoded, report.encoded("validation", where, val, tok, args.max_length), val
 
 
-def prepare(net, args, seconds, read=None):
+def prepare(net, args, seconds, read=None, examples=()):
     """Make the parameters of args.method trainable: every weight, a saved adapter, or a new one.
 
-    read: as `model.load` gives it, if the weights are still to be read. Stores the time it takes in
-    seconds["init"].
+    read: as `model.load` gives it, if the weights are still to be read. examples: for a method that
+    measures some of them first. Stores the time it takes in seconds["init"].
     """
     begin, finish, ahead = time.perf_counter(), None, read
     if parallel.SHARDED:
         read, finish = parallel.sharding(net, read, args)
+    net.checkpointing = args.checkpointing and not parallel.MESH
     begun = args.resume and resume.newest(args.out)
     if args.method == "full":
         net.requires_grad_(True)
     elif begun or args.adapter:
         where = resume.start_of(args.out) if begun else args.adapter
-        adapter.load(net, where, read=read, force_base=args.force_base)
+        adapter.load(net, where, read=read, force_base=args.force_base, relative=relatives.known)
         if not begun:
             vars(args).update({key: net.pissa[key] for key in (
                 "method", "rank", "niter", "quant_iters") if key in net.pissa})
             args.no_double_quant = not net.pissa.get("double_quant", True)
         print(f"going on with {where}: {args.method}, rank {args.rank}")
     else:
-        method = (parallel.dealt(args.method, args.seed, not args.no_double_quant, ahead)
-                  if parallel.WORLD > 1 else import_module("support.mps").method(args))
+        method = relatives.chosen(args, net, examples, loss_sum)
+        if parallel.WORLD > 1:
+            method = parallel.dealt(method, args.seed, not args.no_double_quant, ahead)
+        method = import_module("support.mps").method(method, args.device)
         pissa.inject(net, args.rank, method, args.targets, args.niter, args.seed, read=read,
                      quant_iters=args.quant_iters, double_quant=not args.no_double_quant,
                      progress=not parallel.RANK)
         report.injected(net)
     if finish:
         finish()
-    net.checkpointing = args.checkpointing and not parallel.MESH
     seconds["init"] = time.perf_counter() - begin
 
 
@@ -240,7 +254,7 @@ def load(args, tok, seconds):
     layers are quantised, or spread over several processes, while they are read."""
     start, full = time.perf_counter(), args.method == "full"
     quantised = not full and (adapter.is_quantised(args.adapter) if args.adapter
-                              else adapter.facts_of(args.method)["bits"] == 4)
+                              else adapter.facts_of(relatives.chosen(args))["bits"] == 4)
     prepared = quantised or parallel.SHARDED
     net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype,
                      partial(prepare, args=args, seconds=seconds) if prepared else None)
@@ -303,7 +317,7 @@ def fine_tune(args):
         print(f"step 0: validation loss {before['loss']:.4f}"
               + ", with the weights in four bits" * quantised)
     else:
-        prepare(net, args, seconds)
+        prepare(net, args, seconds, examples=examples)
     report.advise(net, examples, args)
     if args.compile and not parallel.MESH:
         compile_layers(net)

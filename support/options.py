@@ -15,6 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import relatives
 from support import streams
 
 SPEAKS = os.environ.get("RANK", "0") == "0"             # of several processes, one shows progress
@@ -36,7 +37,8 @@ TASKS = {"gsm8k": MAX_NEW_TOKENS, "math": {"strict": 1024, "paper": 1024},
          "humaneval": {"paper": 1024}, "mbpp": {"paper": 1024},
          **dict.fromkeys(COMMONSENSE, {"paper": 32})}
 RUN_CODE = ("humaneval", "mbpp")                                    # tasks that run programs
-OF_THE_ADAPTER = ("method", "rank", "niter", "quant_iters", "no_double_quant", "targets")
+OF_THE_ADAPTER = ("method", "rank", "niter", "quant_iters", "no_double_quant", "targets", "option",
+                  "calibrate")
 AT_LEAST_1 = (1, 10**9)
 SEEDS = (0, 2**63 - 1)
 
@@ -191,6 +193,15 @@ def power_iterations(text):
     return None if text == "exact" else int(text)
 
 
+class Method(argparse.Action):
+    """--method: one of the names. A stored one may be another, that of an adapter's method."""
+
+    def __call__(self, parser, args, name, option=None):
+        if name not in (known := [*METHODS, *relatives.names(), "full"]):
+            raise argparse.ArgumentError(self, relatives.unknown(name, known))
+        args.method = name
+
+
 def names(text):
     """--targets: names between commas."""
     found = tuple(name.strip() for name in text.split(",") if name.strip())
@@ -217,9 +228,14 @@ def train_parser(doc):
 def add_model(add):
     """What is trained, and how it is initialised."""
     add("--ckpt", help="directory in Meta's or Hugging Face's layout, or a name under checkpoints/")
-    add("--method", choices=[*METHODS, "full"], default="pissa",
+    add("--method", action=Method, default="pissa", metavar="METHOD",
         help="what is trained: A and B, on weights in 16 bits (pissa, lora) or in 4 (qpissa, "
-        "loftq, qlora), or every weight (full, saved in bfloat16)")
+        "loftq, qlora), or every weight (full, saved in bfloat16), or a relative of PiSSA, see "
+        f"relatives/README.md: {', '.join(relatives.names())}")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option that a "
+        "relative has of its own; repeatable")
+    add("--calibrate", type=int, metavar="N", help="training examples that a relative measures "
+        "before it begins, if it does (default: its own)")
     add("--rank", type=int, default=128, help="r, the width of A and B")
     add("--niter", type=power_iterations, default=5,
         help="power iterations of the SVD, or: exact")
@@ -334,7 +350,7 @@ def for_train(doc):
                  max_length=(2, 10**9), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, 1000),
                  quant_iters=(1, 1000), max_new_tokens=AT_LEAST_1, lr=(1e-12, 1e38),
                  clip=(1e-12, math.inf), weight_decay=(0, 1000), warmup=(0, 1), seed=SEEDS,
-                 keep=AT_LEAST_1, max_hours=(1e-9, math.inf), gpus=AT_LEAST_1,
+                 keep=AT_LEAST_1, calibrate=AT_LEAST_1, max_hours=(1e-9, math.inf), gpus=AT_LEAST_1,
                  val_every=AT_LEAST_1)
     if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
         p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
@@ -421,6 +437,9 @@ def flags_of(p, before, stored_in):
             text = "exact" if value is None else value
             if a.dest == "targets" and type(value) is list:
                 text = ",".join(map(str, value))
+            if a.dest == "option" and type(value) is list:
+                given += [f"--option={text}" for text in value]
+                continue
             given.append(f"{a.option_strings[-1]}={text}")
     try:
         p.exit_on_error = False

@@ -13,7 +13,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ import adapter
 import model
 import nf4
 import pissa
+import relatives
 
 RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -411,15 +411,15 @@ def dealt(method, seed, double_quant, read=None):
     It works on a group of matrices at a time. Each process makes A and B (and A_q, B_q) of its own
     ones and sends them to all. Then each computes all the frozen weights itself.
     """
-    init = getattr(import_module(pissa.METHODS[method]), "init_" + method)
-    group_size = WORLD * (1 if read else 32)
-    facts, ready = adapter.facts_of(method, double_quant=double_quant), {}
+    init, group_size, ready = pissa.init_of(method), WORLD * (1 if read else 32), {}
 
     def factors(name, weight, options):
         W = read(name) if weight.is_meta else weight.detach()
         options.generator = pissa.generator_of(name, seed, W.device)
-        _, A, B, pair = init(W, options)
-        return [A, B, *(pair or ())][:4 if facts["own_pair"] else 2]
+        frozen, A, B, pair = init(W, options)
+        pair, bits = pair or (), 4 if isinstance(frozen, nf4.NF4) else 16
+        sent = [A, B] if not pair or pair[0] is A else [A, B, *pair]
+        return [M.contiguous() for M in sent], bool(pair), bits
 
     def shared(weight, options):
         name = next(iter(options.remaining))
@@ -430,18 +430,18 @@ def dealt(method, seed, double_quant, read=None):
                 W = weight if n == name else share[n].weight
                 made[n] = factors(n, W, replace(options, remaining=share))
                 del share[n]
+            shapes = {n: ([M.shape for M in Ms], *facts) for n, (Ms, *facts) in made.items()}
+            shapes = {n: found for theirs in everyone(shapes) for n, found in theirs.items()}
             for i, n in enumerate(group):
-                m, r = options.remaining[n], options.rank
-                shapes = [(m.in_features, r), (r, m.out_features)] * (1 + facts["own_pair"])
-                ready[n] = made.get(n) or [
+                Ms = made[n][0] if n in made else [
                     torch.empty(s, device=weight.device,
                                 dtype=torch.promote_types(weight.dtype, torch.float32))
-                    for s in shapes]
-                for M in ready[n]:
+                    for s in shapes[n][0]]
+                for M in Ms:
                     dist.broadcast(M, i % WORLD)
-        A, B, *pair = ready.pop(name)
-        pair = pair or ((A, B) if facts["subtracted"] else None)
-        return adapter.frozen_of(weight, pair, facts["bits"], double_quant), A, B, pair
+                ready[n] = Ms, *shapes[n][1:]
+        (A, B, *pair), subtracted, bits = ready.pop(name)
+        pair = (tuple(pair) or (A, B)) if subtracted else None
+        return adapter.frozen_of(weight, pair, bits, double_quant), A, B, pair
 
-    shared.__name__ = method
-    return shared
+    return relatives.with_init(method, shared)

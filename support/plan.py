@@ -41,6 +41,7 @@ import fast
 import model
 import nf4
 import pissa
+import relatives
 from formats import meta, peft
 from support import report
 
@@ -65,6 +66,7 @@ class Job:
     bits: int = 16                          # of the frozen weights: 4, or 16 for any float dtype
     subtracted: bool = True                 # frozen is W - A_0 B_0, so W is decomposed
     double_quant: bool = True
+    layer: type = pissa.PissaLinear         # a relative's may train other numbers than A and B
     dtype: torch.dtype = torch.bfloat16     # of products; full has its weights in float32 anyway
     rows: int = 8                           # of a micro-batch
     length: int = 512                       # positions of a row
@@ -92,12 +94,12 @@ class Job:
 
 
 def job_of(config, method="pissa", rank=128, targets=pissa.TARGETS, *, double_quant=True, **more):
-    """The Job of a method: a name, a function like pissa.init_pissa, or "full". more: see Job."""
+    """The Job of a method: what `pissa.inject` takes, or "full". more: see Job."""
     if method == "full":
         return Job(config, rank, targets, None, True, 16, False, **more)
     facts = adapter.facts_of(method, double_quant=double_quant)
     return Job(config, rank, targets, None, False, facts["bits"], facts["subtracted"],
-               double_quant, **more)
+               double_quant, getattr(method, "Layer", pissa.PissaLinear), **more)
 
 
 def estimate(config, method="pissa", rank=128, targets=pissa.TARGETS, **more):
@@ -137,6 +139,22 @@ def shapes(job):
 def pair_numbers(chosen):
     """How many numbers the A and B of these targets have: see `shapes`."""
     return sum(r * (a + b) for a, b, r in chosen.values())
+
+
+def trained_numbers(job, chosen):
+    """How many numbers of A and B are trained, or of what a relative's layer has instead.
+
+    Such a layer is made of each shape. The memory of its weight is asked for, but never touched.
+    """
+    if job.layer is pissa.PissaLinear:
+        return pair_numbers(chosen)
+    count = {}
+    for a, b, r in set(chosen.values()):
+        linear = torch.nn.Linear(a, b, bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(torch.empty(b, a), requires_grad=False)
+        layer = job.layer(linear, linear.weight, torch.ones(a, r), torch.ones(r, b))
+        count[a, b, r] = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    return sum(count[shape] for shape in chosen.values())
 
 
 def nf4_bytes(n, double):
@@ -189,8 +207,9 @@ def memory(job):
     ranks = -(-sum(r for *_, r in chosen.values()) // c.n_layers)
     rest = 0 if job.full else total - sum(sizes)
     numbers = {"frozen matrices": sum(sizes), "frozen embedding, norms, head": rest,
-               "trained, float32": total if job.full else pairs}
+               "trained, float32": total if job.full else trained_numbers(job, chosen)}
     trained, layer = numbers["trained, float32"], kept(job, ranks)
+    still = max(0, pairs - trained) * (not job.full)       # numbers of A and B that are not trained
     x = job.tokens * job.x_bytes * c.dim
     # Copies in 16 bits, of A and B, or by autocast of whole matrices.
     copies = e * (e < 4 and not job.compiled) * (sum(a * b for a, b in every.values())
@@ -212,7 +231,7 @@ def memory(job):
     head = 4 * c.vocab_size * c.dim * job.full
     weights = {"frozen matrices": sum(nf4_bytes(n, job.double_quant) for n in sizes)
                if job.bits == 4 else e * sum(sizes), "frozen embedding, norms, head": e * rest,
-               "trained, float32": 4 * trained}
+               "trained, float32": 4 * trained, **({"frozen A, B": 4 * still} if still else {})}
     held = {**weights, "AdamW's moments": 8 * trained, "gradients": 4 * trained,
             "kept for backward": all_kept, "loss": loss + 2 * head, "work on a layer": work,
             "cuBLAS": CUBLAS * job.cuda}
@@ -288,14 +307,17 @@ def from_arguments(args):
     if config.n_layers > 1000:                            # no tensors contradict a damaged number
         raise ValueError(f"{args.ckpt}: {config.n_layers} layers are too many for a plan")
     if not args.adapter:
-        return job_of(config, args.method, args.rank, args.targets,
+        return job_of(config, relatives.chosen(args), args.rank, args.targets,
                       double_quant=not args.no_double_quant, **more), args.method
     facts = adapter.read_facts(args.adapter)
     pairs, _ = peft.find_pairs(args.adapter, peft.read_config(args.adapter))
     ranks = {n: A.shape[0] // (1 + facts["subtracted"]) for n, (A, _) in pairs.items()}
     targets = tuple({name.rpartition(".")[2] for name in ranks})
+    method = facts.get("method")
+    layer = getattr(relatives.known(method) if facts.get("own_layer") else None, "Layer",
+                    pissa.PissaLinear)
     return Job(config, max(ranks.values()), targets, ranks, False, facts["bits"],
-               facts["subtracted"], facts.get("double_quant", True), **more), facts.get("method")
+               facts["subtracted"], facts.get("double_quant", True), layer, **more), method
 
 
 def sharded(job, gpus):

@@ -131,7 +131,9 @@ def count(net):
 def loaded(net, args, seconds):
     """Print what was read: the parameters of the model, without those of an adapter."""
     weight = net.lm_head.weight
-    model = count(net)[1] - sum(m.A.numel() + m.B.numel() for _, m in pissa.layers(net))
+    model = count(net)[1] - sum(p.numel() for _, m in pissa.layers(net)
+                                for n, p in m.named_parameters(recurse=False)
+                                if n not in ("frozen", "bias"))
     print(f"model: {args.ckpt}, {model:,} parameters, "
           f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}, read in {seconds:.1f} s")
 
@@ -147,7 +149,8 @@ def relative_error(m):
     n_out, n_in = m.B.shape[1], m.A.shape[0]
     step = max(1, n_out * n_in // 256) | 1                 # as in pissa.sampled
     where = torch.arange(0, n_out * n_in, step, device=m.A.device)
-    AB = (m.A[where % n_in] * m.B.T[where // n_in]).sum(1).cpu()
+    A, B = m.factors()
+    AB = (A[where % n_in] * B.T[where // n_in]).sum(1).cpu()
     W, W_res = m.fingerprint.to(AB.dtype), pissa.sampled(pissa.as_tensor(m.frozen)).to(AB.dtype)
     return ((W - W_res - AB).norm() / W.norm().clamp(min=1e-30)).item()
 

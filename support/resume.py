@@ -175,6 +175,8 @@ class Run:
     def __init__(self, net, optimizer, args, examples, steps):
         self.net, self.optimizer, self.args, self.steps = net, optimizer, args, steps
         self.params = parallel.trained(net)
+        self.others = {f"{name}.{key}": getattr(m, key) for name, m in adapter.layers(net)
+                       for key in m.state if f"{name}.{key}" not in self.params}
         self.facts = {"data": hash_of(examples), "args": json.loads(json.dumps(
             {k: v for k, v in vars(args).items() if k not in FREE}, default=str))}
         self.rows, self.at, self.buffers = [], 0, {}
@@ -199,11 +201,15 @@ class Run:
         with torch.no_grad():
             for name, p in self.params.items():
                 parallel.put(p, state["parameters"][name])
+            for name, t in self.others.items():
+                t.copy_(state["others"][name])
         names, kept = {p: n for n, p in self.params.items()}, state["optimizer"]["state"]
         for p in self.optimizer.param_groups[0]["params"]:
-            of_parts = [kept[names[part]] for part in parallel.parts(p)]
+            parts = parallel.parts(p)
+            of_parts, shape = [kept[names[part]] for part in parts], parts[0].shape
             self.optimizer.state[p] = {
-                key: value.clone() if key == "step" else parallel.put(
+                key: value.clone() if key == "step" else value.to(p.device, copy=True)
+                if value.shape != shape else parallel.put(
                     torch.empty_like(p), parallel.from_parts(p, [m[key] for m in of_parts]))
                 for key, value in of_parts[0].items()}
         print(f"going on with {path}, after step {self.at} of {self.steps}")
@@ -251,6 +257,7 @@ class Run:
             return
         state = parallel.gathered({"step": len(self.rows), "rows": list(self.rows), **self.facts,
                                    "parameters": {n: p.detach() for n, p in self.params.items()},
+                                   "others": {n: t.detach() for n, t in self.others.items()},
                                    "optimizer": {"state": self.moments()}})
         self.at, self.saved = len(self.rows), time.monotonic()
         if parallel.RANK:

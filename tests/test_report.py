@@ -385,7 +385,7 @@ def test_what_mps_lacks(error):
 def test_mps_decomposes_on_the_cpu(method, capsys):
     """The same A, B and frozen weights as by name; nothing is changed on other devices."""
     by_name, by_function = (pissa.inject(small_net(), 4, m, progress=False, quant_iters=2)
-                            for m in (method, mps.method(Namespace(device="mps:0", method=method))))
+                            for m in (method, mps.method(method, "mps:0")))
     assert "not tested by us" in capsys.readouterr().out
     assert by_function.pissa == by_name.pissa
     for (_, a), (_, b) in zip(pissa.layers(by_name), pissa.layers(by_function)):
@@ -394,7 +394,7 @@ def test_mps_decomposes_on_the_cpu(method, capsys):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
         assert (a.A0 is None) == (b.A0 is None) and (a.A0 is None or torch.equal(a.A0, b.A0))
     for device in None, "cpu", "cuda":
-        assert mps.method(Namespace(device=device, method=method)) == method
+        assert mps.method(method, device) == method
 
 
 def test_mps_is_refused_in_plain_words(monkeypatch):

@@ -60,9 +60,9 @@ def assert_same(a, b):
     assert len(tensors_a) == len(tensors_b) and all(map(torch.equal, tensors_a, tensors_b))
 
 
-def interrupt(monkeypatch, step, error):
-    """Let the optimiser's step number `step` raise an error."""
-    real, count = torch.optim.AdamW.step, []
+def interrupt(monkeypatch, step, error, kind=torch.optim.AdamW):
+    """Let step number `step` of this kind of optimiser raise an error."""
+    real, count = kind.step, []
 
     def broken(self, *args, **kwargs):
         count.append(1)
@@ -70,7 +70,7 @@ def interrupt(monkeypatch, step, error):
             raise error
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    monkeypatch.setattr(kind, "step", broken)
 
 
 def slow(*cases):
