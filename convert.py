@@ -214,7 +214,7 @@ def merge(args):
     def merged():
         for name, read in tqdm(tensors.items(), desc="merge", unit="tensor", leave=False):
             W, module = read(), name.removesuffix(".weight")
-            target = dtype or W.dtype
+            target = W.dtype if hf.is_shifted(name, vars(config)) else dtype or W.dtype
             if module in pairs:
                 W = add(saved, module, W.to(torch.promote_types(W.dtype, torch.float32)), sums)
             yield name, converted(name, W, target)

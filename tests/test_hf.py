@@ -3,12 +3,16 @@ import copy
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+import adapter
+import fast
 import model
-from conftest import assert_logits_equal
+import pissa
+from conftest import assert_logits_equal, optimise
 from formats import hf, meta_write
 
 transformers = pytest.importorskip("transformers")
@@ -35,6 +39,13 @@ FAMILIES = {
     "mistral-nemo": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, head_dim=16)),
     "qwen2": ("Qwen2", dict(num_key_value_heads=2, rope_theta=1e6)),
     "qwen2-tied": ("Qwen2", dict(num_key_value_heads=3, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=16, rope_theta=1e6)),
+    "qwen3-tied": ("Qwen3", dict(num_key_value_heads=3, head_dim=8, tie_word_embeddings=True)),
+    "smollm3": ("SmolLM3", dict(num_key_value_heads=2, num_hidden_layers=5,
+                                tie_word_embeddings=True, rope_theta=100.0)),
+    "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=16)),
+    "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True)),
+    "qwen3-biases": ("Qwen3", dict(num_key_value_heads=2, head_dim=8, attention_bias=True)),
 }
 
 
@@ -43,11 +54,12 @@ def twin(family, **changes):
     name, options = FAMILIES[family]
     torch.manual_seed(3)
     options = {**SMALL, **copy.deepcopy(options), **changes}
-    config = getattr(transformers, f"{name}Config")(**options, bos_token_id=1, eos_token_id=2)
+    config = getattr(transformers, f"{name}Config")(**options, bos_token_id=1, eos_token_id=2,
+                                                      pad_token_id=0)
     net = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for n, p in net.named_parameters():
         if p.ndim == 1:
-            torch.nn.init.normal_(p, mean=float("norm" in n), std=0.3)
+            torch.nn.init.normal_(p, mean=float("norm" in n and name != "Gemma"), std=0.3)
     return net.requires_grad_(False)
 
 
@@ -63,6 +75,14 @@ def draw(*shape, seed=0):
     return torch.randint(3, 101, shape, generator=torch.Generator().manual_seed(seed))
 
 
+# What makes a family another one.
+OTHERS = {
+    "gemma": [lambda net: setattr(net.config, "embed_scale", 7.0),
+              lambda net: [setattr(m.mlp, "gelu", False) for m in net.model.layers]],
+    "qwen3": [lambda net: net.model.layers[1].self_attn.k_norm.weight.mul_(1.1)],
+    "smollm3": [lambda net: setattr(net.model.layers[3].self_attn, "has_rope", True)]}
+
+
 def test_logits(pair):
     """50 tokens: longer than the scaled RoPEs' 16 original positions and Mistral's window of 7."""
     theirs, ours = pair
@@ -76,6 +96,11 @@ def test_logits_can_fail(pair):
     wrong = copy.deepcopy(ours)
     wrong.config.rope_theta *= 1.5
     tokens = draw(3, 50)
+    for change in OTHERS.get(theirs.config.model_type, ()):
+        other = copy.deepcopy(ours)
+        change(other)
+        with pytest.raises(AssertionError, match="logits differ"):
+            assert_logits_equal(other(tokens), theirs(tokens).logits)
     with pytest.raises(AssertionError, match="logits differ"):
         assert_logits_equal(wrong(tokens), theirs(tokens).logits)
     if ours.config.rope_scaling or ours.config.sliding_window:
@@ -117,6 +142,33 @@ def test_left_padding(pair):
         for b, p in enumerate(pad):
             assert_logits_equal(logits[b, p:], expected[b])
             assert_logits_equal(logits[b, p:], theirs_padded[b, p:])
+
+
+def test_packed(pair):
+    """Texts packed into one row, each as if it stood alone."""
+    theirs, ours = pair
+    lengths, batch = [30, 7, 19], draw(3, 30, seed=5)
+    where = torch.cat([torch.arange(n) + 30 * b for b, n in enumerate(lengths)])
+    logits = ours(batch, where_text=where)[0].split(lengths)
+    for row, n, found in zip(batch, lengths, logits, strict=True):
+        assert_logits_equal(found, theirs(row[None, :n]).logits[0])
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments ..pissa")
+def test_adapted_in_peft(pair, tmp_path):
+    """Injected, trained with the fast forms and the plain ones, saved: PEFT has the same logits."""
+    peft = pytest.importorskip("peft")
+    (theirs, base), tokens, found = pair, draw(2, 30, seed=6), []
+    for plain in fast.off, nullcontext:
+        ours = pissa.inject(copy.deepcopy(base), 4, progress=False)
+        with plain():
+            losses, _ = optimise(ours, tokens, 3, lr=1e-3)
+        found.append(torch.tensor(losses))
+    assert torch.allclose(*found, rtol=1e-5) and found[0][2] < found[0][0]
+    adapter.save(ours, tmp_path)
+    adapted, after = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path), ours(tokens)
+    assert_logits_equal(adapted(tokens).logits, after)
+    assert (after - base(tokens)).abs().max() > 1e-2 * after.abs().max()
 
 
 def test_right_padding(pair):
@@ -242,7 +294,20 @@ def test_keys_without_effect_are_named(folder, capsys):
     (dict(model_type="gpt2"), 'model_type is "gpt2"; what works here is llama, mistral, qwen2'),
     (dict(model_type="mixtral"), 'model_type is "mixtral"'),
     (dict(hidden_act="gelu"), 'hidden_act is "gelu", which this network does not compute'),
-    (dict(attention_bias=True), "attention_bias is true, which"),
+    (dict(attention_bias=True), r"8 missing tensor\(s\), first model.layers.0.self_attn.k_proj.b"),
+    (dict(attention_bias=3), "attention_bias is 3, which"),
+    (dict(model_type="smollm3", no_rope_layers=[1, 0, 1]), r"no_rope_layers is \[1, 0, 1\]; every"),
+    (dict(model_type="smollm3", no_rope_layers=[0, 1]), r"no_rope_layers is \[0, 1\]; every"),
+    (dict(model_type="smollm3", no_rope_layers="x"), "no_rope_layers is \"x\"; every"),
+    (dict(model_type="smollm3", no_rope_layer_interval=0), "no_rope_layer_interval is missing or"),
+    (dict(model_type="smollm3", num_hidden_layers=2**40), "num_hidden_layers is missing or not"),
+    (dict(no_rope_layers=[1, 1]), "no_rope_layers is"),
+    (dict(model_type="gemma", hidden_act="relu"), "hidden_act is \"relu\", which"),
+    (dict(model_type="gemma", hidden_activation="gelu"), "hidden_activation is \"gelu\", which"),
+    (dict(model_type="gemma", use_bidirectional_attention=True), "use_bidirectional_attention is"),
+    (dict(model_type="qwen3"), r"4 missing tensor\(s\), first model.layers.0.self_attn.k_norm.w"),
+    (dict(model_type="gemma2"), 'model_type is "gemma2"; what works here is llama, mistral, qwen2, '
+     "qwen3, smollm3, gemma"),
     (dict(mlp_bias=True), "mlp_bias is true, which"),
     (dict(is_causal=False), "is_causal is false, which"),
     (dict(num_attention_heads=2**29, head_dim=2**29, num_key_value_heads=2), "are too many"),
@@ -291,20 +356,26 @@ def test_json_that_is_no_config(tmp_path, content):
     assert len(str(e.value)) < 300
 
 
-def test_biases_on_o_are_refused(tmp_path):
-    twin("llama2-gqa", attention_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="attention_bias is true"):
-        model.load(tmp_path, "cpu")
-    change(tmp_path, attention_bias=False)                     # the tensors tell, too
+def test_biases_that_the_config_denies(tmp_path):
+    twin("biases").save_pretrained(tmp_path)
+    change(tmp_path, attention_bias=False)
     with pytest.raises(ValueError, match=r"8 unexpected tensor\(s\), first .*k_proj.bias"):
         model.load(tmp_path, "cpu")
 
 
-def test_qwen2_with_sliding_layers_is_refused(tmp_path):
-    twin("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1).save_pretrained(
-        tmp_path)
-    with pytest.raises(ValueError, match="layer_types is|use_sliding_window is true"):
-        model.load(tmp_path, "cpu")
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_sliding_layers(tmp_path, family, listed):
+    """A window that begins above the last layer is none. One that begins below is refused."""
+    for first in 1, 2:
+        theirs = twin(family, use_sliding_window=True, sliding_window=8, max_window_layers=first)
+        theirs.save_pretrained(tmp_path)
+        change(tmp_path, **({} if listed else {"layer_types": ...}))
+        if first == 1:
+            with pytest.raises(ValueError, match="layer_types is|use_sliding_window is true"):
+                model.load(tmp_path, "cpu")
+    tokens = draw(2, 30)
+    assert_logits_equal(model.load(tmp_path, "cpu")(tokens), theirs(tokens).logits)
 
 
 # --- files
@@ -341,11 +412,14 @@ def test_every_kind_of_file(tmp_path, suffix, shards, family):
 
 
 def test_frequencies_in_the_file_are_passed_over(folder):
-    """Llama 1's first conversions hold RoPE's frequencies as tensors."""
+    """Llama 1's first conversions hold RoPE's frequencies as tensors, others its tables."""
     from safetensors.torch import load_file, save_file
     state = load_file(folder / "model.safetensors")
     before = model.load(folder, "cpu")
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    state["model.rotary_emb.inv_freq"] = torch.ones(4)
+    for name in "cos", "sin":
+        state[f"model.layers.1.self_attn.rotary_emb.{name}_cached"] = torch.ones(1, 1, 9, 8)
     save_file(state, folder / "model.safetensors")
     after = model.load(folder, "cpu")
     assert all(map(torch.equal, after.state_dict().values(), before.state_dict().values()))
@@ -437,11 +511,9 @@ families, that he is considered as the rightful property of some one or other of
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments ..pissa")
 def test_smollm2_from_an_adapter_to_everywhere(real, tmp_path):
     """Meta's layout, perplexity, PEFT, both merged layouts, the compressed adapter: one model."""
-    import adapter
     import convert
     import data
     import eval
-    import pissa
     peft = pytest.importorskip("peft")
     path, theirs = real
     tok, tokens = data.Tokenizer(path), draw(1, 40, seed=2)
