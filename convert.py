@@ -35,8 +35,8 @@ from support.files import check_room, replaced
 from support.report import run
 
 # The files of a checkpoint besides weights and numbers: how text becomes tokens, and when to stop.
-COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-              "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+COMPANIONS = ("tokenizer.model", *(f"tokenizer.model.v{n}" for n in range(1, 10)),
+              "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
               "chat_template.json", "generation_config.json")
 
 

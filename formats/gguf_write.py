@@ -71,7 +71,7 @@ def vocabulary(folder, rows):
 def hf_files(folder, config):
     """({file name: bytes}, ids for config.json) of what transformers needs beside tokenizer.model.
     Nothing if there is a tokenizer.json, or no tokenizer."""
-    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+    if (folder / "tokenizer.json").is_file() or not any(folder.glob("tokenizer.model*")):
         return {}, {}
     info = {"general.architecture": "llama", "llama.context_length": config.max_seq_len or None,
             **vocabulary(folder, config.vocab_size)}

@@ -82,7 +82,7 @@ def read_config(path):
     """{field of model.Config: value}; ValueError naming what this network does not compute."""
     p = read_json(path)
     family = p.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{path}: model_type is {json.dumps(family)[:80]}; what works here is "
                          f"{', '.join(FAMILIES)}")
     p = {**FAMILIES[family], **p}

@@ -22,6 +22,7 @@ FLOATS = ("ffn_dim_multiplier", "norm_eps", "rope_theta")
 OPEN = {"n_kv_heads": None, "vocab_size": -1, "max_seq_len": None, "ffn_dim_multiplier": None}
 # Those that Mistral's have besides. ffn_dim is given there.
 MISTRAL = ("head_dim", "hidden_dim", "sliding_window")
+OPEN |= dict.fromkeys(MISTRAL)
 # Llama 3.1's stretched RoPE, which params.json only switches on.
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -49,7 +50,7 @@ def read_params(directory, shards):
         p = json.loads(path.read_text("utf-8"))
         # Mistral's own program takes 1e6 for a theta that is missing, and with a window Meta's.
         theta = 1e6 if p.get("hidden_dim") and not p.get("sliding_window") else 10000.0
-        p = {**OPEN, **dict.fromkeys(MISTRAL), "multiple_of": 256, "norm_eps": 1e-5,
+        p = {**OPEN, "multiple_of": 256, "norm_eps": 1e-5,
              "rope_theta": theta, **p}
         rope = {k: p.pop(name, None) for k, name in ROPE_KEYS.items()}
         scaled = p.pop("use_scaled_rope", False)
@@ -58,8 +59,8 @@ def read_params(directory, shards):
     except (TypeError, ValueError, RecursionError, AttributeError) as e:  # no object, JSON or UTF-8
         raise ValueError(f"{path}: not a LLaMA's params.json ({str(e)[:100]})") from None
     for name in INTS + FLOATS + MISTRAL:
-        if p[name] != OPEN.get(name):
-            check_number(p[name], name, path, whole=name not in FLOATS)
+        if name not in OPEN or p[name] != OPEN[name]:
+            check_number(p.get(name), name, path, whole=name not in FLOATS)
     if unknown := {k: v for k, v in p.items()
                    if v and k not in (*INTS, *FLOATS, *MISTRAL, "max_batch_size")}:
         raise ValueError(f"{path}: this model does not know {str(unknown)[:150]}; it would "

@@ -12,8 +12,9 @@ import adapter
 import fast
 import model
 import pissa
-from conftest import assert_logits_equal, optimise
+from conftest import TINY, assert_logits_equal, optimise
 from formats import hf, meta_write
+from formats.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -376,6 +377,80 @@ def test_sliding_layers(tmp_path, family, listed):
                 model.load(tmp_path, "cpu")
     tokens = draw(2, 30)
     assert_logits_equal(model.load(tmp_path, "cpu")(tokens), theirs(tokens).logits)
+
+
+# --- Mistral's own files
+
+def write_mistral(folder, theirs, **changes):
+    """consolidated.safetensors and params.json, as Mistral publishes them."""
+    from safetensors.torch import save_file
+    c, state = theirs.config, {}
+    for name, W in theirs.state_dict().items():
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(
+            name.split(".")[-2])
+        if heads:                              # of a pair, the rows stand side by side
+            halves = W.view(heads, 2, -1, W.shape[1])
+            W = torch.stack([halves[:, 0], halves[:, 1]], 2).reshape(W.shape)
+        for a, b in (("model.embed_tokens", "tok_embeddings"), ("lm_head", "output"),
+                     ("model.", ""), ("self_attn.", "attention."), ("_proj", ""),
+                     ("mlp.gate", "feed_forward.w1"), ("mlp.down", "feed_forward.w2"),
+                     ("mlp.up", "feed_forward.w3"), ("input_layernorm", "attention_norm"),
+                     ("post_attention_layernorm", "ffn_norm")):
+            name = name.replace(a, b)
+        for letter in "qkvo":
+            name = name.replace(f"attention.{letter}.", f"attention.w{letter}.")
+        state[name] = W.contiguous()
+    params = {"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "head_dim": c.head_dim,
+              "hidden_dim": c.intermediate_size, "n_heads": c.num_attention_heads,
+              "n_kv_heads": c.num_key_value_heads, "norm_eps": c.rms_norm_eps,
+              "vocab_size": c.vocab_size, "rope_theta": c.rope_parameters["rope_theta"],
+              "sliding_window": c.sliding_window, **changes}
+    folder.mkdir(exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(
+        {k: v for k, v in params.items() if v is not ...}))
+    save_file(state, folder / "consolidated.safetensors")
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("mistral", {"rope_theta": ...}), ("mistral-v0.2", {"rope_theta": ..., "sliding_window": ...}),
+    ("mistral-nemo", {})])
+def test_mistrals_own_layout(tmp_path, family, changes):
+    """What Mistral publishes, read, and written for transformers."""
+    theirs = twin(family)
+    write_mistral(tmp_path / "in", theirs, **changes)
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "in" / "tokenizer.model.v3")
+    ours, tokens = model.load(tmp_path / "in", "cpu", torch.float32), draw(2, 50)
+    assert_logits_equal(ours(tokens), theirs(tokens).logits)
+    assert Tokenizer(tmp_path / "in").encode("Tom") == Tokenizer(TINY).encode("Tom")
+    hf.save_folder(tmp_path / "out", hf.config_json(vars(ours.config), torch.float32),
+                   ours.named_parameters())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_logits_equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_mistrals_own_layout_is_checked(tmp_path):
+    write_mistral(tmp_path, twin("mistral-nemo"))
+    path, params = tmp_path / "params.json", json.loads((tmp_path / "params.json").read_text())
+    for changes, message in (
+            ({"head_dim": 2}, "layers.0.attention.wq.weight: expected shape"),
+            ({"head_dim": "16"}, "head_dim is missing or not a whole number"),
+            ({"hidden_dim": 81}, "expected shape .*81"), ({"moe": {"num_experts": 8}}, "moe"),
+            ({"sliding_window": [7, None]}, "sliding_window is missing or not a whole number")):
+        path.write_text(json.dumps({**params, **changes}))
+        with pytest.raises(ValueError, match=message):
+            model.load(tmp_path, "cpu")
+    path.write_text(json.dumps(params))
+    ours = model.load(tmp_path, "cpu")
+    with pytest.raises(ValueError, match="heads of this width: write Hugging Face's"):
+        meta_write.save(ours, tmp_path / "out")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="consolidated.safetensors: not a readable safetensors f"):
+        model.load(tmp_path, "cpu")
+    with pytest.raises(FileNotFoundError, match="tokenizer.model: no such file, and no tokenizer"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tekken.json").touch()
+    with pytest.raises(FileNotFoundError, match="tekken.json, Mistral's, is not read: tok"):
+        Tokenizer(tmp_path)
 
 
 # --- files
