@@ -36,7 +36,8 @@ from support.report import run
 
 # The files of a checkpoint besides weights and numbers: how text becomes tokens, and when to stop.
 COMPANIONS = ("tokenizer.model", *(f"tokenizer.model.v{n}" for n in range(1, 10)),
-              "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+              "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+              "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
               "chat_template.json", "generation_config.json")
 
 
@@ -148,7 +149,7 @@ def open_gguf(path):
     numbers, found, info = gguf.open_gguf(path)
     config = model.Config(**numbers)
     found = gguf.checked(found, model.parameter_shapes(config, len(found), path), path)
-    if info["general.architecture"] == "llama":                   # q and k are in Meta's order
+    if info["general.architecture"] in gguf.INTERLEAVED:           # q and k are in Meta's order
         found = {n: partial(lambda n, read: model.reorder(read(), n, config), n, read)
                  for n, read in found.items()}
     return config, found, info
@@ -161,9 +162,10 @@ def from_gguf(args):
     files, ids = gguf.tokenizer_files(info, config.vocab_size, args.model)
     dtype = getattr(torch, args.dtype)
     bar = tqdm(tensors.items(), desc="convert", unit="tensor", leave=False)
+    written = ((name, read() if hf.is_shifted(name, vars(config)) else
+                converted(name, read(), dtype)) for name, read in bar)
     with replaced(args.out, (*CHECKPOINT_FILES, *COMPANIONS)) as tmp:
-        hf.save_folder(tmp, hf.config_json(vars(config), dtype, **ids),
-                       ((name, converted(name, read(), dtype)) for name, read in bar))
+        hf.save_folder(tmp, hf.config_json(vars(config), dtype, **ids), written)
         for name, content in files.items():
             (tmp / name).write_bytes(content)
     say_written(args.out, f"{len(tensors)} tensors, layout hf, {args.dtype}")

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "formats": ("support.files",), "formats.meta": (), "formats.peft": ("support.files",),
     "formats.tokenizer": (),
     "formats.gguf": ("formats.meta",), "formats.hf": ("formats.meta", "support.files"),
-    "formats.gguf_write": ("formats.gguf", "formats.tokenizer", "model", "support.files"),
+    "formats.gguf_write": ("formats.gguf", "formats.hf", "formats.tokenizer", "model",
+                           "support.files"),
     "formats.meta_write": ("formats.meta", "model", "support.files"),
     "adapter": ("pissa", "qpissa", "svd", "nf4", "fp8", "formats", "support.files"),
     "support.options": ("support.streams",), "support.streams": ()}
