@@ -30,7 +30,7 @@ import adapter
 import data
 import model
 import pissa
-from formats import CHECKPOINT_FILES, gguf, gguf_write, hf, meta_write, tokenizer
+from formats import CHECKPOINT_FILES, gguf, gguf_write, hf, meta_write, peft, tokenizer
 from support.files import check_room, replaced
 from support.report import run
 
@@ -248,6 +248,9 @@ def check_base(saved, tensors):
         W = saved.check(name, tensors[f"{name}.weight"]())
         entries[name] = W.shape, pissa.sampled(W)
     saved.check_old(entries)
+    if "lm_head.weight" not in tensors:                                           # tied
+        tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    peft.check_bases(saved.directory, saved.bases, lambda name: tensors.get(name, lambda: None)())
 
 
 def add(saved, name, W, sums):

@@ -116,7 +116,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim)                          # (B, T, H, K)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # k, v: G heads
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)    # autocast: float32
         if self.has_rope:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                          # (B, H, T, K)

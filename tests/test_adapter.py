@@ -904,7 +904,7 @@ def test_difference_to_the_full_precision_base(net, tokens, method):
 
 # Options of PEFT that change what is computed, or might: refused by name.
 OTHER = dict(
-    bias="all", modules_to_save=["lm_head"], trainable_token_indices=[1], use_dora=True,
+    bias="tomorrow", modules_to_save=["lm_head"], trainable_token_indices=[1], use_dora=True,
     alora_invocation_tokens=[5], layer_replication=[(0, 2)], lora_bias=True, use_qalora=True,
     target_parameters=["x"], ensure_weight_tying=True, fan_in_fan_out=True,
     megatron_config={"a": 1},
