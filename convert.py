@@ -1,15 +1,17 @@
-"""Checkpoints and adapters from one form into another; nothing is trained or computed on a GPU.
+"""Checkpoints and adapters from one form into another; nothing is trained.
 
     python convert.py merge runs/llama2-7b-pissa runs/merged        # base + adapter: a checkpoint
     python convert.py merge runs/demo runs/demo.gguf                # the same for llama.cpp, Ollama
     python convert.py compress runs/demo/adapter runs/small         # rank 2r -> r, at what cost
     python convert.py hf checkpoints/tiny runs/tiny-hf              # Meta's layout for transformers
     python convert.py gguf SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
+    python convert.py decompose llama2-7b runs/residual             # the authors' published layout
 
 merge writes the whole fine-tuned model, for programs that cannot read adapters. compress halves an
 adapter. hf writes a base as PEFT and vLLM read it. gguf turns a file of llama.cpp into a checkpoint
-that can be trained. `python convert.py merge --help` says more, and so do the others. Weights are
-read one at a time. The output appears when it is complete, or not at all.
+that can be trained. decompose writes W_res, and A and B as its adapter. `python convert.py merge
+--help` says more, and so do the others. Weights are read one at a time. The output appears when it
+is complete, or not at all.
 """
 from support import options
 
@@ -30,7 +32,7 @@ import adapter
 import data
 import model
 import pissa
-from formats import CHECKPOINT_FILES, gguf, gguf_write, hf, meta_write, peft, tokenizer
+from formats import CHECKPOINT_FILES, decomposed, gguf, gguf_write, hf, meta_write, peft, tokenizer
 from support.files import check_room, replaced
 from support.report import run
 
@@ -286,7 +288,8 @@ def compress(args):
 def main():
     """Do what the command line asks for."""
     args = options.begun(options.for_convert, __doc__)
-    {"merge": merge, "hf": merge, "compress": compress, "gguf": from_gguf}[args.command](args)
+    {"merge": merge, "hf": merge, "compress": compress, "gguf": from_gguf,
+     "decompose": partial(decomposed.write, check_out, write_checkpoint)}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ IGNORED = {
 KNOWN = {*COMPUTED, *(key for keys in IGNORED.values() for key in keys)}
 # The keys that we write. Another tool writes more.
 WRITTEN = {"peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
-           "lora_dropout", "bias", "inference_mode", "target_modules"}
+           "lora_dropout", "bias", "inference_mode", "target_modules", "init_lora_weights"}
 # What to do with an adapter that trained more than its LoRA.
 MERGE = ("an adapter here is a LoRA alone: put it into the base with PEFT (merge_and_unload, "
          "save_pretrained)")
