@@ -103,7 +103,9 @@ def test_causal(net, tokens):
 # --- packing
 
 KINDS = {"gqa": {}, "mha": dict(n_kv_heads=6), "qkv_bias": dict(qkv_bias=True),
-         "sliding_window": dict(sliding_window=5), "head_dim": dict(head_dim=12)}
+         "sliding_window": dict(sliding_window=5), "head_dim": dict(head_dim=12),
+         "qwen3": dict(qk_norm=True), "smollm3": dict(no_rope=2, o_bias=True),
+         "gemma": dict(gelu=True, embed_scale=7.0, tied=True)}
 LENGTHS = [17, 11, 11, 4, 1]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
