@@ -161,7 +161,8 @@ def read_adapter(directory, force_base=False):
     directory, found = Path(directory), read_facts(directory)
     config = peft.read_config(directory)
     pairs, bases = peft.read_pairs(directory, config)
-    extras = {f"{name}.fingerprint": pissa.sampled(bases.pop(f"{name}.weight"))
+    extras = {f"{name}.fingerprint": pissa.sampled((bases.pop if force_base else bases.get)(
+              f"{name}.weight"))
               for name in pairs if f"{name}.weight" in bases}
     if "weights" in found or "seen" in found:                        # "seen": before pissa.json
         read = peft.read_tensors(directory, found.get("seen", EXTRAS))
@@ -260,9 +261,7 @@ def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
     for name in saved.pairs:
         W = saved.check(name, base_weight(net, paths.get(name, name), directory))
         entries[name] = W.shape, None if read else pissa.sampled(W)
-    params = {plain(n): p for n, p in net.named_parameters(remove_duplicate=False)}
-    peft.check_bases(directory, saved.bases, lambda name: read(*name.rsplit(".", 1)) if (
-        name in params and params[name].is_meta) else params.get(name))
+    peft.check_bases(directory, saved.bases, peft.parameters(net, read))
     if not read:
         saved.check_old(entries)
         pissa.remove(net)

@@ -302,6 +302,14 @@ def read_pairs(directory, config):
     return pairs, bases
 
 
+def parameters(net, read):
+    """A function from a parameter's plain name to it, or None. read(module, leaf): one that `net`
+    has on the meta device."""
+    params = {plain(n): p for n, p in net.named_parameters(remove_duplicate=False)}
+    return lambda name: (read(*name.rsplit(".", 1)) if read and name in params
+                         and params[name].is_meta else params.get(name))
+
+
 def check_bases(directory, bases, read):
     """ValueError if one of `bases`, {name: parameter}, is not the base's: read(name), or None. They
     are equal up to the rounding of another dtype, as in adapter.py."""
@@ -316,7 +324,8 @@ def check_bases(directory, bases, read):
             raise ValueError(f"{directory}: {name} has {len(theirs)} rows, the model's has "
                              f"{len(ours)}; {MERGE}")
         if not all(map(same, ours.split(4096), theirs.split(4096))):
-            raise ValueError(f"{directory}: {name} was trained, too; {MERGE}")
+            raise ValueError(f"{directory}: {name} is not the model's: it was trained, too, or on "
+                             f"another base; {MERGE}")
 
 
 def check_finite(tensors, where):

@@ -77,8 +77,9 @@ def test_what_peft_saves_beside_the_lora(tmp_path, tokens, how, tied):
 @pytest.mark.parametrize("how, message", [
     ("resized", "lm_head.weight has 105 rows, the model's has 101; an adapter here is a LoRA"),
     ("modules_to_save", "modules_to_save=['lm_head'] trained whole matrices; an adapter here is a"),
-    ("embedding", "model.embed_tokens.weight was trained, too; an adapter here is a LoRA alone"),
-    ("bias", "model.layers.1.self_attn.q_proj.bias was trained, too; an adapter here is a LoRA al"),
+    ("embedding", "model.embed_tokens.weight is not the model's: it was trained, too"),
+    ("bias", "model.layers.1.self_attn.q_proj.bias is not the model's: it was trained"),
+    ("head", "lm_head.weight is not the model's: it was trained, too, or on another base; an adap"),
     ("no bias", "the model has no model.layers.0.self_attn.q_proj.bias")])
 def test_what_peft_trained_besides_is_refused(tmp_path, how, message):
     """In one line, with the reason and what to do, by `load` and by merge."""
@@ -86,9 +87,13 @@ def test_what_peft_trained_besides_is_refused(tmp_path, how, message):
     for name, p in net.named_parameters():
         p.mul_(not name.endswith("bias"))
     options = {"resized": dict(resize=105), "modules_to_save": dict(modules_to_save=["lm_head"]),
-               }.get(how, {})
+               "head": dict(target_modules=["lm_head"])}.get(how, {})
     trained = theirs_saved(small_net(), tmp_path, **options)
     path = tmp_path / "adapter_model.safetensors"
+    if how == "head":                     # one number, which is not among the 256 that are sampled
+        state = load_file(path)
+        state["base_model.model.lm_head.base_layer.weight"][5, 8] += 1e-3
+        save_file(state, path)
     if how == "embedding":
         trained.get_input_embeddings().weight.data[77] += 1e-3              # one row of it
         trained.save_pretrained(tmp_path, save_embedding_layers=True)
