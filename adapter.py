@@ -107,6 +107,7 @@ class Saved:
     pairs: dict
     extras: dict          # {"<module>.fingerprint": entries of W, "<module>.A_q": ..., ".B_q": ...}
     force_base: bool      # warn of another base, instead of ValueError
+    bases: dict           # {name: parameter that should be the base's}, whole, as PEFT copies some
 
     def check(self, name, W):
         """W (out, in), if it is the module's base weight; ValueError if it is not."""
@@ -161,13 +162,15 @@ def read_adapter(directory, force_base=False):
     directory, found = Path(directory), read_facts(directory)
     config = peft.read_config(directory)
     pairs, bases = peft.read_pairs(directory, config)
-    extras = {f"{name}.fingerprint": pissa.sampled(W) for name, W in bases.items()}
+    extras = {f"{name}.fingerprint": pissa.sampled((bases.pop if force_base else bases.get)(
+              f"{name}.weight"))
+              for name in pairs if f"{name}.weight" in bases}
     if "weights" in found or "seen" in found:                        # "seen": before pissa.json
         read = peft.read_tensors(directory, found.get("seen", EXTRAS))
         extras |= {plain(name): M for name, M in read.items()}
     peft.check_extras(directory, EXTRAS, found, pairs, extras)
     found["rank"] = max(A.shape[1] for A, _ in pairs.values()) // (1 + found["subtracted"])
-    return Saved(directory, config, found, pairs, extras, force_base)
+    return Saved(directory, config, found, pairs, extras, force_base, bases)
 
 
 def write(directory, pairs, found, extras, task_type=None, modules=None):
@@ -249,10 +252,10 @@ def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
     """Put an adapter on `net`, in place: one of ours, to use or to train on, or a LoRA of PEFT's.
 
     An adapter already on `net` is removed first, which needs keep_base=True when it was put there.
-    read, keep_base: as for `pissa.inject`. Raises ValueError, before anything changes, for an
-    adapter of ours that was made on another base, or whose modules `net` does not have; with
-    `read`, a base is checked matrix by matrix. force_base: only a warning for another base.
-    relative: a function from a method's name to the module with its `Layer`, to train on in that.
+    read, keep_base: as for `pissa.inject`; read(module, "bias"), too. Raises ValueError, before
+    anything changes, for an adapter of ours that was made on another base, or whose modules `net`
+    does not have; with `read`, a base is checked matrix by matrix. force_base: only a warning for
+    another base. relative: a function from a method's name to the module with its `Layer`.
     """
     outside, net = net, unwrapped(net)
     saved, entries = read_adapter(directory, force_base), {}
@@ -260,6 +263,7 @@ def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
     for name in saved.pairs:
         W = saved.check(name, base_weight(net, paths.get(name, name), directory))
         entries[name] = W.shape, None if read else pissa.sampled(W)
+    peft.check_bases(directory, saved.bases, peft.parameters(net, read))
     if not read:
         saved.check_old(entries)
         pissa.remove(net)

@@ -1,15 +1,17 @@
-"""Checkpoints and adapters from one form into another; nothing is trained or computed on a GPU.
+"""Checkpoints and adapters from one form into another; nothing is trained.
 
     python convert.py merge runs/llama2-7b-pissa runs/merged        # base + adapter: a checkpoint
     python convert.py merge runs/demo runs/demo.gguf                # the same for llama.cpp, Ollama
     python convert.py compress runs/demo/adapter runs/small         # rank 2r -> r, at what cost
     python convert.py hf checkpoints/tiny runs/tiny-hf              # Meta's layout for transformers
     python convert.py gguf SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
+    python convert.py decompose llama2-7b runs/residual             # the authors' published layout
 
 merge writes the whole fine-tuned model, for programs that cannot read adapters. compress halves an
 adapter. hf writes a base as PEFT and vLLM read it. gguf turns a file of llama.cpp into a checkpoint
-that can be trained. `python convert.py merge --help` says more, and so do the others. Weights are
-read one at a time. The output appears when it is complete, or not at all.
+that can be trained. decompose writes W_res, and A and B as its adapter. `python convert.py merge
+--help` says more, and so do the others. Weights are read one at a time. The output appears when it
+is complete, or not at all.
 """
 from support import options
 
@@ -30,13 +32,14 @@ import adapter
 import data
 import model
 import pissa
-from formats import CHECKPOINT_FILES, gguf, gguf_write, hf, meta_write, tokenizer
+from formats import CHECKPOINT_FILES, decomposed, gguf, gguf_write, hf, meta_write, peft, tokenizer
 from support.files import check_room, replaced
 from support.report import run
 
 # The files of a checkpoint besides weights and numbers: how text becomes tokens, and when to stop.
-COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-              "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+COMPANIONS = ("tokenizer.model", *(f"tokenizer.model.v{n}" for n in range(1, 10)),
+              "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+              "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
               "chat_template.json", "generation_config.json")
 
 
@@ -148,7 +151,7 @@ def open_gguf(path):
     numbers, found, info = gguf.open_gguf(path)
     config = model.Config(**numbers)
     found = gguf.checked(found, model.parameter_shapes(config, len(found), path), path)
-    if info["general.architecture"] == "llama":                   # q and k are in Meta's order
+    if info["general.architecture"] in gguf.INTERLEAVED:           # q and k are in Meta's order
         found = {n: partial(lambda n, read: model.reorder(read(), n, config), n, read)
                  for n, read in found.items()}
     return config, found, info
@@ -161,9 +164,10 @@ def from_gguf(args):
     files, ids = gguf.tokenizer_files(info, config.vocab_size, args.model)
     dtype = getattr(torch, args.dtype)
     bar = tqdm(tensors.items(), desc="convert", unit="tensor", leave=False)
+    written = ((name, read() if hf.is_shifted(name, vars(config)) else
+                converted(name, read(), dtype)) for name, read in bar)
     with replaced(args.out, (*CHECKPOINT_FILES, *COMPANIONS)) as tmp:
-        hf.save_folder(tmp, hf.config_json(vars(config), dtype, **ids),
-                       ((name, converted(name, read(), dtype)) for name, read in bar))
+        hf.save_folder(tmp, hf.config_json(vars(config), dtype, **ids), written)
         for name, content in files.items():
             (tmp / name).write_bytes(content)
     say_written(args.out, f"{len(tensors)} tensors, layout hf, {args.dtype}")
@@ -214,7 +218,7 @@ def merge(args):
     def merged():
         for name, read in tqdm(tensors.items(), desc="merge", unit="tensor", leave=False):
             W, module = read(), name.removesuffix(".weight")
-            target = dtype or W.dtype
+            target = W.dtype if hf.is_shifted(name, vars(config)) else dtype or W.dtype
             if module in pairs:
                 W = add(saved, module, W.to(torch.promote_types(W.dtype, torch.float32)), sums)
             yield name, converted(name, W, target)
@@ -246,6 +250,9 @@ def check_base(saved, tensors):
         W = saved.check(name, tensors[f"{name}.weight"]())
         entries[name] = W.shape, pissa.sampled(W)
     saved.check_old(entries)
+    if "lm_head.weight" not in tensors:                                           # tied
+        tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    peft.check_bases(saved.directory, saved.bases, lambda name: tensors.get(name, lambda: None)())
 
 
 def add(saved, name, W, sums):
@@ -281,7 +288,8 @@ def compress(args):
 def main():
     """Do what the command line asks for."""
     args = options.begun(options.for_convert, __doc__)
-    {"merge": merge, "hf": merge, "compress": compress, "gguf": from_gguf}[args.command](args)
+    {"merge": merge, "hf": merge, "compress": compress, "gguf": from_gguf,
+     "decompose": partial(decomposed.write, check_out, write_checkpoint)}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 
   embed_tokens -> n_layers x [x += self_attn(norm(x)), x += mlp(norm(x))] -> norm -> lm_head
 
-Llama 1 to 3.2, Mistral, Qwen2 and their kin are this network with other numbers in `Config`.
+Llama 1 to 3.2, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 1 and their kin are this network with other
+numbers in `Config`.
 Module and parameter names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), because
 the paper's target modules and every adapter on disk use them. `@faster(f)` names a quicker form of
 the function below it. Delete these lines and the two that import fast.py: only speed changes.
@@ -45,6 +46,11 @@ class Config:
     max_seq_len: int = 0           # positions it was trained for, 0: not stated; not used here
     head_dim: int = 0              # width of one attention head, 0: dim / n_heads
     qkv_bias: bool = False         # Qwen2: q, k and v have biases
+    o_bias: bool = False           # the projection after attention has one, too
+    qk_norm: bool = False          # Qwen3: every head of q and k is RMS-normalised
+    no_rope: int = 0               # SmolLM3: 4, every 4th layer has no RoPE; 0: all have it
+    gelu: bool = False             # Gemma: the gate is GELU (by tanh) instead of SiLU
+    embed_scale: float = 0.0       # Gemma: sqrt(dim), times every embedding; 0: none
     sliding_window: int = 0        # Mistral v0.1: how many tokens one sees; 0: all
     rope_scaling: dict | None = None    # {"rope_type": "linear" or "llama3", "factor": ..., ...}
 
@@ -92,22 +98,28 @@ def attend(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention: H query heads share G key/value heads."""
+    """Causal grouped-query attention: H query heads share G key/value heads. i: the layer's."""
 
-    def __init__(self, config):
+    def __init__(self, config, i):
         super().__init__()
         self.head_dim = config.head_dim
         width, kv_width = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
         self.q_proj = nn.Linear(config.dim, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(width, config.dim, bias=False)
+        self.o_proj = nn.Linear(width, config.dim, bias=config.o_bias)
+        self.has_rope = not config.no_rope or (i + 1) % config.no_rope > 0
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(config.head_dim, config.norm_eps) for _ in "qk")
 
     def forward(self, x, rope, mask=None, slot=None, packed=None):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim)                          # (B, T, H, K)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))           # k, v: G heads
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, *rope), rotate(k, *rope), v))
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)    # autocast: float32
+        if self.has_rope:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                          # (B, H, T, K)
         if slot is not None:                # a KV cache: write to it, attend to what it holds now
             kv, index, S = slot
             k = kv[0].index_copy_(2, index, k.to(kv.dtype))[:, :, :S].to(q.dtype)  # (B, G, S, K)
@@ -118,9 +130,9 @@ class Attention(nn.Module):
 
 
 @faster(fast.SwiGLU.apply)
-def swiglu(gate, up):
-    """silu(gate) * up, where silu(g) = g sigmoid(g) (arXiv 2002.05202)."""
-    return F.silu(gate) * up
+def swiglu(gate, up, gelu=False):
+    """silu(gate) * up, where silu(g) = g sigmoid(g), or gelu(gate) * up (arXiv 2002.05202)."""
+    return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 
 
 class MLP(nn.Module):
@@ -131,17 +143,18 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gelu = config.gelu
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.gelu))
 
 
 class Layer(nn.Module):
     """Attention and feed-forward, each RMS-normalised first (arXiv 1910.07467) and added back."""
 
-    def __init__(self, config):
+    def __init__(self, config, i):
         super().__init__()
-        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.self_attn, self.mlp = Attention(config, i), MLP(config)
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
 
@@ -158,7 +171,7 @@ class Llama(nn.Module):
         self.config, self.checkpointing = config, False
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.dim),
-            layers=nn.ModuleList(Layer(config) for _ in range(config.n_layers)),
+            layers=nn.ModuleList(Layer(config, i) for i in range(config.n_layers)),
             norm=nn.RMSNorm(config.dim, config.norm_eps)))
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
@@ -174,6 +187,8 @@ class Llama(nn.Module):
         """
         tokens, rope, mask, slots, packed = begin(self, tokens, cache, start, pad, where_text)
         x = self.model.embed_tokens(tokens)                                       # (B, T, D)
+        if scale := self.config.embed_scale:         # rounded as x is: 55.5 for 3072 ** 0.5
+            x = x * x.new_full((), scale)
         recompute = self.checkpointing and torch.is_grad_enabled()
         for layer, slot in zip(self.model.layers, slots, strict=True):
             rest = rope, mask, slot, packed
@@ -334,26 +349,11 @@ def sample(logits: torch.Tensor, temperature, top_k, top_p, generator) -> torch.
 #     Meta, one head, K = 6:      a0 b0 a1 b1 a2 b2      (K/2, 2)
 #     here, as Hugging Face:      a0 a1 a2 b0 b1 b2      (2, K/2), its transpose
 
-META = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output",
-        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-        "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-        "mlp.up_proj": "feed_forward.w3",
-        "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
-
-
-def meta_name(name):
-    """model.layers.3.self_attn.q_proj.weight -> layers.3.attention.wq.weight"""
-    path = name.removeprefix("model.").removesuffix(".weight").split(".")
-    prefix, rest = (path[:2], path[2:]) if path[0] == "layers" else ([], path)
-    return ".".join([*prefix, META[".".join(rest)], "weight"])
-
-
 def reorder(W, name, config, to_meta=False):
     """Rows of q and k between Meta's interleaved order and the split halves used here (a copy)."""
-    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+    if name.split(".")[-2] not in ("q_proj", "k_proj"):
         return W
-    heads = W.view(-1, config.head_dim, W.shape[1]).unflatten(1, (2, -1) if to_meta else (-1, 2))
+    heads = W.view(-1, config.head_dim, *W.shape[1:]).unflatten(1, (2, -1) if to_meta else (-1, 2))
     return heads.transpose(1, 2).reshape(W.shape)
 
 
@@ -372,13 +372,13 @@ def open_checkpoint(ckpt):
         from formats import hf  # only Hugging Face's layout needs it
         config, found = Config(**hf.read_config(path)), hf.open_files(directory)
         shapes = parameter_shapes(config, len(found), path)
-        return config, hf.checked(found, shapes, config.tied, directory)
+        return config, hf.checked(found, shapes, vars(config), directory)
     shards = meta.open_shards(directory)
     config = Config(**meta.read_params(directory, shards))
     shapes = parameter_shapes(config, len(shards[0]), directory / "params.json")
-    theirs = {meta_name(name): shape for name, shape in shapes.items()}
-    read = meta.merged(directory, shards, theirs)            # one tensor out of its shards
-    return config, {n: partial(lambda n: reorder(read(meta_name(n)), n, config), n) for n in shapes}
+    names = {name: meta.meta_name(name) for name in shapes}
+    read = meta.merged(directory, shards, {names[n]: shape for n, shape in shapes.items()})
+    return config, {n: partial(lambda n: reorder(read(names[n]), n, config), n) for n in shapes}
 
 
 def default_device(device=None):

@@ -1,6 +1,6 @@
 """Damaged inputs: each should work as it says, or be refused in one line that names the file.
 
-    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 10 kinds, 10 min
+    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 13 kinds, 15 min
     python -m bench.fuzz --kinds gguf state --cases 50          # of some kinds
 
 A case is a function of (kind, number). It runs in a process of its own, forked from this one, with
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +36,7 @@ import train
 from bench import program
 from bench import report as publish
 from bench.damage import Wrong, damaged, outcome, write_gguf
-from formats import gguf
+from formats import gguf, hf, meta
 from support import options, report, resume
 
 TOKENS = torch.arange(3, 40)[None]
@@ -55,7 +55,7 @@ TASKS = {"gsm8k": ({"question": "2 + 3?", "answer": "It is 5.\n#### 5"}, "questi
                     "answer": "true"}, "instruction")}
 
 
-# -------------------------------------------------------------------------------- the ten attempts
+# ------------------------------------------------------------------------------------ the attempts
 
 def same(ours, read):
     """Wrong unless another program's model, if that takes the file, has our logits."""
@@ -88,6 +88,15 @@ def read_base(path):
     """A checkpoint in Hugging Face's layout, as transformers reads it."""
     same(model.load(path.parent, "cpu", torch.float32)(TOKENS),
          lambda: AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32))
+
+
+def read_mistral(path):
+    """Mistral's own files, as transformers reads what becomes of them."""
+    net = model.load(path.parent, "cpu", torch.float32)
+    with tempfile.TemporaryDirectory() as there:
+        hf.save_folder(there, hf.config_json(vars(net.config), torch.float32),
+                       net.named_parameters())
+        same(net(TOKENS), lambda: AutoModelForCausalLM.from_pretrained(there, dtype=torch.float32))
 
 
 def read_tokenizer(path):
@@ -154,6 +163,36 @@ def write_tasks(folder):
 
 # ----------------------------------------------------------------------------------------- set up
 
+def write_relatives(there, vocab_size):
+    """(config.json of a small Qwen3, a SmolLM3 and a Gemma, each with weights; Mistral's files)."""
+    changes = {"qwen3": {"qk_norm": True}, "smollm3": {"no_rope": 2, "tied": True}, "gemma": {
+        "gelu": True, "tied": True, "embed_scale": 32 ** 0.5}, "mistral": {"sliding_window": 9}}
+    for family, change in changes.items():
+        config = model.Config(32, 2, 4, 2, vocab_size, 48, **change)
+        net = model.init_weights(model.Llama(config), std=0.3).requires_grad_(False)
+        if family != "mistral":
+            hf.save_folder(there / family, hf.config_json(vars(config), torch.float32),
+                           net.named_parameters())
+    folder = there / "mistral"
+    folder.mkdir()
+    (folder / "params.json").write_text(json.dumps({
+        "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 48,
+        "norm_eps": 1e-5, "vocab_size": vocab_size, "sliding_window": 9, "rope_theta": 1e4}))
+    save_file({meta.meta_name(n): model.reorder(W, n, config, to_meta=True).contiguous()
+               for n, W in net.named_parameters()}, folder / "consolidated.safetensors")
+    return ([there / family / "config.json" for family in ("qwen3", "smollm3", "gemma")],
+            [folder / "params.json", folder / "consolidated.safetensors"])
+
+
+def write_peft(folder, twin):
+    """PEFT's own adapter of a model, with patterns, and a copy of the head that is adapted."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj", "lm_head"], lora_alpha=3,
+                        init_lora_weights=False, alpha_pattern={"q_proj": 5, "lm_head": 1},
+                        rank_pattern={"1.mlp.up_proj": 3})
+    get_peft_model(copy.deepcopy(twin), config).save_pretrained(folder)
+    return [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+
+
 def set_up(there):
     """{kind: (attempt(path), *paths)} of small inputs, which are made in `there`."""
     tiny = model.find("tiny")
@@ -186,11 +225,14 @@ def set_up(there):
         model_file=str(tiny / "tokenizer.model")))
     twin = AutoModelForCausalLM.from_pretrained(there / "base", dtype=torch.float32)
     both, folder, out = partial(read_adapter, net, twin), there / "data", args.out
+    configs, mistral = write_relatives(there, tok.vocab_size)
     return {
         "training jsonl": (partial(read_jsonl, tok, False), folder / "train.jsonl"),
         "test jsonl": (partial(read_jsonl, tok, True), folder / "test.jsonl"),
         "adapter config": (both, *(out / "adapter" / f"{name}.json"
                                    for name in ("adapter_config", "pissa"))),
+        "adapter of PEFT's": (both, *write_peft(there / "peft", twin)),
+        "other families": (read_base, *configs), "Mistral's": (read_mistral, *mistral),
         "safetensors": (read_base, there / "base" / "model.safetensors"),
         "bin": (both, there / "bin" / "adapter_model.bin"),
         "tokenizer.model": (read_tokenizer, there / "tok" / "tokenizer.model"),
@@ -206,7 +248,7 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--cases", type=int, default=300, help="of each kind")
-    p.add_argument("--kinds", nargs="*", help="default: all ten")
+    p.add_argument("--kinds", nargs="*", help="default: all of them")
     p.add_argument("--out")
     asked, argv, begin, counts, faults = p.parse_args(), sys.argv, time.perf_counter(), {}, []
     torch.set_num_threads(1)

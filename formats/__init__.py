@@ -7,32 +7,31 @@ from pathlib import Path
 from support.files import read_json, restored
 
 # What the weights and numbers of a checkpoint may be called, in Meta's and Hugging Face's layout.
-CHECKPOINT_FILES = ("params.json", "consolidated.[0-9][0-9].pth", "config.json",
-                    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+CHECKPOINT_FILES = ("params.json", "consolidated.[0-9][0-9].pth", "consolidated.safetensors",
+                    "config.json", "model.safetensors", "model-*-of-*.safetensors",
+                    "model.safetensors.index.json",
                     "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 
 # What a directory that is no checkpoint may hold, and what to do then.
 INSTEAD = {
-    "original/consolidated.00.pth": "Meta's files are in {0}/original: name that directory",
     "checkpoint/config.json": "the run's checkpoint is {0}/checkpoint: name that directory",
     "checkpoint/params.json": "the run's checkpoint is {0}/checkpoint: name that directory",
     "adapter/adapter_config.json": "a run's adapter is {0}/adapter, and args.json names its base",
     "adapter_config.json": "this is an adapter: name its base as the checkpoint",
     "snapshots/*/*.json": "this is a cache of Hugging Face's: name the directory {1}",
-    "consolidated.safetensors": "Mistral's own layout is not read: download config.json and "
-                                "model*.safetensors, which stand beside it",
     "*.gguf": "make a checkpoint of it first: python convert.py gguf {1} OUT",
     "added_tokens.json": "these are a tokenizer's files: download the weights, too"}
 
 
 def find(ckpt):
     """The directory of a checkpoint: `ckpt` itself, or checkpoints/ckpt in this repository, or, of
-    owner/name, the snapshot in Hugging Face's cache."""
+    owner/name, the snapshot in Hugging Face's cache. Meta's files of a download from there may be
+    in `original/` alone."""
     here = Path(__file__).parent.parent
     found = [d for d in (Path(ckpt), here / "checkpoints" / ckpt, here / ckpt)
              if restored(d).is_dir()]
-    for directory in found:
+    for directory in (d for folder in found for d in (folder, folder / "original")):
         if any(next(directory.glob(pattern), None) for pattern in CHECKPOINT_FILES):
             return directory
     holds = ("it should hold params.json, consolidated.00.pth (.01 ... if there are more) and "
@@ -78,6 +77,8 @@ def snapshot(name):
         raise FileNotFoundError(
             f"no checkpoint {name}: not here, nor in Hugging Face's cache ({cache()}); to download"
             f" it: hf download {name} --local-dir checkpoints/{short} (and then --ckpt {short})")
+    if (found / "original" / "params.json").is_file() and not (found / "config.json").is_file():
+        return found / "original"
     if missing := incomplete(found):
         raise FileNotFoundError(f"no checkpoint {name}: {found} is not complete, {missing} is "
                                 f"missing; to complete it: hf download {name}")

@@ -2,8 +2,8 @@
 
 convert.py turns it into a folder in Hugging Face's layout. Three things are special:
 
-1. Files of architecture "llama" keep the rows of q and k in Meta's order (see model.reorder).
-   Those of "qwen2", whose q, k and v have biases, keep them as they are here.
+1. Files of the architectures "llama" and "smollm3" keep the rows of q and k in Meta's order (see
+   model.reorder). Those of "qwen2", "qwen3" and "gemma" keep them as they are here.
 2. A byte-level vocabulary ("gpt2") is not complete without the rule by which text is cut into
    words before the merges apply. The file only names this rule. A sentencepiece vocabulary
    ("llama") is its pieces, scores and types, and little else.
@@ -28,7 +28,10 @@ import torch
 
 from formats.meta import LLAMA3_ROPE, check_finite, check_heads, check_names, check_number
 
-# Our names of the numbers: the keys, after "llama." or "qwen2.".
+FAMILIES = "llama", "qwen2", "qwen3", "smollm3", "gemma"
+INTERLEAVED = "llama", "smollm3"                   # their q and k are in Meta's order
+
+# Our names of the numbers: the keys, after "llama." or another family.
 NUMBERS = {"dim": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count",
            "n_kv_heads": "attention.head_count_kv", "ffn_dim": "feed_forward_length",
            "norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
@@ -38,7 +41,8 @@ OPTIONAL = ("rope_theta", "max_seq_len", "head_dim")
 # GGUF's names of the modules.
 GGUF = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm"}
 
@@ -69,6 +73,7 @@ LATER = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\
 RULES = {"gpt-2": [cut_at(GPT2)],
          "smollm": [{"type": "Digits", "individual_digits": True}, cut_at(GPT2)],
          "llama-bpe": [cut_at(LATER % r"\p{N}{1,3}")], "qwen2": [cut_at(LATER % r"\p{N}")]}
+ALSO_CALLED = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
 
 # ----------------------------------------------------------------------------- numbers and weights
@@ -202,9 +207,9 @@ def gguf_name(name):
 def read_numbers(info, tensors, path):
     """{field of model.Config: value} of a GGUF's keys; ValueError naming what is not computed."""
     family = info.get("general.architecture")
-    if family not in ("llama", "qwen2"):
+    if family not in FAMILIES:
         raise ValueError(f"{path}: the architecture is {str(family)[:80]}; what works here is "
-                         "llama and qwen2")
+                         f"{', '.join(FAMILIES)}")
     if info.get("split.count", 1) not in (0, 1):
         raise ValueError(f"{path}: one of {info['split.count']} parts; make them one file first: "
                          "llama-gguf-split --merge")
@@ -218,8 +223,13 @@ def read_numbers(info, tensors, path):
             numbers[ours] = p[theirs]
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: token_embd.weight is missing")
+    has_bias = family == "llama" and "blk.0.attn_output.bias" in tensors
     numbers |= {"vocab_size": tensors["token_embd.weight"][0][0],
-                "tied": "output.weight" not in tensors, "qkv_bias": family == "qwen2"}
+                "tied": "output.weight" not in tensors, "qk_norm": family == "qwen3",
+                "qkv_bias": family == "qwen2" or has_bias, "o_bias": has_bias,
+                "no_rope": 4 if family == "smollm3" and numbers["n_layers"] >= 4 else 0,
+                "gelu": family == "gemma",
+                "embed_scale": numbers["dim"] ** 0.5 if family == "gemma" else 0.0}
     check_heads(numbers, path, any_width="head_dim" in numbers)
     # All other keys may only say what holds anyway, or that something is off.
     head_dim = numbers.get("head_dim") or numbers["dim"] // numbers["n_heads"]
@@ -290,7 +300,7 @@ def tokenizer_files(info, rows, path):
     default = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
     ids = {name: info.get(f"tokenizer.ggml.{name}_token_id", default.get(name))
            for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
-    adds_bos = kind == "llama" or info.get("tokenizer.ggml.pre") == "llama-bpe"
+    adds_bos = kind == "llama" or rule_of(info) == "llama-bpe"
     adds = {"bos": bool(info.get("tokenizer.ggml.add_bos_token", adds_bos)),
             "eos": bool(info.get("tokenizer.ggml.add_eos_token", False))}
     for name, i in ids.items():
@@ -319,6 +329,12 @@ def tokenizer_files(info, rows, path):
             json_bytes(config), "generation_config.json": json_bytes(ends)}, ends
 
 
+def rule_of(info):
+    """The name of the rule by which a byte-level vocabulary cuts text into words."""
+    rule = str(info.get("tokenizer.ggml.pre"))
+    return ALSO_CALLED.get(rule, rule)
+
+
 def json_bytes(content):
     """A JSON file."""
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
@@ -326,10 +342,10 @@ def json_bytes(content):
 
 def byte_level(info, tokens, types, bos, eos, path):
     """tokenizer.json of a byte-level BPE. bos, eos: lists of the tokens put around every text."""
-    rule, merges = info.get("tokenizer.ggml.pre"), info.get("tokenizer.ggml.merges")
-    if str(rule) not in RULES:
+    rule, merges = rule_of(info), info.get("tokenizer.ggml.merges")
+    if rule not in RULES:
         raise ValueError(f"{path}: tokenizer.ggml.pre, how text is cut into words, is "
-                         f"{str(rule)[:80]}; what is known here is {', '.join(RULES)}")
+                         f"{rule[:80]}; what is known here is {', '.join(RULES)}")
     if not merges:
         raise ValueError(f"{path}: tokenizer.ggml.merges is missing")
     # If an embedding table is padded to a round size, its unused rows have tokens, too.

@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 
-from formats import gguf
+from formats import gguf, hf
 from formats import tokenizer as kinds
 from formats.gguf import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from model import reorder
@@ -71,7 +71,7 @@ def vocabulary(folder, rows):
 def hf_files(folder, config):
     """({file name: bytes}, ids for config.json) of what transformers needs beside tokenizer.model.
     Nothing if there is a tokenizer.json, or no tokenizer."""
-    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+    if (folder / "tokenizer.json").is_file() or not any(folder.glob("tokenizer.model*")):
         return {}, {}
     info = {"general.architecture": "llama", "llama.context_length": config.max_seq_len or None,
             **vocabulary(folder, config.vocab_size)}
@@ -150,7 +150,7 @@ def ranks(lib, folder):
 
 def numbers(config):
     """(architecture, its keys) of a model.Config."""
-    c, family = vars(config), "qwen2" if config.qkv_bias else "llama"
+    c, family = vars(config), hf.family_of(vars(config)).replace("mistral", "llama")
     keys = {theirs: c[ours] for ours, theirs in gguf.NUMBERS.items()}
     keys |= {"context_length": context_length(config), "vocab_size": config.vocab_size,
              "attention.value_length": config.head_dim, "rope.dimension_count": config.head_dim}
@@ -160,6 +160,20 @@ def numbers(config):
     for key in ("attention.layer_norm_rms_epsilon", "rope.freq_base"):
         keys[key] = float(keys[key])
     return family, {f"{family}.{key}": value for key, value in keys.items()}
+
+
+def check_said(family, config, shapes, keys, path):
+    """ValueError unless a GGUF of this family with these keys is read as the same model again."""
+    tensors = {gguf.gguf_name(name): (shape, None) for name, shape in shapes.items()}
+    found = gguf.read_numbers({"general.architecture": family, **keys}, tensors, path)
+    other = [f"{name} {value}" for name, value in vars(config).items()
+             if name in ("qkv_bias", "o_bias", "qk_norm", "no_rope", "gelu", "embed_scale")
+             and value != found[name]]
+    if config.tied < (family == "gemma"):
+        other.append("an output projection of its own")
+    if other:
+        raise ValueError(f"{path}: a GGUF of the architecture {family} has no place for "
+                         f"{', '.join(other)}: write Hugging Face's layout (hf)")
 
 
 def context_length(config):
@@ -177,6 +191,7 @@ def save(path, source, config, tensors, shapes, dtype):
     written in `dtype`, and vectors in float32, as llama.cpp expects.
     """
     family, keys = numbers(config)
+    check_said(family, config, shapes, keys, path)
     keys |= vocabulary(source, config.vocab_size)
     scaling = config.rope_scaling or {}
     factors = ([gguf.rope_factors(config.head_dim, config.rope_theta, scaling)]
@@ -196,7 +211,7 @@ def save(path, source, config, tensors, shapes, dtype):
             for W in factors:
                 writer.write_tensor_data(W.numpy())
             for name, W in tensors:
-                if family == "llama":                             # q and k in Meta's order
+                if family in gguf.INTERLEAVED:                    # q and k in Meta's order
                     W = reorder(W, name, config, to_meta=True)
                 W = W.to(stored(W.shape, dtype)).contiguous()
                 W = W.view(torch.int16) if W.dtype == torch.bfloat16 else W   # NumPy has no such

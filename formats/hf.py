@@ -21,7 +21,13 @@ from formats import CHECKPOINT_FILES
 from formats.meta import check_heads, check_names, check_number, mapped
 from support.files import read_json, replaced
 
-FAMILIES = ("llama", "mistral", "qwen2")
+# The families, with what transformers takes for a key that is missing; the names of its classes.
+GELU, WINDOW = "gelu_pytorch_tanh", {"sliding_window": 4096, "max_window_layers": 28}
+FAMILIES = {"llama": {}, "mistral": {"sliding_window": 4096}, "qwen2": WINDOW,
+            "qwen3": {**WINDOW, "head_dim": 128},
+            "smollm3": {"tie_word_embeddings": True, "rope_theta": 2e6, "sliding_window": None},
+            "gemma": {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": GELU}}
+CLASSES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}           # or .title()
 
 # Our names of the numbers in config.json.
 NUMBERS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -33,10 +39,11 @@ OPTIONAL = ("max_seq_len", "head_dim", "sliding_window")      # may be missing o
 
 # Keys that change what is computed, here or in relatives of LLaMA, and the values at which they do
 # not.
-NEUTRAL = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-           "partial_rotary_factor": (1,), "rope_interleaved": (False,), "layer_types": (),
-           "use_sliding_window": (False,), "quantization_config": (), "clip_qkv": (),
-           "qk_layernorm": (False,), "use_qk_norm": (False,), "qk_norm": (False,),
+NEUTRAL = {"hidden_act": ("silu", "swish", GELU), "attention_bias": (False, True),
+           "hidden_activation": (GELU,), "use_bidirectional_attention": (False,),
+           "mlp_bias": (False,), "partial_rotary_factor": (1,), "rope_interleaved": (False,),
+           "layer_types": (), "use_sliding_window": (False,), "quantization_config": (),
+           "clip_qkv": (), "qk_layernorm": (False,), "use_qk_norm": (False,), "qk_norm": (False,),
            "parallel_attn": (False,), "alibi": (False,), "no_rope_layers": (), "qkv_bias": (False,),
            "logit_scale": (1,), "logits_scaling": (1,), "embedding_multiplier": (1,),
            "residual_multiplier": (1,), "attention_multiplier": (), "query_pre_attn_scalar": (),
@@ -75,19 +82,22 @@ def read_config(path):
     """{field of model.Config: value}; ValueError naming what this network does not compute."""
     p = read_json(path)
     family = p.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{path}: model_type is {json.dumps(family)}; what works here is "
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(f"{path}: model_type is {json.dumps(family)[:80]}; what works here is "
                          f"{', '.join(FAMILIES)}")
+    p = {**FAMILIES[family], **p}
     p = {**p, **rope(p, path)}
     if family == "llama" and p.get("num_key_value_heads") is None:
-        p["num_key_value_heads"] = p.get("num_attention_heads")    # transformers' defaults for what
-    if family == "mistral":                                        # is missing
-        p.setdefault("sliding_window", 4096)
-    if family == "qwen2":                              # off by default, and per layer if it is on
-        p.pop("sliding_window", None)
-        p.pop("attention_bias", None)                  # q, k and v have biases, whatever it says
-    if family == "llama" and p.get("sliding_window"):
-        raise ValueError(f"{path}: sliding_window in a llama is not known")
+        p["num_key_value_heads"] = p.get("num_attention_heads")
+    if family in ("qwen2", "qwen3", "smollm3"):
+        drop_windows(p)
+    every = no_rope(p, path) if family == "smollm3" else 0
+    if family in ("qwen2", "mistral"):                 # they have biases, or none, whatever it says
+        p["attention_bias"] = False
+    if family == "gemma" and p["hidden_act"] in (None, "gelu"):        # as its first files say
+        p["hidden_act"] = GELU
+    if family in ("llama", "gemma") and p.get("sliding_window"):
+        raise ValueError(f"{path}: sliding_window in a {family} is not known")
     kind = "sliding_attention" if p.get("sliding_window") else "full_attention"
     if isinstance(types := p.get("layer_types"), list) and all(t == kind for t in types):
         del p["layer_types"]
@@ -103,13 +113,45 @@ def read_config(path):
         if p.get(theirs) is not None or ours not in OPTIONAL:
             check_number(p.get(theirs), theirs, path, whole=ours not in ("norm_eps", "rope_theta"))
             numbers[ours] = p[theirs]
-    numbers |= {"tied": tied, "qkv_bias": family == "qwen2", "rope_scaling": p["scaling"]}
+    bias = bool(p.get("attention_bias"))                                    # of q, k, v and o
+    numbers |= {"tied": tied, "qkv_bias": family == "qwen2" or bias, "o_bias": bias,
+                "qk_norm": family == "qwen3", "gelu": p.get("hidden_act") == GELU, "no_rope": every,
+                "embed_scale": numbers["dim"] ** 0.5 if family == "gemma" else 0.0,
+                "rope_scaling": p["scaling"]}
     known = {*NEUTRAL, *HARMLESS, *NUMBERS.values(), "tie_word_embeddings", "scaling",
              "rope_scaling", "rope_parameters"}
     if other := [f"{k} = {json.dumps(v)[:40]}" for k, v in p.items()
                  if v and k not in known and not k.startswith("_")]:
         say(f"note: {path}: without effect here: {', '.join(other)[:300]}")
     return check_heads(numbers, path, any_width="head_dim" in numbers)
+
+
+def drop_windows(p):
+    """Take a sliding window that no layer uses out of a config: it is off, or begins too late.
+
+    A key that is left, use_sliding_window or layer_types, is refused if it is not neutral.
+    """
+    window, first, last = (p.get(k) for k in (*WINDOW, "num_hidden_layers"))
+    del p["sliding_window"]
+    late = p["model_type"] != "smollm3" and type(first) is type(last) is int and first >= last
+    if isinstance(types := p.get("layer_types"), list):
+        late = all(t == "full_attention" for t in types)
+    if window is None or late:
+        p.pop("use_sliding_window", None)
+
+
+def no_rope(p, path):
+    """Which layers have no RoPE: 4 for every fourth, 0 for none. ValueError for other patterns."""
+    layers, every = p.get("num_hidden_layers"), p.pop("no_rope_layer_interval", 4)
+    check_number(layers, "num_hidden_layers", path, whole=True)
+    if (listed := p.pop("no_rope_layers", None)) is not None:
+        without = [i for i, has in enumerate(listed, 1) if not has] if type(listed) is list else [0]
+        every = without[0] if without else layers + 1
+        if not every or len(listed) != layers or without != [*range(every, layers + 1, every)]:
+            raise ValueError(f"{path}: no_rope_layers is {json.dumps(listed)[:80]}; every n-th of "
+                             "all layers may be without RoPE, no others")
+    check_number(every, "no_rope_layer_interval", path, whole=True)
+    return every if every <= layers else 0
 
 
 @cache
@@ -142,16 +184,28 @@ def rope(p, path):
     return {"rope_theta": theta, "scaling": {"rope_type": kind, **given} if given else None}
 
 
+def family_of(numbers):
+    """The family that has these numbers, vars() of a model.Config."""
+    n = numbers
+    return ("gemma" if n["embed_scale"] else "qwen3" if n["qk_norm"] else "smollm3" if n["no_rope"]
+            else "qwen2" if n["qkv_bias"] > n["o_bias"] else "mistral" if n["sliding_window"]
+            else "llama")
+
+
 def config_json(numbers, dtype=torch.bfloat16, **more):
     """The dict of a config.json for vars() of a model.Config; more: further keys."""
-    family = "qwen2" if numbers["qkv_bias"] else "mistral" if numbers["sliding_window"] else "llama"
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
+    family = family_of(numbers)
     theirs = {theirs: numbers[ours] for ours, theirs in NUMBERS.items()}
     theirs = {k: v for k, v in theirs.items() if v or k != "max_position_embeddings"}
+    if every := numbers["no_rope"]:
+        more |= {"no_rope_layer_interval": every, "no_rope_layers": [
+            int(i % every > 0) for i in range(1, numbers["n_layers"] + 1)]}
+    name = CLASSES.get(family, family.title())
     return {"architectures": [f"{name}ForCausalLM"], "model_type": family, **theirs,
             "sliding_window": numbers["sliding_window"] or None,
-            "rope_scaling": numbers["rope_scaling"], "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, "tie_word_embeddings": numbers["tied"],
+            "rope_scaling": numbers["rope_scaling"],
+            "hidden_act": GELU if numbers["gelu"] else "silu", "attention_bias": numbers["o_bias"],
+            "mlp_bias": False, "tie_word_embeddings": numbers["tied"], "pad_token_id": None,
             "torch_dtype": str(dtype).removeprefix("torch."), **more}
 
 
@@ -160,19 +214,26 @@ def config_json(numbers, dtype=torch.bfloat16, **more):
 def open_files(directory):
     """{tensor name: function that reads it} of all weight files of a folder; nothing is read yet.
 
-    Old files keep RoPE's frequencies, too: these are left out.
+    Old files keep RoPE's frequencies, or tables of cosines and sines: these are left out.
     """
     found = open_file_or_shards(directory)
-    return {n: read for n, read in found.items() if not n.endswith("rotary_emb.inv_freq")}
+    return {n: read for n, read in found.items() if ".rotary_emb." not in n}
 
 
-def checked(found, shapes, tied, directory):
+def is_shifted(name, numbers):
+    """True for a weight w of Gemma's norms. They multiply by 1 + w, which is the weight here. Files
+    hold w: 1 is added when they are read, and subtracted when they are written, in float64."""
+    return numbers["embed_scale"] > 0 and name.endswith("norm.weight")
+
+
+def checked(found, shapes, numbers, directory):
     """{parameter name: function that reads it} of the tensors of `open_files`.
 
-    shapes: {parameter name: shape} of the network. ValueError for other tensors at once, for other
-    shapes or dtypes when a tensor is read. tied: lm_head may be there, if it is the embedding.
+    shapes: {parameter name: shape} of the network. numbers: vars() of its Config. ValueError for
+    other tensors at once, for other shapes or dtypes when a tensor is read. lm_head may be there
+    although it is tied, if it is the embedding.
     """
-    found = dict(found)
+    found, tied = dict(found), numbers["tied"]
     if tied and "lm_head.weight" in found:
         head, embedding = found.pop("lm_head.weight"), found.get("model.embed_tokens.weight")
         if embedding and not torch.equal(head(), embedding()):
@@ -185,7 +246,7 @@ def checked(found, shapes, tied, directory):
         if W.shape != shape or not W.is_floating_point() or W.element_size() < 2:
             raise ValueError(f"{directory}: {name}: expected floats of shape {tuple(shape)}, found "
                              f"{str(W.dtype).removeprefix('torch.')} of shape {tuple(W.shape)}")
-        return W
+        return W.double() + 1 if is_shifted(name, numbers) else W
 
     return {name: partial(read, name, shape) for name, shape in shapes.items()}
 
@@ -255,7 +316,7 @@ def save_folder(directory, config, tensors, shard_bytes=5_000_000_000):
 
     config: a dict, as from `config_json`. Only one shard is in memory at a time.
     """
-    save_file, failure = writer()
+    (save_file, failure), numbers = writer(), {"embed_scale": config.get("model_type") == "gemma"}
     with replaced(directory, CHECKPOINT_FILES) as tmp:
         shards, shard, size, total = [], {}, 0, 0
 
@@ -267,6 +328,9 @@ def save_folder(directory, config, tensors, shard_bytes=5_000_000_000):
             shards.append(list(shard))
 
         for name, W in tensors:
+            if is_shifted(name, numbers):
+                dtype = config.get("dtype") or config["torch_dtype"]
+                W = (W.double() - 1).to(getattr(torch, dtype))
             W = W.detach().cpu().contiguous()
             if shard and size + W.nbytes > shard_bytes:
                 flush()

@@ -1,5 +1,7 @@
 """Meta's raw layout: params.json + consolidated.00.pth ... NN.pth + tokenizer.model.
 
+Mistral's own layout is the same, with consolidated.safetensors and some more numbers.
+
 Here are its strict checks, on plain dicts, and those that all layouts share. A damaged file, or one
 of another model, is refused in one line that names file, tensor, expected and found. model.py
 translates names and the order of rows. This file imports nothing of ours.
@@ -18,10 +20,20 @@ import torch
 INTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
 FLOATS = ("ffn_dim_multiplier", "norm_eps", "rope_theta")
 OPEN = {"n_kv_heads": None, "vocab_size": -1, "max_seq_len": None, "ffn_dim_multiplier": None}
+# Those that Mistral's have besides. ffn_dim is given there.
+MISTRAL = ("head_dim", "hidden_dim", "sliding_window")
+OPEN |= dict.fromkeys(MISTRAL)
 # Llama 3.1's stretched RoPE, which params.json only switches on.
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 ROPE_KEYS = {"factor": "rope_scaling_factor", "high_freq_factor": "rope_high_freq_factor"}
+# Meta's names of the modules.
+META = {"embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output",
+        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
 LARGE = 2**30                 # no whole number of a model is so large
 REMAP = 1 << 27               # bytes that are read before a file is mapped anew
 
@@ -36,17 +48,21 @@ def read_params(directory, shards):
     path = directory / "params.json"
     try:
         p = json.loads(path.read_text("utf-8"))
-        p = {**OPEN, "multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 10000.0, **p}
+        # Mistral's own program takes 1e6 for a theta that is missing, and with a window Meta's.
+        theta = 1e6 if p.get("hidden_dim") and not p.get("sliding_window") else 10000.0
+        p = {**OPEN, "multiple_of": 256, "norm_eps": 1e-5,
+             "rope_theta": theta, **p}
         rope = {k: p.pop(name, None) for k, name in ROPE_KEYS.items()}
         scaled = p.pop("use_scaled_rope", False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: it comes with Meta's weights") from None
-    except (TypeError, ValueError, RecursionError) as e:      # not an object, not JSON, not UTF-8
+    except (TypeError, ValueError, RecursionError, AttributeError) as e:  # no object, JSON or UTF-8
         raise ValueError(f"{path}: not a LLaMA's params.json ({str(e)[:100]})") from None
-    for name in INTS + FLOATS:
+    for name in INTS + FLOATS + MISTRAL:
         if name not in OPEN or p[name] != OPEN[name]:
-            check_number(p.get(name), name, path, whole=name in INTS)
-    if unknown := {k: v for k, v in p.items() if v and k not in (*INTS, *FLOATS, "max_batch_size")}:
+            check_number(p.get(name), name, path, whole=name not in FLOATS)
+    if unknown := {k: v for k, v in p.items()
+                   if v and k not in (*INTS, *FLOATS, *MISTRAL, "max_batch_size")}:
         raise ValueError(f"{path}: this model does not know {str(unknown)[:150]}; it would "
                          "compute something else than the weights were trained for")
     rows, width = shards[0]["tok_embeddings.weight"].shape
@@ -57,14 +73,15 @@ def read_params(directory, shards):
         for k, v in given.items():
             check_number(v, ROPE_KEYS[k], path)
         scaled = {**LLAMA3_ROPE, "factor": 32.0 if p["dim"] in (2048, 3072) else 8.0, **given}
-    width = ffn_dim(p["dim"], p["multiple_of"], p["ffn_dim_multiplier"])
+    width = p["hidden_dim"] or ffn_dim(p["dim"], p["multiple_of"], p["ffn_dim_multiplier"])
     check_number(width, "ffn_dim, of dim, multiple_of and ffn_dim_multiplier,", path, whole=True)
     return check_heads({
         "dim": p["dim"], "n_layers": p["n_layers"], "n_heads": p["n_heads"],
         "n_kv_heads": p["n_kv_heads"] or p["n_heads"], "vocab_size": vocab, "ffn_dim": width,
         "norm_eps": p["norm_eps"], "rope_theta": p["rope_theta"],
         "tied": "output.weight" not in shards[0], "max_seq_len": p["max_seq_len"] or 0,
-        "rope_scaling": scaled or None}, path)
+        "head_dim": p["head_dim"] or 0, "sliding_window": p["sliding_window"] or 0,
+        "rope_scaling": scaled or None}, path, any_width=bool(p["head_dim"]))
 
 
 def ffn_dim(dim, multiple_of, multiplier=None):
@@ -75,11 +92,20 @@ def ffn_dim(dim, multiple_of, multiplier=None):
 
 # ----------------------------------------------------------------------------------------- tensors
 
+def meta_name(name):
+    """model.layers.3.self_attn.q_proj.weight -> layers.3.attention.wq.weight"""
+    path = name.removeprefix("model.").removesuffix(".weight").split(".")
+    prefix, rest = (path[:2], path[2:]) if path[0] == "layers" else ([], path)
+    return ".".join([*prefix, META[".".join(rest)], "weight"])
+
+
 def open_shards(directory):
-    """The tensors of consolidated.NN.pth, one dict for each file, memory-mapped: not read yet."""
-    shards = []
-    for i in range(max(1, len(list(directory.glob("consolidated.*.pth"))))):
-        file = directory / f"consolidated.{i:02d}.pth"
+    """The tensors of consolidated.NN.pth, one dict for each file, memory-mapped: not read yet.
+    Mistral has them in consolidated.safetensors."""
+    shards, n = [], len(list(directory.glob("consolidated.*.pth")))
+    single = directory / "consolidated.safetensors"
+    for file in [single] if not n and single.is_file() else [
+            directory / f"consolidated.{i:02d}.pth" for i in range(max(1, n))]:
         if not file.is_file():
             also = next(directory.glob("model*.safetensors*"), None)
             raise FileNotFoundError(f"{file} is missing" + (
@@ -87,9 +113,13 @@ def open_shards(directory):
         try:
             shard = mapped(file)
             shards.append({k: v for k, v in shard.items() if k != "rope.freqs"})
+        except ImportError:
+            raise ValueError(f"{file} needs the safetensors package: pip install safetensors"
+                             ) from None
         except Exception as e:               # torch.load raises many kinds; all mean the same here
-            reason = str(e).strip().partition("\n")[0][:120]
-            raise ValueError(f"{file}: not a readable PyTorch file, perhaps truncated: download "
+            reason, kind = str(e).strip().partition("\n")[0][:120], file.suffix.strip(".")
+            kind = "PyTorch" if kind == "pth" else kind
+            raise ValueError(f"{file}: not a readable {kind} file, perhaps truncated: download "
                              f"it again ({reason})") from None
         for name, W in shards[-1].items():
             if not (isinstance(W, torch.Tensor) and W.is_floating_point()):
@@ -102,8 +132,11 @@ def open_shards(directory):
 
 
 def mapped(path):
-    """What torch.save wrote, memory-mapped. Files older than torch 1.6 are not zip archives and
-    cannot be mapped: they are read."""
+    """What torch.save wrote, or safetensors, memory-mapped. Files older than torch 1.6 are not zip
+    archives and cannot be mapped: they are read."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # only Mistral's layout needs it
+        return load_file(path)
     mmap = zipfile.is_zipfile(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 

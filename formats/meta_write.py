@@ -9,7 +9,7 @@ import json
 import torch
 
 from formats import CHECKPOINT_FILES, meta
-from model import meta_name, reorder
+from model import reorder
 from support.files import replaced
 
 
@@ -24,7 +24,7 @@ def save(net, directory):
 def save_tensors(directory, config, tensors):
     """Write (name, tensor) pairs in Meta's raw layout. OSError if they do not fit on the disk."""
     params = params_json(config)
-    state = {meta_name(n): reorder(W.detach(), n, config, to_meta=True).cpu().contiguous()
+    state = {meta.meta_name(n): reorder(W.detach(), n, config, to_meta=True).cpu().contiguous()
              for n, W in tensors}
     with replaced(directory, CHECKPOINT_FILES) as tmp:
         try:
@@ -42,8 +42,10 @@ def params_json(config):
         rope = {"use_scaled_rope": True,
                 **{name: scaled[k] for k, name in meta.ROPE_KEYS.items()}}
     fixed = [k for k in meta.LLAMA3_ROPE if k not in meta.ROPE_KEYS]
-    for what, wrong in {"biases": c.qkv_bias, "a sliding window": c.sliding_window,
+    for what, wrong in {"biases": c.qkv_bias or c.o_bias, "a sliding window": c.sliding_window,
                         "heads of this width": c.head_dim * c.n_heads != c.dim,
+                        "norms of q and k": c.qk_norm, "layers without RoPE": c.no_rope,
+                        "Gemma's GELU": c.gelu, "Gemma's scaled embedding": c.embed_scale,
                         "this RoPE scaling": scaled and any(scaled.get(k) != meta.LLAMA3_ROPE[k]
                                                             for k in fixed)}.items():
         if wrong:

@@ -37,7 +37,10 @@ IGNORED = {
 KNOWN = {*COMPUTED, *(key for keys in IGNORED.values() for key in keys)}
 # The keys that we write. Another tool writes more.
 WRITTEN = {"peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
-           "lora_dropout", "bias", "inference_mode", "target_modules"}
+           "lora_dropout", "bias", "inference_mode", "target_modules", "init_lora_weights"}
+# What to do with an adapter that trained more than its LoRA.
+MERGE = ("an adapter here is a LoRA alone: put it into the base with PEFT (merge_and_unload, "
+         "save_pretrained)")
 # Those that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) change it.
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -68,8 +71,11 @@ def read_config(directory):
                          "path_initial_model_for_weight_conversion")
     other = [k for k, v in config.items()
              if not (k in KNOWN or v is None or v is False or v in ("", [], {}))]
-    if config.get("bias") not in (None, "none"):
+    if config.get("bias") not in (None, "none", "lora_only", "all"):
         other.append(f"bias={config['bias']!r:.60}")
+    if config.get("modules_to_save"):
+        raise ValueError(f"{path}: modules_to_save={config['modules_to_save']!r:.60} trained whole "
+                         f"matrices; {MERGE}")
     if other:
         raise ValueError(f"{path}: {', '.join(other)} is not supported")
     return config
@@ -253,14 +259,19 @@ def _sha256(path, *version):
 # -------------------------------------------------------------------------------------- the tensors
 
 def find_pairs(directory, config):
-    """({module: (lora_A (r, in), lora_B (out, r))} as they are in the file, {module: its weight in
-    the base, if that is there, too}). No number is read. Raises as read_config, naming the file."""
+    """({module: (lora_A (r, in), lora_B (out, r))} as they are in the file, {name: parameter of the
+    base} of those that are there, too). No number is read. Raises as read_config, naming the file.
+
+    PEFT copies lm_head if it is adapted, embeddings if their size has changed, biases on demand.
+    """
     pairs, bases = {}, {}
     for key, M in read_tensors(directory, WEIGHTS).items():
         key = plain(key)                                     # as from a network that was compiled
-        name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if key.endswith(".lm_head.base_layer.weight"):       # PEFT's copy, if lm_head is adapted
-            bases[key.removeprefix("base_model.model.").removesuffix(".base_layer.weight")] = M
+        key = key.removeprefix("base_model.model.").replace(".default.", ".")
+        name, _, kind = key.rpartition(".lora_")
+        if not name and key.endswith(("lm_head.weight", "embed_tokens.weight", ".bias",
+                                      "lm_head.base_layer.weight")):
+            bases[key.replace(".base_layer.", ".")] = M
         elif kind not in ("A.weight", "B.weight"):
             raise ValueError(f"{directory}: {key} is not a LoRA matrix of a linear layer")
         elif pairs.setdefault(name, {}).setdefault(kind[0], M) is not M:
@@ -282,13 +293,39 @@ def find_pairs(directory, config):
 
 
 def read_pairs(directory, config):
-    """({module: (A (in, r), B (r, out))} float32, the scaling folded into B; the weights of the
+    """({module: (A (in, r), B (r, out))} float32, the scaling folded into B; the parameters of the
     base that are in the file). Raises as `find_pairs`, and for NaN or Inf."""
     found, bases = find_pairs(directory, config)
     pairs = {n: (A.float().T, B.float().T * rank_and_scale(config, n)[1])
              for n, (A, B) in found.items()}
     check_finite(((n, M) for n, pair in pairs.items() for M in pair), directory)
     return pairs, bases
+
+
+def parameters(net, read):
+    """A function from a parameter's plain name to it, or None. read(module, leaf): one that `net`
+    has on the meta device."""
+    params = {plain(n): p for n, p in net.named_parameters(remove_duplicate=False)}
+    return lambda name: (read(*name.rsplit(".", 1)) if read and name in params
+                         and params[name].is_meta else params.get(name))
+
+
+def check_bases(directory, bases, read):
+    """ValueError if one of `bases`, {name: parameter}, is not the base's: read(name), or None. They
+    are equal up to the rounding of another dtype, as in adapter.py."""
+    def same(a, b):
+        a, b = a.float(), b.to(a.device).float()
+        return ((a - b).abs() <= a.abs() * 2**-8 + 2**-24).all()
+
+    for name, theirs in bases.items():
+        if (ours := read(name)) is None:
+            raise ValueError(f"{directory}: the model has no {name}")
+        if ours.shape != theirs.shape:                                  # tokens have been added
+            raise ValueError(f"{directory}: {name} has {len(theirs)} rows, the model's has "
+                             f"{len(ours)}; {MERGE}")
+        if not all(map(same, ours.split(4096), theirs.split(4096))):
+            raise ValueError(f"{directory}: {name} is not the model's: it was trained, too, or on "
+                             f"another base; {MERGE}")
 
 
 def check_finite(tensors, where):

@@ -230,14 +230,18 @@ class Tiktoken:
 def file_and_kind(folder):
     """The tokenizer's file and its kind, one of the three above."""
     model, fast, kind = folder / "tokenizer.model", folder / "tokenizer.json", None
+    if not model.is_file():                                      # Mistral's have a version: .v3
+        model = max(folder.glob("tokenizer.model.v[0-9]"), default=model)
     if model.is_file():
         with open(model, "rb") as file:
             kind = Tiktoken if re.match(rb"\S+ \d+\r?\n", file.read(1000)) else SentencePiece
     if kind is SentencePiece or (kind and not fast.is_file()):
         return model, kind
     if not fast.is_file():
-        raise FileNotFoundError(f"{model}: no such file, and no {fast.name} either; copy there the "
-                                "one the model came with")
+        what = ("tekken.json, Mistral's, is not read: tokenizer.json, of Hugging Face's download, "
+                "is the same" if (folder / "tekken.json").is_file() else
+                "copy there the one the model came with")
+        raise FileNotFoundError(f"{model}: no such file, and no {fast.name} either; {what}")
     return fast, HuggingFace
 
 

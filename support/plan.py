@@ -177,7 +177,8 @@ def kept(job, ranks):
     outputs = 0 if job.compiled else normed * c.dim + count("down_proj") * c.ffn_dim
     numbers = outputs + copied * count("o_proj") * width + 2 * c.ffn_dim + ranks
     # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H), or n and no H K
-    return (n * (2 * job.x_bytes * c.dim + e * numbers + 8)
+    norms = c.qk_norm * (e * (width + kv_width) + 4 * (c.n_heads + c.n_kv_heads))   # of q and k
+    return (n * (2 * job.x_bytes * c.dim + e * numbers + 8 + norms)
             + job.attended * (2 * e * (width + kv_width) + 4 * c.n_heads))
 
 

@@ -374,7 +374,7 @@ def damage(tmp_path, change, file="adapter_config.json"):
     (dict(lora_alpha=None), "not the config of a LoRA adapter"),
     (dict(r=16), "adapter_config.json: r is 16, lora_alpha is 8, but pissa.json tells of 8"),
     (dict(lora_alpha=16), "adapter_config.json: r is 8, lora_alpha is 16, but pissa.json"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save is not supported"),
+    (dict(modules_to_save=["lm_head"]), "modules_to_save=.* trained whole matrices"),
     (dict(init_lora_weights="pissa_niter_4"), "needs the changed base it was made with")])
 def test_what_cannot_be_loaded_is_refused(tmp_path, net, change, message):
     adapter.save(quiet(net), tmp_path)
@@ -904,7 +904,7 @@ def test_difference_to_the_full_precision_base(net, tokens, method):
 
 # Options of PEFT that change what is computed, or might: refused by name.
 OTHER = dict(
-    bias="all", modules_to_save=["lm_head"], trainable_token_indices=[1], use_dora=True,
+    bias="tomorrow", modules_to_save=["lm_head"], trainable_token_indices=[1], use_dora=True,
     alora_invocation_tokens=[5], layer_replication=[(0, 2)], lora_bias=True, use_qalora=True,
     target_parameters=["x"], ensure_weight_tying=True, fan_in_fan_out=True,
     megatron_config={"a": 1},

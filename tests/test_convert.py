@@ -26,6 +26,7 @@ import pissa
 from conftest import ROOT, SHARED, TINY, assert_logits_equal, hugging_face, small_net
 from conftest import command as run_command
 from conftest import failure as run_failure
+from formats import gguf as gguf_rules
 from formats import hf, meta_write
 
 pytest.importorskip("safetensors")
@@ -673,14 +674,16 @@ def reference(rule, vocab, merges, folder):
 
 
 @pytest.mark.parametrize("adds", [None, (True, False), (False, True)])
-@pytest.mark.parametrize("rule", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("rule", ["gpt-2", "smollm", "llama-bpe", "llama3", "qwen2",
+                                  "deepseek-r1-qwen"])
 def test_byte_level_tokenizer(tmp_path, corpus, rule, adds):
     """The ids of each rule's original, and BOS and EOS where the file asks for them."""
     transformers, (vocab, merges) = pytest.importorskip("transformers"), copy.deepcopy(corpus)
+    name, rule = rule, gguf_rules.rule_of({"tokenizer.ggml.pre": rule})
     encode, merges = reference(rule, vocab, merges, tmp_path)
     tokens = [*vocab, "<|s|>", "<|e|>", "<tool>", "[PAD1]", "[PAD2]"]
     n = len(vocab)
-    keys = {"tokens": tokens, "token_type": [1] * n + [3, 3, 4, 5, 5], "pre": rule,
+    keys = {"tokens": tokens, "token_type": [1] * n + [3, 3, 4, 5, 5], "pre": name,
             "merges": [" ".join(m) for m in merges], "bos_token_id": n, "eos_token_id": n + 1,
             "eot_token_id": n + 2, "padding_token_id": None, "add_bos_token": adds and adds[0],
             "add_eos_token": adds and adds[1]}
@@ -763,7 +766,7 @@ def test_sentencepiece_options(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(family="gpt2"), "the architecture is gpt2; what works here is llama and qwen2"),
+    (dict(family="gpt2"), "architecture is gpt2; what works here is llama, qwen2, qwen3, smoll"),
     ({"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.type is linear, which"),
     ({"llama.rope.scaling.factor": 4.0}, "llama.rope.scaling.factor is 4.0, which"),
     ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": -2.0},

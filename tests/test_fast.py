@@ -129,10 +129,11 @@ def test_rotate_where_nothing_compiles(monkeypatch):
     assert_same([[model.rotate.plain(x, cos, sin)], [first]], 1e-6)
 
 
-def test_swiglu(precision):
+@pytest.mark.parametrize("gelu", [False, True])
+def test_swiglu(precision, gelu):
     dtype, autocast, rel = precision
-    assert_same(both_ways(model.swiglu, [draw(5, 24).to(dtype), draw(5, 24, seed=2).to(dtype)],
-                          autocast), rel)
+    assert_same(both_ways(model.swiglu, [draw(5, 24).to(dtype), draw(5, 24, seed=2).to(dtype),
+                                         gelu], autocast), rel)
 
 
 def test_rows(precision):

@@ -129,15 +129,22 @@ def test_hf_refuses(tmp_path):
 
 # --- GGUF
 
+# What transformers' reader of GGUFs leaves out, or families that it does not read.
+UNREAD = {"rope_scaling", "o_bias", "no_rope", "gelu"}
+
+
 @pytest.mark.parametrize("dtype, changes", [
     ("bfloat16", {}), ("float16", dict(tied=True)), ("float32", dict(qkv_bias=True)),
     ("bfloat16", dict(qkv_bias=True, tied=True, norm_eps=1e-6)),
     ("float16", dict(dim=64, n_heads=4, head_dim=32, rope_theta=5e4, max_seq_len=96)),
-    ("float32", dict(rope_scaling={"rope_type": "linear", "factor": 4.0}, vocab_size=128))])
+    ("float32", dict(rope_scaling={"rope_type": "linear", "factor": 4.0}, vocab_size=128)),
+    ("bfloat16", dict(qk_norm=True, head_dim=128)), ("bfloat16", dict(no_rope=4, n_layers=5)),
+    ("bfloat16", dict(gelu=True, embed_scale=48 ** 0.5, tied=True, head_dim=16, n_kv_heads=1)),
+    ("float32", dict(qkv_bias=True, o_bias=True))])
 def test_gguf_of_a_merged_model(tmp_path, tokens, dtype, changes):
     """Bit for bit the merged checkpoint, by our reader; its logits, by transformers'."""
     pytest.importorskip("gguf"), pytest.importorskip("tokenizers")
-    net = small_net(**changes, n_layers=1)
+    net = small_net(**{"n_layers": 1, **changes})
     for p in net.parameters():
         p.data += 0.1 * torch.randn(p.shape) if p.ndim == 1 else 0
     base, path = write_base(tmp_path / "base", net), tmp_path / "x.gguf"
@@ -145,7 +152,8 @@ def test_gguf_of_a_merged_model(tmp_path, tokens, dtype, changes):
     merge = "merge", tmp_path / "adapter"
     command(convert.main, *merge, tmp_path / "hf", "--ckpt", base, "--dtype", dtype)
     text = command(convert.main, *merge, path, "--ckpt", base, "--dtype", dtype)
-    assert f"3 of {len(read(base))} tensors changed, layout gguf, {dtype}, 0.00 GB in" in text
+    of = f"{3 * net.config.n_layers} of {len(read(base))}"
+    assert f"{of} tensors changed, layout gguf, {dtype}, 0.00 GB in" in text
     assert 'FROM ./x.gguf\nTEMPLATE """Below is' in text and "{{ .Prompt }}" in text
     command(convert.main, "gguf", path, tmp_path / "back", "--dtype", dtype)
     expected, found = read(tmp_path / "hf"), read(tmp_path / "back")
@@ -161,7 +169,7 @@ def test_gguf_of_a_merged_model(tmp_path, tokens, dtype, changes):
     config = {**vars(merged.config), "max_seq_len": merged.config.max_seq_len or 4096}
     assert vars(model.open_checkpoint(tmp_path / "back")[0]) == config
     assert ("note: a context of 4096 tokens" in text) <= (not merged.config.max_seq_len)
-    if "rope_scaling" not in changes:                       # which transformers' reader leaves out
+    if not UNREAD & changes.keys():
         theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(
             tmp_path, gguf_file="x.gguf", dtype=torch.float32)
         assert_logits_equal(theirs(tokens).logits, merged(tokens))
@@ -219,6 +227,52 @@ def test_a_sliding_window_bounds_the_context(tmp_path, tokens):
     command(convert.main, "gguf", tmp_path / "x.gguf", tmp_path / "back", "--dtype", "float32")
     again = model.load(tmp_path / "back", "cpu")
     assert again.config.max_seq_len == 32 and torch.equal(again(tokens), net(tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [
+    {}, dict(qkv_bias=True), dict(qk_norm=True, head_dim=16), dict(no_rope=4, n_layers=5),
+    dict(gelu=True, embed_scale=48 ** 0.5, tied=True, head_dim=16, n_kv_heads=1),
+    dict(qkv_bias=True, o_bias=True)], ids=str)
+def test_llama_cpp_computes_the_same(tmp_path, changes):
+    """llama.cpp itself (pip install xllamacpp): greedy tokens, and the likeliest ones' logarithms.
+    Its cache has 16 bits."""
+    package = pytest.importorskip("xllamacpp")
+    net = small_net(**changes)
+    for p in net.parameters():
+        p.data += 0.3 * torch.randn(p.shape) if p.ndim == 1 else 0
+    if not net.config.tied:
+        net.lm_head.weight.mul_(20)
+    write_base(tmp_path / "checkpoint", net)
+    (tmp_path / "args.json").write_text('{"method": "full"}')
+    command(convert.main, "merge", tmp_path, tmp_path / "x.gguf", "--dtype", "float32")
+    params = package.CommonParams()
+    params.model.path, params.n_ctx, params.warmup = str(tmp_path / "x.gguf"), 256, False
+    prompt = [5, 17, 60, 33, 8, 90, 41, 3, 77, 20]
+    found = package.Server(params).handle_completions({
+        "prompt": prompt, "n_predict": 12, "temperature": 0.0, "n_probs": 20, "ignore_eos": True})
+    steps, ids = found["choices"][0]["logprobs"]["content"], []
+    for step in steps:
+        expected = net(torch.tensor([prompt + ids]))[0, -1].log_softmax(-1)
+        scale = expected.max() - expected.min()
+        for top in step["top_logprobs"]:
+            assert abs(expected[top["id"]] - top["logprob"]) < 1e-3 * scale
+        ids.append(step["id"])
+    assert ids == model.generate(net, [prompt], 12)[0]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(no_rope=3, n_layers=4), "architecture smollm3 has no place for no_rope 3: write Hugging"),
+    (dict(qk_norm=True, qkv_bias=True, o_bias=True), "qkv_bias True, o_bias True: write Hugging"),
+    (dict(gelu=True, embed_scale=48 ** 0.5), "an output projection of its own: write Hugging Face"),
+    (dict(gelu=True), "architecture llama has no place for gelu True: write Hugging Face's")])
+def test_models_that_gguf_cannot_name(tmp_path, changes, message):
+    pytest.importorskip("gguf"), pytest.importorskip("tokenizers")
+    write_base(tmp_path / "checkpoint", small_net(**{"n_layers": 1, **changes}))
+    (tmp_path / "args.json").write_text('{"method": "full"}')
+    text = failure("convert.py", "merge", tmp_path, tmp_path / "x.gguf")
+    assert message in text and "\n" not in text
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 def digits(found):

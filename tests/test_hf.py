@@ -3,13 +3,19 @@ import copy
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+import adapter
+import convert
+import fast
 import model
-from conftest import assert_logits_equal
+import pissa
+from conftest import TINY, assert_logits_equal, command, optimise
 from formats import hf, meta_write
+from formats.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -35,6 +41,13 @@ FAMILIES = {
     "mistral-nemo": ("Mistral", dict(num_key_value_heads=2, sliding_window=None, head_dim=16)),
     "qwen2": ("Qwen2", dict(num_key_value_heads=2, rope_theta=1e6)),
     "qwen2-tied": ("Qwen2", dict(num_key_value_heads=3, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=16, rope_theta=1e6)),
+    "qwen3-tied": ("Qwen3", dict(num_key_value_heads=3, head_dim=8, tie_word_embeddings=True)),
+    "smollm3": ("SmolLM3", dict(num_key_value_heads=2, num_hidden_layers=5,
+                                tie_word_embeddings=True, rope_theta=100.0)),
+    "gemma": ("Gemma", dict(num_key_value_heads=1, head_dim=16)),
+    "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True)),
+    "qwen3-biases": ("Qwen3", dict(num_key_value_heads=2, head_dim=8, attention_bias=True)),
 }
 
 
@@ -43,11 +56,12 @@ def twin(family, **changes):
     name, options = FAMILIES[family]
     torch.manual_seed(3)
     options = {**SMALL, **copy.deepcopy(options), **changes}
-    config = getattr(transformers, f"{name}Config")(**options, bos_token_id=1, eos_token_id=2)
+    config = getattr(transformers, f"{name}Config")(**options, bos_token_id=1, eos_token_id=2,
+                                                      pad_token_id=0)
     net = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for n, p in net.named_parameters():
         if p.ndim == 1:
-            torch.nn.init.normal_(p, mean=float("norm" in n), std=0.3)
+            torch.nn.init.normal_(p, mean=float("norm" in n and name != "Gemma"), std=0.3)
     return net.requires_grad_(False)
 
 
@@ -63,6 +77,14 @@ def draw(*shape, seed=0):
     return torch.randint(3, 101, shape, generator=torch.Generator().manual_seed(seed))
 
 
+# What makes a family another one.
+OTHERS = {
+    "gemma": [lambda net: setattr(net.config, "embed_scale", 7.0),
+              lambda net: [setattr(m.mlp, "gelu", False) for m in net.model.layers]],
+    "qwen3": [lambda net: net.model.layers[1].self_attn.k_norm.weight.mul_(1.1)],
+    "smollm3": [lambda net: setattr(net.model.layers[3].self_attn, "has_rope", True)]}
+
+
 def test_logits(pair):
     """50 tokens: longer than the scaled RoPEs' 16 original positions and Mistral's window of 7."""
     theirs, ours = pair
@@ -76,6 +98,11 @@ def test_logits_can_fail(pair):
     wrong = copy.deepcopy(ours)
     wrong.config.rope_theta *= 1.5
     tokens = draw(3, 50)
+    for change in OTHERS.get(theirs.config.model_type, ()):
+        other = copy.deepcopy(ours)
+        change(other)
+        with pytest.raises(AssertionError, match="logits differ"):
+            assert_logits_equal(other(tokens), theirs(tokens).logits)
     with pytest.raises(AssertionError, match="logits differ"):
         assert_logits_equal(wrong(tokens), theirs(tokens).logits)
     if ours.config.rope_scaling or ours.config.sliding_window:
@@ -119,6 +146,33 @@ def test_left_padding(pair):
             assert_logits_equal(logits[b, p:], theirs_padded[b, p:])
 
 
+def test_packed(pair):
+    """Texts packed into one row, each as if it stood alone."""
+    theirs, ours = pair
+    lengths, batch = [30, 7, 19], draw(3, 30, seed=5)
+    where = torch.cat([torch.arange(n) + 30 * b for b, n in enumerate(lengths)])
+    logits = ours(batch, where_text=where)[0].split(lengths)
+    for row, n, found in zip(batch, lengths, logits, strict=True):
+        assert_logits_equal(found, theirs(row[None, :n]).logits[0])
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments ..pissa")
+def test_adapted_in_peft(pair, tmp_path):
+    """Injected, trained with the fast forms and the plain ones, saved: PEFT has the same logits."""
+    peft = pytest.importorskip("peft")
+    (theirs, base), tokens, found = pair, draw(2, 30, seed=6), []
+    for plain in fast.off, nullcontext:
+        ours = pissa.inject(copy.deepcopy(base), 4, progress=False)
+        with plain():
+            losses, _ = optimise(ours, tokens, 3, lr=1e-3)
+        found.append(torch.tensor(losses))
+    assert torch.allclose(*found, rtol=1e-5) and found[0][2] < found[0][0]
+    adapter.save(ours, tmp_path)
+    adapted, after = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path), ours(tokens)
+    assert_logits_equal(adapted(tokens).logits, after)
+    assert (after - base(tokens)).abs().max() > 1e-2 * after.abs().max()
+
+
 def test_right_padding(pair):
     """As in training: what stands to the right of a token cannot change it."""
     theirs, ours = pair
@@ -153,6 +207,38 @@ def test_round_trip(pair, tmp_path):
     ours_again = model.load(tmp_path, "cpu", torch.float32)
     assert ours_again.config == ours.config
     assert torch.equal(ours_again(tokens), ours(tokens))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm3", "gemma", "biases", "mistral"])
+def test_merged(tmp_path, family):
+    """transformers computes the adapted network; what was not adapted keeps every bit."""
+    from safetensors.torch import load_file
+    theirs = twin(family).bfloat16()
+    theirs.save_pretrained(tmp_path / "base")
+    ours, tokens = model.load(tmp_path / "base", "cpu", torch.float32), draw(2, 30)
+    pissa.inject(ours, 4, targets=("q_proj", "down_proj"), progress=False)
+    optimise(ours, tokens, 2, lr=1e-3)
+    adapter.save(ours, tmp_path / "adapter")
+    for dtype in "source", "float32":
+        command(convert.main, "merge", tmp_path / "adapter", tmp_path / dtype, "--ckpt",
+                tmp_path / "base", "--dtype", dtype)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32")
+    assert_logits_equal(again(tokens).logits, ours(tokens))
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "source"))
+    assert before.keys() - {"lm_head.weight"} == after.keys() - {"lm_head.weight"}
+    for name, W in after.items():
+        same = not name.endswith(("q_proj.weight", "down_proj.weight"))
+        assert torch.equal(W, before[name]) == same and W.dtype == torch.bfloat16, name
+
+
+@pytest.mark.parametrize("family, what", [
+    ("qwen3-tied", "norms of q and k"), ("smollm3", "layers without RoPE"), ("biases", "biases"),
+    ("gemma", "heads of this width")])
+def test_metas_layout_has_no_place_for_them(tmp_path, family, what):
+    twin(family).save_pretrained(tmp_path / "in")
+    with pytest.raises(ValueError, match=f"no place for {what}: write Hugging Face's"):
+        meta_write.save(model.load(tmp_path / "in", "cpu"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- the two spellings of a config, and what a config may not say
@@ -242,7 +328,20 @@ def test_keys_without_effect_are_named(folder, capsys):
     (dict(model_type="gpt2"), 'model_type is "gpt2"; what works here is llama, mistral, qwen2'),
     (dict(model_type="mixtral"), 'model_type is "mixtral"'),
     (dict(hidden_act="gelu"), 'hidden_act is "gelu", which this network does not compute'),
-    (dict(attention_bias=True), "attention_bias is true, which"),
+    (dict(attention_bias=True), r"8 missing tensor\(s\), first model.layers.0.self_attn.k_proj.b"),
+    (dict(attention_bias=3), "attention_bias is 3, which"),
+    (dict(model_type="smollm3", no_rope_layers=[1, 0, 1]), r"no_rope_layers is \[1, 0, 1\]; every"),
+    (dict(model_type="smollm3", no_rope_layers=[0, 1]), r"no_rope_layers is \[0, 1\]; every"),
+    (dict(model_type="smollm3", no_rope_layers="x"), "no_rope_layers is \"x\"; every"),
+    (dict(model_type="smollm3", no_rope_layer_interval=0), "no_rope_layer_interval is missing or"),
+    (dict(model_type="smollm3", num_hidden_layers=2**40), "num_hidden_layers is missing or not"),
+    (dict(no_rope_layers=[1, 1]), "no_rope_layers is"),
+    (dict(model_type="gemma", hidden_act="relu"), "hidden_act is \"relu\", which"),
+    (dict(model_type="gemma", hidden_activation="gelu"), "hidden_activation is \"gelu\", which"),
+    (dict(model_type="gemma", use_bidirectional_attention=True), "use_bidirectional_attention is"),
+    (dict(model_type="qwen3"), r"4 missing tensor\(s\), first model.layers.0.self_attn.k_norm.w"),
+    (dict(model_type="gemma2"), 'model_type is "gemma2"; what works here is llama, mistral, qwen2, '
+     "qwen3, smollm3, gemma"),
     (dict(mlp_bias=True), "mlp_bias is true, which"),
     (dict(is_causal=False), "is_causal is false, which"),
     (dict(num_attention_heads=2**29, head_dim=2**29, num_key_value_heads=2), "are too many"),
@@ -291,20 +390,100 @@ def test_json_that_is_no_config(tmp_path, content):
     assert len(str(e.value)) < 300
 
 
-def test_biases_on_o_are_refused(tmp_path):
-    twin("llama2-gqa", attention_bias=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="attention_bias is true"):
-        model.load(tmp_path, "cpu")
-    change(tmp_path, attention_bias=False)                     # the tensors tell, too
+def test_biases_that_the_config_denies(tmp_path):
+    twin("biases").save_pretrained(tmp_path)
+    change(tmp_path, attention_bias=False)
     with pytest.raises(ValueError, match=r"8 unexpected tensor\(s\), first .*k_proj.bias"):
         model.load(tmp_path, "cpu")
 
 
-def test_qwen2_with_sliding_layers_is_refused(tmp_path):
-    twin("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1).save_pretrained(
-        tmp_path)
-    with pytest.raises(ValueError, match="layer_types is|use_sliding_window is true"):
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_sliding_layers(tmp_path, family, listed):
+    """A window that begins above the last layer is none. One that begins below is refused."""
+    for first in 1, 2:
+        theirs = twin(family, use_sliding_window=True, sliding_window=8, max_window_layers=first)
+        theirs.save_pretrained(tmp_path)
+        change(tmp_path, **({} if listed else {"layer_types": ...}))
+        if first == 1:
+            with pytest.raises(ValueError, match="layer_types is|use_sliding_window is true"):
+                model.load(tmp_path, "cpu")
+    tokens = draw(2, 30)
+    assert_logits_equal(model.load(tmp_path, "cpu")(tokens), theirs(tokens).logits)
+
+
+# --- Mistral's own files
+
+def write_mistral(folder, theirs, **changes):
+    """consolidated.safetensors and params.json, as Mistral publishes them."""
+    from safetensors.torch import save_file
+    c, state = theirs.config, {}
+    for name, W in theirs.state_dict().items():
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(
+            name.split(".")[-2])
+        if heads:                              # of a pair, the rows stand side by side
+            halves = W.view(heads, 2, -1, W.shape[1])
+            W = torch.stack([halves[:, 0], halves[:, 1]], 2).reshape(W.shape)
+        for a, b in (("model.embed_tokens", "tok_embeddings"), ("lm_head", "output"),
+                     ("model.", ""), ("self_attn.", "attention."), ("_proj", ""),
+                     ("mlp.gate", "feed_forward.w1"), ("mlp.down", "feed_forward.w2"),
+                     ("mlp.up", "feed_forward.w3"), ("input_layernorm", "attention_norm"),
+                     ("post_attention_layernorm", "ffn_norm")):
+            name = name.replace(a, b)
+        for letter in "qkvo":
+            name = name.replace(f"attention.{letter}.", f"attention.w{letter}.")
+        state[name] = W.contiguous()
+    params = {"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "head_dim": c.head_dim,
+              "hidden_dim": c.intermediate_size, "n_heads": c.num_attention_heads,
+              "n_kv_heads": c.num_key_value_heads, "norm_eps": c.rms_norm_eps,
+              "vocab_size": c.vocab_size, "rope_theta": c.rope_parameters["rope_theta"],
+              "sliding_window": c.sliding_window, **changes}
+    folder.mkdir(exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(
+        {k: v for k, v in params.items() if v is not ...}))
+    save_file(state, folder / "consolidated.safetensors")
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("mistral", {"rope_theta": ...}), ("mistral-v0.2", {"rope_theta": ..., "sliding_window": ...}),
+    ("mistral-nemo", {})])
+def test_mistrals_own_layout(tmp_path, family, changes):
+    """What Mistral publishes, read, and written for transformers."""
+    theirs = twin(family)
+    write_mistral(tmp_path / "in", theirs, **changes)
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "in" / "tokenizer.model.v3")
+    ours, tokens = model.load(tmp_path / "in", "cpu", torch.float32), draw(2, 50)
+    assert_logits_equal(ours(tokens), theirs(tokens).logits)
+    assert Tokenizer(tmp_path / "in").encode("Tom") == Tokenizer(TINY).encode("Tom")
+    hf.save_folder(tmp_path / "out", hf.config_json(vars(ours.config), torch.float32),
+                   ours.named_parameters())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_logits_equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_mistrals_own_layout_is_checked(tmp_path):
+    write_mistral(tmp_path, twin("mistral-nemo"))
+    path, params = tmp_path / "params.json", json.loads((tmp_path / "params.json").read_text())
+    for changes, message in (
+            ({"head_dim": 2}, "layers.0.attention.wq.weight: expected shape"),
+            ({"head_dim": "16"}, "head_dim is missing or not a whole number"),
+            ({"hidden_dim": 81}, "expected shape .*81"), ({"moe": {"num_experts": 8}}, "moe"),
+            ({"sliding_window": [7, None]}, "sliding_window is missing or not a whole number")):
+        path.write_text(json.dumps({**params, **changes}))
+        with pytest.raises(ValueError, match=message):
+            model.load(tmp_path, "cpu")
+    path.write_text(json.dumps(params))
+    ours = model.load(tmp_path, "cpu")
+    with pytest.raises(ValueError, match="heads of this width: write Hugging Face's"):
+        meta_write.save(ours, tmp_path / "out")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="consolidated.safetensors: not a readable safetensors f"):
         model.load(tmp_path, "cpu")
+    with pytest.raises(FileNotFoundError, match="tokenizer.model: no such file, and no tokenizer"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tekken.json").touch()
+    with pytest.raises(FileNotFoundError, match="tekken.json, Mistral's, is not read: tok"):
+        Tokenizer(tmp_path)
 
 
 # --- files
@@ -341,11 +520,14 @@ def test_every_kind_of_file(tmp_path, suffix, shards, family):
 
 
 def test_frequencies_in_the_file_are_passed_over(folder):
-    """Llama 1's first conversions hold RoPE's frequencies as tensors."""
+    """Llama 1's first conversions hold RoPE's frequencies as tensors, others its tables."""
     from safetensors.torch import load_file, save_file
     state = load_file(folder / "model.safetensors")
     before = model.load(folder, "cpu")
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    state["model.rotary_emb.inv_freq"] = torch.ones(4)
+    for name in "cos", "sin":
+        state[f"model.layers.1.self_attn.rotary_emb.{name}_cached"] = torch.ones(1, 1, 9, 8)
     save_file(state, folder / "model.safetensors")
     after = model.load(folder, "cpu")
     assert all(map(torch.equal, after.state_dict().values(), before.state_dict().values()))
@@ -437,11 +619,8 @@ families, that he is considered as the rightful property of some one or other of
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments ..pissa")
 def test_smollm2_from_an_adapter_to_everywhere(real, tmp_path):
     """Meta's layout, perplexity, PEFT, both merged layouts, the compressed adapter: one model."""
-    import adapter
-    import convert
     import data
     import eval
-    import pissa
     peft = pytest.importorskip("peft")
     path, theirs = real
     tok, tokens = data.Tokenizer(path), draw(1, 40, seed=2)

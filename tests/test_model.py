@@ -103,7 +103,9 @@ def test_causal(net, tokens):
 # --- packing
 
 KINDS = {"gqa": {}, "mha": dict(n_kv_heads=6), "qkv_bias": dict(qkv_bias=True),
-         "sliding_window": dict(sliding_window=5), "head_dim": dict(head_dim=12)}
+         "sliding_window": dict(sliding_window=5), "head_dim": dict(head_dim=12),
+         "qwen3": dict(qk_norm=True), "smollm3": dict(no_rope=2, o_bias=True),
+         "gemma": dict(gelu=True, embed_scale=7.0, tied=True)}
 LENGTHS = [17, 11, 11, 4, 1]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -623,8 +625,8 @@ def test_name_under_checkpoints():
 
 
 @pytest.mark.parametrize("files, message", [
-    (["original/consolidated.00.pth", "README.md"], "are in {0}/original: name that directory"),
-    (["consolidated.safetensors", "tekken.json"], "Mistral's own layout is not read: download c"),
+    (["original/consolidated.00.pth", "README.md"], "{0}/original/consolidated.00.pth: not a rea"),
+    (["consolidated.safetensors", "tekken.json"], "{0}/consolidated.safetensors: not a readable s"),
     (["adapter_config.json"], "this is an adapter: name its base as the checkpoint"),
     (["adapter/adapter_config.json", "args.json"], "adapter is {0}/adapter, and args.json names "),
     (["checkpoint/config.json", "args.json"], "the run's checkpoint is {0}/checkpoint"),
@@ -638,9 +640,17 @@ def test_what_is_no_checkpoint(tmp_path, files, message):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / file).touch()
-    with pytest.raises(FileNotFoundError) as e:
+    with pytest.raises((FileNotFoundError, ValueError)) as e:
         model.load(tmp_path, "cpu")
     assert message.format(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_metas_files_inside_a_download(tmp_path, net, tokens):
+    """`original/` alone; with the weights of Hugging Face's layout beside it, those count."""
+    write(tmp_path / "original", net)
+    assert torch.equal(model.load(tmp_path, "cpu", torch.float32)(tokens), net(tokens))
+    meta_write.save(small_net(seed=1), tmp_path)
+    assert not torch.equal(model.load(tmp_path, "cpu", torch.float32)(tokens), net(tokens))
 
 
 @pytest.fixture
@@ -794,7 +804,7 @@ def test_wrong_files(tmp_path, net):
 def test_weights_that_are_no_numbers(tmp_path, net, name, bad):
     """They are named on reading: otherwise training would blame the learning rate."""
     break_shard(write(tmp_path, net), lambda s: s[f"{name}.weight"].view(-1)[5:6].fill_(bad))
-    ours = next(n for n, _ in net.named_parameters() if model.meta_name(n) == f"{name}.weight")
+    ours = next(n for n, _ in net.named_parameters() if meta.meta_name(n) == f"{name}.weight")
     ours = ours.removesuffix(".weight")
     with pytest.raises(ValueError, match=f"{tmp_path}: {ours}: the weight holds NaN or Inf in flo"):
         model.load(tmp_path, "cpu", torch.float32)

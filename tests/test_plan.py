@@ -45,6 +45,10 @@ METHODS = {
     "not packed": ("pissa", SMALL, 8, {"packed": False}),
     "on a CPU": ("pissa", SMALL, 8, {"gpu": False}),
     "full, on a CPU": ("full", WIDE, 128, {"gpu": False}),
+    "qwen3": ("pissa", replace(WIDE, qk_norm=True), 8, {"dtype": torch.float32}),
+    "qwen3, bfloat16": ("qpissa", replace(WIDE, qk_norm=True, n_kv_heads=2), 4, {}),
+    "gemma": ("pissa", replace(SMALL, gelu=True, embed_scale=7.0, tied=True), 8, {}),
+    "smollm3": ("pissa", replace(WIDE, no_rope=2, o_bias=True, qkv_bias=True), 8, {}),
     "no padding": ("pissa", SMALL, 8, {"text": None, "learnt": None})}
 JOBS = {name: plan.job_of(config, method, rank, rows=3, length=64,
                           **{"text": 150, "learnt": 50, **more})
