@@ -4,12 +4,12 @@ LoRA trains A and B. LoRA-XS takes both from the SVD of W, freezes them, and tra
 
     A = U_r S_r frozen,    B = V_r^T frozen,    R (r, r) trained,    y = x W + ((x A) R) B
 
-R is N(0, 1e-5^2) at the start. So step 0 is the base to about five digits, not exactly: a zero R
+R is N(0, 1e-5^2) at the start. So step 0 is the base to about five digits, not exactly. A zero R
 would learn as well, but the paper has this. What is learnt maps the r directions that W amplifies
 most to the r directions that it amplifies them into. W stays whole, nothing is subtracted.
 
-(A R) B is a LoRA of rank r. So PEFT and vLLM get A R and B, and know nothing of R. pissa.safetensors
-keeps A and R, to train on.
+(A R) B is a LoRA of rank r. So PEFT and vLLM get A R and B, and know nothing of R. A and R are in
+pissa.safetensors, to train on.
 
 Cost: r^2 trained numbers a matrix, however large W is: 4096 at rank 64, where LoRA has 524 288 in
 a matrix of 4096 x 4096. Memory falls by their gradients and moments, time hardly: x A and B are

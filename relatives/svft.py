@@ -81,8 +81,8 @@ class Layer(pissa.PissaLinear):
     def from_linear(cls, linear, init, options, keep_base=False):
         """A new layer: the same M in every process, which may not have made A and B itself."""
         layer = super().from_linear(linear, init, options, keep_base)
-        g = torch.Generator().manual_seed(options.generator.initial_seed())
-        layer.place(entries(layer.A.data, layer.B.data, options.own["pattern"], options.own["d"], g))
+        g, own = torch.Generator().manual_seed(options.generator.initial_seed()), options.own
+        layer.place(entries(layer.A.data, layer.B.data, own["pattern"], own["d"], g))
         return layer
 
     def factors(self):
