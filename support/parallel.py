@@ -280,8 +280,10 @@ class Spread:
         self.layers, self.places, self.held, self.coming = [], [], [None, None], [None, None]
 
     def add(self, layer):
-        """The next layer. It keeps this process's part."""
-        frozen = [p for p in layer.parameters() if not p.requires_grad]
+        """The next layer. It keeps this process's part. What a relative freezes beside W stays."""
+        stays = {id(p) for _, m in pissa.layers(layer) for p in m._parameters.values()
+                 if p is not m.frozen}
+        frozen = [p for p in layer.parameters() if not p.requires_grad and id(p) not in stays]
         rows = [F.pad(p.flatten().view(torch.uint8), (0, -p.nbytes % 256)) for p in frozen]
         row, i = torch.cat(rows), len(self.layers)
         part = F.pad(row, (0, -len(row) % WORLD)).chunk(WORLD)[RANK].clone()

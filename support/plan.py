@@ -32,7 +32,7 @@ reduces this).
 """
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -67,6 +67,8 @@ class Job:
     subtracted: bool = True                 # frozen is W - A_0 B_0, so W is decomposed
     double_quant: bool = True
     layer: type = pissa.PissaLinear         # a relative's may train other numbers than A and B
+    own: dict = field(default_factory=dict)  # a relative's options
+    all_ranks: bool = False                 # it has all singular triplets of a matrix, not `rank`
     dtype: torch.dtype = torch.bfloat16     # of products; full has its weights in float32 anyway
     rows: int = 8                           # of a micro-batch
     length: int = 512                       # positions of a row
@@ -99,7 +101,8 @@ def job_of(config, method="pissa", rank=128, targets=pissa.TARGETS, *, double_qu
         return Job(config, rank, targets, None, True, 16, False, **more)
     facts = adapter.facts_of(method, double_quant=double_quant)
     return Job(config, rank, targets, None, False, facts["bits"], facts["subtracted"],
-               double_quant, getattr(method, "Layer", pissa.PissaLinear), **more)
+               double_quant, getattr(method, "Layer", pissa.PissaLinear),
+               getattr(method, "OPTIONS", {}), facts["own_layer"] and facts["rank"] > 1, **more)
 
 
 def estimate(config, method="pissa", rank=128, targets=pissa.TARGETS, **more):
@@ -131,7 +134,7 @@ def shapes(job):
              for n, m in pissa.find_linears(net, (*pissa.TARGETS, "lm_head")).items()}
     if unknown := ranks.keys() - every.keys():
         raise ValueError(f"the adapter is of another model: there is no {min(unknown)}")
-    chosen = {n: (*every[n], r) for n, r in ranks.items()}
+    chosen = {n: (*every[n], min(every[n]) if job.all_ranks else r) for n, r in ranks.items()}
     del every["lm_head"]
     return every, chosen, sum(p.numel() for p in net.parameters())
 
@@ -152,7 +155,9 @@ def trained_numbers(job, chosen):
     for a, b, r in set(chosen.values()):
         linear = torch.nn.Linear(a, b, bias=False, device="meta")
         linear.weight = torch.nn.Parameter(torch.empty(b, a), requires_grad=False)
-        layer = job.layer(linear, linear.weight, torch.ones(a, r), torch.ones(r, b))
+        made = linear.weight, torch.ones(a, r), torch.ones(r, b), None
+        layer = job.layer.from_linear(linear, lambda *_, made=made: made, pissa.Options(
+            r, generator=torch.Generator(), own=job.own))
         count[a, b, r] = sum(p.numel() for p in layer.parameters() if p.requires_grad)
     return sum(count[shape] for shape in chosen.values())
 
@@ -318,7 +323,8 @@ def from_arguments(args):
     layer = getattr(relatives.known(method) if facts.get("own_layer") else None, "Layer",
                     pissa.PissaLinear)
     return Job(config, max(ranks.values()), targets, ranks, False, facts["bits"],
-               facts["subtracted"], facts.get("double_quant", True), layer, **more), method
+               facts["subtracted"], facts.get("double_quant", True), layer, facts.get("own", {}),
+               **more), method
 
 
 def sharded(job, gpus):

@@ -28,9 +28,10 @@ from test_parallel import assert_alike, ended, torchrun
 from test_resume import assert_same, interrupt
 
 NAMES = relatives.names()
-STEP_0 = {}                    # {name: the largest relative difference of logits at step 0}
+STEP_0 = {"lora_xs": 1e-4}     # {name: the largest relative difference of logits at step 0}
 PLANNED = {"eva": 0.05}        # its ranks depend on the data
-OWN = {"milora": {"offset": 0.25}, "corda": {"mode": "knowledge"}}   # others than the defaults
+OWN = {"milora": {"offset": 0.25}, "corda": {"mode": "knowledge"},   # others than the defaults
+       "svft": {"pattern": "banded", "d": 2}}
 
 
 def batches(count=3, rows=4):
@@ -98,8 +99,8 @@ def test_plan(name):
     net = injected(name)
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
     method = relatives.find(name)
-    found = plan.estimate(SMALL, relatives.told(method, getattr(method, "OPTIONS", {}),
-                                                 trial=True), 4)
+    own = {**getattr(method, "OPTIONS", {}), **OWN.get(name, {})}
+    found = plan.estimate(SMALL, relatives.told(method, own, trial=True), 4)
     assert found["trained"] == pytest.approx(count, rel=PLANNED.get(name, 0))
     assert "expected peak" in command(train.main, "--method", name, "--plan")
 
