@@ -105,10 +105,10 @@ def programme(found, sizes, budget, configurations=CONFIGURATIONS):
         raise ValueError("mixed precision needs scipy: pip install scipy") from None
     c, n, bits = (torch.tensor(v, dtype=torch.float64) for v in (
         found, sizes, [bits_of(*chosen) for chosen in configurations]))
-    solved = milp((c / c.max().clamp(min=1e-300)).flatten(), bounds=Bounds(0, 1), integrality=1,
-                  constraints=[LinearConstraint(torch.outer(n / n.sum(), bits).flatten(), ub=budget),
-                               LinearConstraint(torch.eye(len(c)).repeat_interleave(len(bits), 1),
-                                                1, 1)])
+    cost = LinearConstraint(torch.outer(n / n.sum(), bits).flatten(), ub=budget)
+    one_each = LinearConstraint(torch.eye(len(c)).repeat_interleave(len(bits), 1), 1, 1)
+    solved = milp((c / c.max().clamp(min=1e-300)).flatten(), integrality=1, bounds=Bounds(0, 1),
+                  constraints=[cost, one_each])
     if solved.x is None:
         raise ValueError(f"no choice has {budget:g} bits a weight: the least is {bits.min():.3f}")
     x = torch.from_numpy(solved.x).view(c.shape)
