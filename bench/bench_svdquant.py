@@ -34,9 +34,9 @@ VARIANTS = {"plain": (0, (None,)), "smoothing": (0, svdquant.ALPHAS),
 
 
 def read(path):
-    """The text of a file; of .jsonl, prompts and answers."""
+    """The text of a file; of .jsonl, prompts and answers, one after the other."""
     if Path(path).suffix == ".jsonl":
-        return "\n\n".join(prompt + answer for prompt, answer in data.read(path))
+        return "\n\n".join(f"{prompt}\n{answer}" for prompt, answer in data.read(path))
     return Path(path).read_text("utf-8")
 
 

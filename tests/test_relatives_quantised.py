@@ -11,8 +11,8 @@ import nf4
 import pissa
 import qpissa
 import relatives
-from conftest import TINY, hugging_face, small_net
-from relatives import calibrate
+from conftest import TINY, failure, hugging_face, small_net
+from relatives import calibrate, svdquant
 from test_relatives import batches, injected, loss_of
 
 LQ_LORA, CORA = relatives.find("lq_lora"), relatives.find("cora")
@@ -69,7 +69,7 @@ def test_weights_lower_the_weighted_error():
     F = calibrate.measure(net, LQ_LORA, [(t,) for t in tokens], loss_of, pissa.Options(4))
     cases = [(net.get_submodule(name).weight, F[name], 16) for name in F if ".layers.0." in name]
     for W, F, rank in cases + [(*matrix(seed=seed), 4) for seed in range(10)]:
-        options = pissa.Options(rank, None, last_svd=False)
+        options = pissa.Options(rank, 3, last_svd=False)
         plain = qpissa.init_qpissa(W, options)
         options.statistic = F
         ours = LQ_LORA.init(W, options)
@@ -192,3 +192,92 @@ def test_cora_of_other_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="^cora: model.layers.0.self_attn.q_proj is 48 x 48, in "
                                          ".*tiny it is .* x "):
         injected("cora", others=str(TINY))
+
+
+# ---------------------------------------------------------------------------------------- SVDQuant
+
+def outliers(n_in=128, n_out=96, seed=0):
+    """A linear layer whose spectrum falls, and inputs of which a few are far larger."""
+    g = torch.Generator().manual_seed(seed)
+    linear = torch.nn.Linear(n_in, n_out, bias=True)
+    U, S, Vh = torch.linalg.svd(torch.randn(n_out, n_in, generator=g), full_matrices=False)
+    linear.weight.data = (U / torch.arange(1, len(S) + 1)) @ Vh
+    linear.bias.data = torch.randn(n_out, generator=g)
+    scale = torch.ones(n_in)
+    scale[torch.randint(0, n_in, (4,), generator=g)] = 30.0
+    x = torch.randn(512, n_in, generator=g) * scale
+    return linear.requires_grad_(False), x[:256], x[256:]
+
+
+def variants(linear, x, rank):
+    """Plain W4A4, smoothing alone, SVDQuant."""
+    return (svdquant.quantised(linear, x, 0, (None,)), svdquant.quantised(linear, x, 0),
+            svdquant.quantised(linear, x, rank))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_svdquant_loses_less_with_outliers(seed):
+    """Than smoothing alone, which loses less than plain rounding, on inputs it has not seen."""
+    linear, x, unseen = outliers(seed=seed)
+    plain, smooth, ours = (svdquant.error(linear, m, unseen) for m in variants(linear, x, 16))
+    assert ours < 0.9 * smooth < 0.8 * plain
+
+
+def test_svdquant_loses_less_on_a_trained_model():
+    """Output error of each kind of matrix of the tiny model, with its own activations."""
+    net, g = model.load("tiny"), torch.Generator().manual_seed(0)
+    seen, unseen = (calibrate.measure(net, svdquant, [
+        (torch.randint(0, 400, (1, 129), generator=g),) for _ in range(2)], loss_of,
+        pissa.Options(1)) for _ in range(2))
+    for name, linear in svdquant.targets(net).items():
+        if ".layers.1." in name:
+            plain, smooth, ours = (svdquant.error(linear, m, unseen[name])
+                                   for m in variants(linear, seen[name], 32))
+            assert ours < smooth and ours < plain, name
+
+
+def test_w4a4_is_its_equation():
+    """In float64 and loops, for widths that are no multiple of a group, with a bias."""
+    linear, x, _ = outliers(n_in=100)
+    m = svdquant.W4A4(linear, x, 8, 0.5)
+    W, x = linear.weight.double().T, x.double()
+    lam = (x.abs().amax(0) / W.abs().amax(1)).sqrt()
+
+    def rounded(rows):
+        rows = rows.clone()
+        for row in rows:
+            for i in range(0, len(row), 64):
+                s = row[i:i + 64].abs().max() / 7
+                row[i:i + 64] = torch.round(row[i:i + 64] / s) * s
+        return rows
+
+    U, S, Vh = torch.linalg.svd(lam[:, None] * W)
+    best = (U[:, :8] * S[:8]) @ Vh[:8]
+    L1L2 = m.L1.double() @ m.L2.double()
+    assert (L1L2 - best).norm() < 0.01 * best.norm()                         # 16 bits of L1, L2
+    R = lam[:, None] * W - L1L2
+    y = rounded(x / lam) @ rounded(R.T).T + (x / lam) @ L1L2 + linear.bias
+    torch.testing.assert_close(m(x.float()).double(), y, rtol=0, atol=2e-3 * y.abs().max().item())
+    assert all(torch.equal(M, M.bfloat16().float()) for M in (m.L1, m.L2))
+
+
+def test_four_bits_are_fifteen_levels():
+    x = torch.randn(3, 130, generator=torch.Generator().manual_seed(0))
+    q = svdquant.four_bits(x)
+    assert all(len(q[i, a:b].unique()) <= 15 for i in range(3) for a, b in ((0, 64), (64, 128)))
+    assert ((q - x).abs()[:, :64].amax(1) <= x[:, :64].abs().amax(1) / 14 + 1e-6).all()
+    assert torch.equal(svdquant.four_bits(q), q) or (svdquant.four_bits(q) - q).abs().max() < 1e-6
+    assert not svdquant.four_bits(torch.zeros(2, 5)).any()
+
+
+def test_svdquant_is_not_trained():
+    """One line that says what to run; it is not in the list of methods."""
+    assert "svdquant" not in relatives.names()
+    with pytest.raises(ValueError, match="^svdquant is evaluated, not trained: "
+                                         "python -m bench.bench_svdquant$"):
+        relatives.find("svdquant")
+    text = failure("train.py", "--method", "svdquant")
+    assert text.splitlines()[-1].endswith("svdquant is evaluated, not trained: python -m "
+                                          "bench.bench_svdquant")
+    with pytest.raises(ValueError, match="^svdquant: rank 97 is not between 0 and 96$"):
+        svdquant.quantised(*outliers()[:2], rank=97)
