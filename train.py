@@ -255,7 +255,8 @@ def load(args, tok, seconds):
     start, full = time.perf_counter(), args.method == "full"
     quantised = not full and (adapter.is_quantised(args.adapter) if args.adapter
                               else adapter.facts_of(relatives.chosen(args))["bits"] == 4)
-    prepared = quantised or parallel.SHARDED
+    measured = hasattr(relatives.known(args.method), "STATISTIC")     # needs the whole model first
+    prepared = quantised and not measured or parallel.SHARDED
     net = load_model(args.ckpt, tok, args.device, "float32" if full else args.dtype,
                      partial(prepare, args=args, seconds=seconds) if prepared else None)
     if parallel.SHARDED:
@@ -306,25 +307,26 @@ def fine_tune(args):
     data.references(test, args.test_data)
     report.problems(args.test_data, test, tok)
     net, prepared = load(args, tok, seconds)
-    device, quantised = net.lm_head.weight.device, bool(report.quantised(net))
+    device = net.lm_head.weight.device
     # Every weight is trained in float32 with bfloat16 products. A and B are float32 anyway.
     full = args.method == "full"
     mixed = full and not args.dtype and model.has_bfloat16(device)
     autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
     earlier = resume.measured(args)                   # if an interrupted run goes on
     before = earlier or evaluate(net, tok, val, val_texts, test, args, autocast, "before")
+    if not prepared:
+        prepare(net, args, seconds, examples=examples)
+    quantised = bool(report.quantised(net))
     if prepared:
         print(f"step 0: validation loss {before['loss']:.4f}"
               + ", with the weights in four bits" * quantised)
-    else:
-        prepare(net, args, seconds, examples=examples)
     report.advise(net, examples, args)
     if args.compile and not parallel.MESH:
         compile_layers(net)
     if not full and not prepared and not earlier:
         loss = validation_loss(net, val, args, autocast)
         print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
-        if not args.adapter and abs(loss - before["loss"]) > 0.02 * before["loss"]:
+        if not (args.adapter or quantised) and abs(loss - before["loss"]) > 0.02 * before["loss"]:
             raise ValueError("the injected model is not the base model: the loss differs at step 0")
 
     resume.claim(args, net, before)

@@ -15,12 +15,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 HELPERS = ("__init__", "calibrate")                           # and files that begin with _
+EVALUATED = {"svdquant": "python -m bench.bench_svdquant"}    # not trained: what makes its table
 
 
 def names():
     """The names of all relatives, in alphabetical order."""
     stems = (path.stem for path in Path(__file__).parent.glob("*.py"))
-    return sorted(s for s in stems if s not in HELPERS and not s.startswith("_"))
+    return sorted(s for s in stems if s not in (*HELPERS, *EVALUATED)
+                  and not s.startswith("_"))
 
 
 def find(name):
@@ -32,6 +34,8 @@ def find(name):
 
 def unknown(name, known):
     """The line that refuses a method's name."""
+    if name in EVALUATED:
+        return f"{name} is evaluated, not trained: {EVALUATED[name]}"
     near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, 1)
     meant = f": did you mean {near[0]}?" if near else "."
     return f"there is no method {name!r}{meant} There are {', '.join(known)}"
@@ -81,7 +85,8 @@ def told(method, own, statistic=None, trial=False):
                 weight.new_ones(weight.shape[1]).float().diag())
         return method.init(weight, replace(options, statistic=measured))
 
-    return with_init(method, init, OPTIONS=own)
+    layer = {"Layer": method.layer(own)} if hasattr(method, "layer") else {}
+    return with_init(method, init, OPTIONS=own, **layer)
 
 
 def given(options):

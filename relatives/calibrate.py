@@ -5,6 +5,7 @@ than one gradient lies on the device. With STATISTIC = ... of the relative:
 
     inputs      the mean of x^T x over all tokens, (in, in) float32, of the rows x that W multiplies
     gradients   dL/dW of all examples together, (out, in) float32, in host memory
+    weights     W (out, in), without examples: for a `finish`, which sees all matrices together
 
 Matrices that read the same x, such as q, k and v, share one tensor. A relative may have its own
 
@@ -58,6 +59,8 @@ def measure(net, method, batches, loss, options, targets=pissa.TARGETS):
         weight.grad = None
 
     net.requires_grad_(False)
+    if method.STATISTIC == "weights":
+        found, batches = {n: m.weight.detach() for n, m in linears.items()}, ()
     hooks = [m.register_forward_pre_hook(partial(see_input, n)) if by_inputs else
              m.weight.requires_grad_().register_post_accumulate_grad_hook(partial(see_gradient, n))
              for n, m in linears.items()]
@@ -82,9 +85,11 @@ def measure(net, method, batches, loss, options, targets=pissa.TARGETS):
 
 def for_train(net, method, own, examples, loss, args):
     """`measure` on --calibrate N of the examples of train.py, at most all of them."""
+    options = pissa.Options(args.rank, args.niter, own=own)
+    if method.STATISTIC == "weights":
+        return measure(net, method, (), loss, options, args.targets)
     count = min(args.calibrate or getattr(method, "EXAMPLES", 128), len(examples))
     batch = data.batches(examples, count, args.seed, 0)[0]
     batches = data.micro_batches(batch, args.micro_batch * max(len(ids) for ids, _ in batch))
     print(f"{args.method}: measuring {method.STATISTIC} on {count} of {len(examples)} examples")
-    options = pissa.Options(args.rank, args.niter, own=own)
     return measure(net, method, batches, loss, options, args.targets)
