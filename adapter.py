@@ -33,13 +33,13 @@ import pissa
 import qpissa
 from formats import peft
 from formats.peft import FACTS, LORA, plain, read_facts, unwrapped
+from pissa import PissaLinear
 from support.files import check_room, replaced
 
 EXTRAS = "pissa"                                                     # EXTRAS.safetensors or .bin
 OURS = "adapter_config.json", "adapter_model.*", "pissa.*", "pissa_quantised_from.*"
 ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than on the machine that "
-                     "trained them. Another dtype or kind of device can be the reason. Outputs "
-                     "differ a little")
+                     "trained them: outputs differ a little (another dtype or kind of device?)")
 EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W + Delta W, not the "
             "Q + A B that was trained: the two differ by what rounding to four bits lost")
 
@@ -59,13 +59,11 @@ def facts(net):
     kinds = {(m.A0 is not None, m.subtracted is not None and m.subtracted[0] is not m.A0,
               n in Qs and m.frozen.scale is not None, n in Qs) for n, m in found}
     if len(kinds) > 1:
-        raise ValueError("layers of several kinds cannot be saved as one adapter: each should have "
-                         "a pair subtracted from W or none, and as many bits as the others")
+        raise ValueError("layers of several kinds cannot be saved as one adapter")
     (subtracted, own_pair, double_quant, four), = kinds
-    return {**getattr(unwrapped(net), "pissa", {}),
-            "rank": max(m.factors()[0].shape[1] for _, m in found),
-            "bits": 4 if four else 16, "subtracted": subtracted, "own_pair": own_pair,
-            "own_layer": type(found[0][1]) is not pissa.PissaLinear} | (
+    rank, own = max(m.factors()[0].shape[1] for _, m in found), type(found[0][1])
+    return {**getattr(unwrapped(net), "pissa", {}), "rank": rank, "bits": 4 if four else 16,
+            "subtracted": subtracted, "own_pair": own_pair, "own_layer": own is not PissaLinear} | (
         {"double_quant": double_quant, "codes": codes({n: Q.checksum() for n, Q in Qs.items()})}
         if four else {})
 
@@ -137,8 +135,7 @@ class Saved:
     def rebuild(self, name, W):
         """frozen, A, B, A0, B0, subtracted for the base weight W (out, in), without any SVD."""
         dtype = torch.promote_types(W.dtype, torch.float32)
-        (A, B), double = self.pairs[name], self.facts.get("double_quant")
-        bits = self.facts["bits"]
+        (A, B), bits, double = self.pairs[name], *map(self.facts.get, ("bits", "double_quant"))
         if not self.facts["subtracted"]:
             A, B = (M.to(W.device, dtype) for M in (A, B))
             return frozen_of(W, None, bits, double), A, B, None, None, None
@@ -200,9 +197,8 @@ def write(directory, pairs, found, extras, task_type=None, modules=None):
 def compress(directory: str | Path, out: str | Path, rank: int | None = None) -> dict:
     """Cut a saved adapter down to `rank` (default half, 2r -> r) and write it to `out` as a LoRA.
 
-    A matrix whose rank is `rank` or less keeps its own.
-    The best approximation of Delta W = M N takes two thin QRs and a small SVD, never the full
-    matrix: M = Q_M R_M, N^T = Q_N R_N, then the leading triplets of R_M R_N^T.
+    A matrix whose rank is `rank` or less keeps its own. The best approximation of Delta W = M N
+    takes two thin QRs, M = Q_M R_M and N^T = Q_N R_N, and the leading triplets of R_M R_N^T.
     Returns {module name: (||Delta W - Delta W_r||, ||Delta W||)}, Frobenius norms.
     """
     saved, small, errors = read_adapter(directory), {}, {}
@@ -269,11 +265,10 @@ def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
         saved.check_old(entries)
         pissa.remove(net)
     net.requires_grad_(False)
-    made_by = relative(saved.facts["method"]) if relative and saved.facts.get("own_layer") else None
-    Layer = getattr(made_by, "Layer", pissa.PissaLinear)
+    own = relative and saved.facts.get("own_layer") and relative(saved.facts["method"])
+    Layer = getattr(own, "Layer", PissaLinear)
     for name in tqdm(saved.pairs, "adapter", unit="matrix", delay=1, leave=False):
-        path = paths.get(name, name)
-        linear = net.get_submodule(path)
+        linear = net.get_submodule(path := paths.get(name, name))
         if read:
             linear.weight = nn.Parameter(saved.check(name, read(name)), requires_grad=False)
             entries[name] = linear.weight.shape, pissa.sampled(linear.weight)
@@ -298,7 +293,7 @@ def base_weight(net, name, directory):
         m = net.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{directory}: the model has no {name}") from None
-    if isinstance(m, pissa.PissaLinear):
+    if isinstance(m, PissaLinear):
         return m.base()
     if type(m) is not nn.Linear:
         raise ValueError(f"{name} is a {type(m).__name__}, not an nn.Linear")
