@@ -4,9 +4,9 @@
 CONTRIBUTING.md tells what a module may hold, and how to add one. pissa.py, model.py and adapter.py
 have never heard of any.
 
-    corda = relatives.find("corda")
-    statistic = calibrate.measure(net, corda, batches, loss)              # if it has a STATISTIC
-    pissa.inject(net, 16, relatives.told(corda, {"mode": "knowledge"}, statistic))
+    corda, own = relatives.find("corda"), {"mode": "knowledge"}
+    found = calibrate.measure(net, corda, batches, loss, pissa.Options(16, own=own))
+    pissa.inject(net, 16, relatives.told(corda, own, found.pop))
 """
 import difflib
 from dataclasses import replace
@@ -32,13 +32,13 @@ def find(name):
     return import_module(f"relatives.{name}")
 
 
-def unknown(name, known):
-    """The line that refuses a method's name."""
+def unknown(name, among):
+    """The line that refuses a method's name, and tells those that there are."""
     if name in EVALUATED:
         return f"{name} is evaluated, not trained: {EVALUATED[name]}"
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, 1)
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), among, 1)
     meant = f": did you mean {near[0]}?" if near else "."
-    return f"there is no method {name!r}{meant} There are {', '.join(known)}"
+    return f"there is no method {name!r}{meant} There are {', '.join(among)}"
 
 
 def known(name):
@@ -107,7 +107,7 @@ def chosen(args, net=None, examples=(), loss=None):
     --option. net, examples, loss: what --calibrate measures; without a net, for a plan.
     """
     method = known(args.method)
-    own = options(method, args.option)                # also refuses options of what has none
+    own = options(method, args.option or ())          # also refuses options of what has none
     if not isinstance(method, ModuleType):
         return method
     if net is None or not hasattr(method, "STATISTIC"):

@@ -209,8 +209,8 @@ class Method(argparse.Action):
     """--method: one of the names. A stored one may be another, that of an adapter's method."""
 
     def __call__(self, parser, args, name, option=None):
-        if name not in (known := [*METHODS, *relatives.names(), "full"]):
-            raise argparse.ArgumentError(self, relatives.unknown(name, known))
+        if name not in (among := [*METHODS, *relatives.names(), "full"]):
+            raise argparse.ArgumentError(self, relatives.unknown(name, among))
         args.method = name
 
 
@@ -244,7 +244,7 @@ def add_model(add):
         help="what is trained: A and B, on weights in 16 bits (pissa, lora) or in 4 (qpissa, "
         "loftq, qlora), or every weight (full, saved in bfloat16), or a relative of PiSSA, see "
         f"relatives/README.md: {', '.join(relatives.names())}")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option that a "
+    add("--option", action="append", metavar="NAME=VALUE", help="an option that a "
         "relative has of its own; repeatable")
     add("--calibrate", type=int, metavar="N", help="training examples that a relative measures "
         "before it begins, if it does (default: its own)")

@@ -147,7 +147,7 @@ def pair_numbers(chosen):
 def trained_numbers(job, chosen):
     """How many numbers of A and B are trained, or of what a relative's layer has instead.
 
-    Such a layer is made of each shape. The memory of its weight is asked for, but never touched.
+    Such a layer is made of each shape. Its weight is memory that is asked for and hardly touched.
     """
     if job.layer is pissa.PissaLinear:
         return pair_numbers(chosen)
