@@ -277,7 +277,7 @@ def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
         original = W.cpu() if keep_base and frozen is not W else None
         layer = Layer(linear, frozen, A, B, A0, B0, subtracted, original)
         for key in layer.state:
-            getattr(layer, key).data = saved.extras[f"{name}.{key}"].to(A)
+            getattr(layer, key).data = saved.extras[f"{name}.{key}"].to(A, copy=True)
         net.set_submodule(path, layer)
         del W, linear, frozen, original                  # freed before the next one is asked for
     saved.check_old(entries)
