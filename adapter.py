@@ -62,9 +62,8 @@ def facts(net):
         raise ValueError("layers of several kinds cannot be saved as one adapter: each should have "
                          "a pair subtracted from W or none, and as many bits as the others")
     (subtracted, own_pair, double_quant, four), = kinds
-    return {**getattr(unwrapped(net), "pissa", {}),
-            "rank": max(m.factors()[0].shape[1] for _, m in found),
-            "bits": 4 if four else 16, "subtracted": subtracted, "own_pair": own_pair,
+    return {**getattr(unwrapped(net), "pissa", {}), "subtracted": subtracted, "own_pair": own_pair,
+            "rank": max(len(m.factors()[1]) for _, m in found), "bits": 4 if four else 16,
             "own_layer": type(found[0][1]) is not pissa.PissaLinear} | (
         {"double_quant": double_quant, "codes": codes({n: Q.checksum() for n, Q in Qs.items()})}
         if four else {})
