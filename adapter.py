@@ -61,7 +61,7 @@ def facts(net):
     if len(kinds) > 1:
         raise ValueError("layers of several kinds cannot be saved as one adapter")
     (subtracted, own_pair, double_quant, four), = kinds
-    rank, own = max(m.factors()[0].shape[1] for _, m in found), type(found[0][1])
+    rank, own = max(len(m.factors()[1]) for _, m in found), type(found[0][1])
     return {**getattr(unwrapped(net), "pissa", {}), "rank": rank, "bits": 4 if four else 16,
             "subtracted": subtracted, "own_pair": own_pair, "own_layer": own is not PissaLinear} | (
         {"double_quant": double_quant, "codes": codes({n: Q.checksum() for n, Q in Qs.items()})}

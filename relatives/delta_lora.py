@@ -12,8 +12,8 @@ The differences add up: W_t = W + ratio (A_t B_t - A_K B_K). So W itself can sta
 is the same model, and what is saved is a LoRA of rank 2r. A and B have their gradients in y above,
 where W_t is a constant: dL/dA = G B^T, dL/dB = A^T G.
 
-K is a share of the steps here, `--option after=0.1`. The paper has a number of steps, which it
-chooses for each data set, as it does with `ratio`, its lambda. Its dropout is 0: so is ours always.
+`ratio` is the paper's lambda, `--option ratio=2`. The paper's K is a number of steps. Here it is a
+share of all steps, `--option after=0.1`, so that it suits runs of any length.
 
 Cost: x is multiplied by 2r columns instead of r. A_K and B_K are as large as A and B.
 """
@@ -56,11 +56,12 @@ class Layer(pissa.PissaLinear):
 @torch.no_grad()
 def after_step(net, step, steps):
     """At step K, keep A and B. If K is 0, A_K B_K is 0, as B_0 is."""
-    own = net.pissa["own"]
+    own, layers = net.pissa["own"], [m for _, m in pissa.layers(net)]
     K = round(own["after"] * steps)
-    for _, m in pissa.layers(net):
-        if step >= K and not m.ratio:
-            if K:
-                m.A_K.copy_(m.A)
-                m.B_K.copy_(m.B)
-            m.ratio.fill_(own["ratio"])
+    if step < K or layers[0].ratio:                               # too early, or done
+        return
+    for m in layers:
+        if K:
+            m.A_K.copy_(m.A)
+            m.B_K.copy_(m.B)
+        m.ratio.fill_(own["ratio"])

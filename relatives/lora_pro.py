@@ -15,8 +15,8 @@ The inverses are pseudo-inverses, so that B = 0 is no special case. The paper's 
 its A and B are B^T and A^T here. Its scaling is 1, as everywhere here.
 
 The start is LoRA's. `--option start=pissa` takes PiSSA's. AdamW gets A_g and B_g as its gradients,
-as in the authors' implementation for DeepSpeed. In the paper AdamW has moments of A_g B + A B_g,
-as large as W, and what it returns is adjusted once more.
+as in the authors' implementation for DeepSpeed. The paper's AdamW has moments of A_g B + A B_g,
+which are as large as W.
 
 Cost: two eigendecompositions (r, r) of each matrix in each step. Memory as LoRA's.
 """
