@@ -23,7 +23,7 @@ from fractions import Fraction
 import torch
 from tqdm import tqdm
 
-from formats import jsonl
+from formats import records
 from formats.tokenizer import Tokenizer  # noqa: F401 (as data.Tokenizer)
 
 # The Alpaca template, in the words that the PiSSA paper's scripts use.
@@ -34,41 +34,25 @@ PROMPT = ("Below is an instruction that describes a task. "
 # What follows it in the test prompts of the paper's scripts (pissa-dataset), as in MetaMath's.
 STEPS = " Let's think step by step."
 
-FIELDS = [("instruction", "output"), ("query", "response"), ("question", "answer"), ("text",)]
-
 
 # From a file to (prompt, response) ----------------------------------------------------------------
 
 def read(path, fields=None):
-    """Read a jsonl file into a list of (prompt, response), both str.
+    """Read a data file into a list of (prompt, response): JSON lines, a JSON array, CSV, each also
+    as .gz, or parquet.
 
+    The prompt is a str, or of a conversation the messages before the last answer, a list of
+    {"role": "system", "user" or "assistant", "content": str}. The response is a str.
     fields="question,answer" names the fields to use. The last one is the response; those before it
     are joined by newlines, less those that are blank. A single one is plain text: its prompt is ""
-    and all of it is learnt. Without `fields` the keys of the first record choose among FIELDS, in
-    that order. The optional "input" of Alpaca's records follows the instruction on a new line.
-    Columns that hold something and are not used are named in one line.
+    and all of it is learnt. Without `fields` a record with "messages" or "conversations" is a
+    conversation, and so is one of Alpaca's with "system" or "history". Otherwise the keys of the
+    first record choose among records.FIELDS, in that order. The optional "input" of Alpaca's
+    records follows the instruction on a new line.
+    Columns that hold something and are not used are named in one line. ValueError for what cannot
+    be read.
     """
-    names = tuple(name.strip() for name in fields.split(",")) if fields else None
-    examples, unused = [], {}
-    for where, record in jsonl.records(path):
-        names = names or next((f for f in FIELDS if record.keys() >= set(f)), None)
-        if names is None:
-            raise ValueError(f"{where}: no known fields among {jsonl.columns(record)}; say "
-                             'which to use with fields="prompt,response"')
-        *asked, last = names
-        asked += ["input"] * (names == FIELDS[0] and "input" in record)
-        prompt = [jsonl.string(record, name, where, len(asked) > 1) for name in asked]
-        if asked and not any(prompt):
-            jsonl.string(record, asked[0], where)  # says that it is empty
-        examples.append(("\n".join(filter(None, prompt)), jsonl.string(record, last, where)))
-        unused.update((name, None) for name, value in record.items()
-                      if name not in (*asked, last) and value not in jsonl.EMPTY)
-    if not examples:
-        raise ValueError(f"{path}: no records; give one JSON object per line")
-    if unused:
-        print(f"note: {path}: columns that are not used: {jsonl.columns(unused)}; say which to "
-              'use with fields="prompt,response"')
-    return examples
+    return records.examples(path, fields)
 
 
 # From (prompt, response) to batches ---------------------------------------------------------------
