@@ -136,7 +136,7 @@ def train(net, examples, args, autocast, val=()):
         for step in todo:
             start, (batch, parts, dealt) = time.perf_counter(), ahead
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
-            learnt, total = sum(len(ids) - n_prompt for ids, n_prompt in batch), 0.0
+            learnt, total = sum(map(data.n_learnt, batch)), 0.0
             for part in parts:     # each divided by the batch's tokens: their sum is the batch mean
                 parallel.before_backward(net, part is parts[-1] and dealt)
                 with autocast:

@@ -189,7 +189,7 @@ def array(text, path):
 
 def table(text, path, delimiter):
     """Yield the rows of CSV or TSV as {name in the first row: str}."""
-    csv.field_size_limit(2**31 - 1)                  # the default, 128 KiB, is less than a long text
+    csv.field_size_limit(2**31 - 1)                 # the default, 128 KiB, is less than a long text
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = next(lines, [])

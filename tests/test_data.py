@@ -132,7 +132,8 @@ def test_read_errors_of_whole_files(tmp_path):
     with pytest.raises(ValueError, match=r"d\.jsonl:1: no known fields among a, b; .*fields="):
         data.read(write(tmp_path / "d.jsonl", {"a": "1", "b": "2"}))
     for content, message in [
-            (b"PK\x03\x04", "zip"), (b"BZh91AY", "bzip2: bzip2 -dc"), (b"<!DOCTYPE html>", "a web page: download"),
+            (b"PK\x03\x04", "zip"), (b"BZh91AY", "bzip2: bzip2 -dc"),
+            (b"<!DOCTYPE html>", "a web page: download"),
             (b"version https://git-lfs.github.com/spec/v1", "Git LFS.*git lfs pull"),
             ('{"a": 1}'.encode("utf-16"), "UTF-16: iconv -f UTF-16 "),
             ('{"a": 1}'.encode("utf-16-le"), "UTF-16 or no text: iconv -f UTF-16LE"),
