@@ -213,7 +213,8 @@ def compress(directory: str | Path, out: str | Path, rank: int | None = None) ->
         errors[name] = S[r:].norm().item(), S.norm().item()
     found = {**saved.facts, "rank": max(A.shape[1] for A, _ in small.values())}
     if found["subtracted"]:                                          # it ends as a LoRA on W
-        found = {k: found[k] for k in ("rank", "niter", "seed", "base") if k in found} | LORA
+        found = {k: found[k] for k in ("rank", "niter", "seed", "base", "chat_template")
+                 if k in found} | LORA
     ours = {"weights", "base"} & set(saved.facts)
     prints = {k: M for k, M in saved.extras.items() if k.endswith(".fingerprint")}
     write(out, small, found if ours else None, prints, saved.config.get("task_type"))

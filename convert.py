@@ -31,6 +31,7 @@ import data
 import model
 import pissa
 from formats import CHECKPOINT_FILES, gguf, gguf_write, hf, meta_write, tokenizer
+from support import chats
 from support.files import check_room, replaced
 from support.report import run
 
@@ -122,12 +123,14 @@ def converted(name, W, dtype):
     return W
 
 
-def say_template(out, config):
+def say_template(out, config, stored):
     """Print what llama.cpp and Ollama have to be told about a GGUF."""
     length = gguf_write.context_length(config)
     if length != config.max_seq_len:
         print(f"note: a context of {length} tokens is stated, " + (
             "the sliding window" if config.sliding_window else "since the base states none"))
+    if stored:
+        return
     template = data.PROMPT.format(instruction="{{ .Prompt }}")
     print("ask it in the template that it was trained with; for Ollama this is a Modelfile:\n\n"
           f'FROM ./{out.name}\nTEMPLATE """{template}"""\n')
@@ -203,6 +206,7 @@ def merge(args):
     config, tensors = model.open_checkpoint(source)
     saved = where and adapter.read_adapter(where, args.force_base)
     pairs, sums = saved.pairs if saved else {}, {}
+    stored = saved and chats.template_of(where)
     if config.tied and "lm_head" in pairs:        # one matrix with two uses; only one is changed
         config = replace(config, tied=False)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -226,12 +230,15 @@ def merge(args):
         dtype = stated                                    # one for all matrices of the file
         shapes = {name: shapes[name] for name in tensors}
         gguf_write.save(args.out, source, config, merged(), shapes, stated)
-        say_template(args.out, config)
+        say_template(args.out, config, stored)
     else:
         write_checkpoint(args.out, source, config, merged(), stated, layout)
     if sums and adapter.codes(sums) != saved.facts["codes"]:
         print("note:", adapter.ROUNDED_ELSEWHERE.format(where))
     changed = "" if alone else f"{len(pairs)} of "
+    own = tokenizer.chat_template(source) if saved else None
+    if said := chats.of_training(own, stored):
+        print("note:", said)
     say_written(args.out, f"{changed}{len(tensors)} tensors{'' if alone else ' changed'}, layout "
                           f"{layout}, {dtype_name(stated)}")
 

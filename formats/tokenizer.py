@@ -386,16 +386,21 @@ def special_names(config, named, bos, eos):
     return {key: name for key, name in found.items() if isinstance(name, str)}
 
 
-def chat_template(folder, config):
-    """The chat template in chat_template.jinja or tokenizer_config.json; None if there is none."""
+def chat_template(folder, config=None):
+    """The chat template in chat_template.jinja, chat_template.json or tokenizer_config.json; None
+    if there is none."""
     path = folder / "chat_template.jinja"
     with usable(path):
         if path.is_file():
             return path.read_text("utf-8")
-    found = config.get("chat_template")
-    with usable(folder / "tokenizer_config.json"):
-        if isinstance(found, list):                                          # several, with names
-            found = {one["name"]: one["template"] for one in found}["default"]
-        if not isinstance(found, (str, type(None))):
-            raise ValueError("chat_template should be a text, or a list of named ones")
-    return found
+    for name in "tokenizer_config.json", "chat_template.json":
+        with usable(folder / name):
+            found = (optional_json(folder / name) if config is None or name[0] == "c" else config
+                     ).get("chat_template")
+            if isinstance(found, list):                                      # several, with names
+                found = {one["name"]: one["template"] for one in found}["default"]
+            if not isinstance(found, (str, type(None))):
+                raise ValueError("chat_template should be a text, or a list of named ones")
+            if found:
+                return found
+    return None
