@@ -69,7 +69,7 @@ def prompt_ids(prompt, tok, begin=""):
     if not prompt:
         return [tok.start] + tok.encode(begin)
     if in_chat(prompt, tok):
-        return tok.encode_chat(chat.render(messages(prompt), tok, ask=True) + begin)
+        return tok.encode_chat(chat.render(messages(prompt), tok, ask=True) + begin)[0]
     return tok.encode(PROMPT.format(instruction=prompt) + begin, bos=True)
 
 

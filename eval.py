@@ -66,8 +66,8 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
     ids = [data.prompt_ids(p, tok, begin) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))    # like lengths: little padding
     if order and (longest := len(ids[order[-1]])) > positions(net):
-        raise ValueError(f"the prompt {data.as_text(prompts[order[-1]])[:60]!r} has {longest:,} tokens, more "
-                         f"than the model's {positions(net):,} positions: leave it out")
+        raise ValueError(f"the prompt {data.as_text(prompts[order[-1]])[:60]!r} has {longest:,} "
+                         f"tokens, more than the model's {positions(net):,} positions: leave it out")
     # The tokens that may hold a stop text: a byte each, and one whose leading space decode() drops.
     width, out = 1 + max((len(s.encode()) for s in stop), default=0), [""] * len(ids)
 
@@ -212,8 +212,8 @@ def main():
     if args.ppl and not text:
         raise ValueError(f"{args.ppl}: the text is empty")
     tok = chats.tokenizer(args)
-    for where, texts in ((args.ppl, [text]), (args.accuracy, [data.as_text(p) for p, _ in examples]),
-                         (args.data, [problem["prompt"] for problem in problems])):
+    for where, texts in ((args.ppl, [text]), (args.data, [p["prompt"] for p in problems]),
+                         (args.accuracy, [data.as_text(p) for p, _ in examples])):
         report.spelled(where, texts, tok)
     quantised = args.adapter and adapter.is_quantised(args.adapter)
 

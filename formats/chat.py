@@ -11,6 +11,7 @@ is the difference.
 import json
 import os
 import warnings
+from bisect import bisect_right
 from datetime import datetime
 from functools import lru_cache
 
@@ -86,11 +87,10 @@ def encode(messages, tok):
         last = answers[-1]
         text = render(messages[:last + 1], tok)
         turns = [(os.path.commonprefix([render(messages[:last], tok, ask=True), text]), text)]
-    ids = tok.encode_chat(text)
+    ids, ends = tok.encode_chat(text)
     learnt = [False] * len(ids)
     for before, after in turns:
-        start = common(ids, tok.encode_chat(before))
-        end = len(ids) if after == text else common(ids, tok.encode_chat(after))
+        start, end = (tokens_within(part, ids, ends, tok) for part in (before, after))
         stops = [i + 1 for i in range(start, end) if ids[i] in tok.stops]
         others = [i + 1 for i in range(start, end) if ids[i] in tok.controls]
         end = stops[0] if stops else others[-1] if others else end    # nothing behind it is learnt
@@ -116,10 +116,13 @@ def spans(messages, answers, text, tok):
     return found
 
 
-def common(a, b):
-    """How many ids two lists share at the beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-                min(len(a), len(b)))
+def tokens_within(part, ids, ends, tok):
+    """How many of the ids lie within `part`, a beginning of their text; one on its end does not."""
+    if ends is not None:
+        return bisect_right(ends, len(part))
+    begin = tok.encode_chat(part)[0]                 # as many as the two have in common
+    return next((n for n, (a, b) in enumerate(zip(ids, begin, strict=False)) if a != b),
+                min(len(ids), len(begin)))
 
 
 def use(tok, template=None):

@@ -83,8 +83,8 @@ class Tokenizer:
         return [self.bos] * bos + self.lib.encode(text) + [self.eos] * eos
 
     def encode_chat(self, text):
-        """What a chat template made to ids: names of control tokens become these tokens, except
-        those with MARK in them."""
+        """What a chat template made -> (ids, ends). Names of control tokens become these tokens,
+        except those with MARK in them. ends: where each token ends in the text; None if unknown."""
         return self.lib.encode_chat(text, self.named)
 
     def decode(self, ids):
@@ -135,7 +135,7 @@ class SentencePiece:
 
     def encode_chat(self, text, named):
         tokens = {**{name: {"id": i} for name, i in named.items()}, **self.all_added}
-        return self.encode_parts(text, tokens, cut_at(tokens))
+        return self.encode_parts(text, tokens, cut_at(tokens)), None
 
     def encode_parts(self, text, tokens, cut):
         """Ids of a text with words, or control tokens, in it: {name: {"id", ...}}."""
@@ -197,11 +197,11 @@ class HuggingFace:
 
     def encode_chat(self, text, named):
         if MARK in text:
-            return encode_between(text, named, self.encode)
+            return encode_between(text, named, self.encode), None
         self.tok.encode_special_tokens = False
-        ids = self.encode(text)
+        encoding = self.tok.encode(text, add_special_tokens=False)
         self.tok.encode_special_tokens = True
-        return ids
+        return encoding.ids, [end for _, end in encoding.offsets]
 
     def decode(self, ids):
         return self.tok.decode(ids)
@@ -245,7 +245,7 @@ class Tiktoken:
         return None
 
     def encode_chat(self, text, named):
-        return encode_between(text, named, self.encode)
+        return encode_between(text, named, self.encode), None
 
     def encode(self, text):
         # As Meta does, because a million spaces in a row make the regular expression overflow.
