@@ -66,8 +66,8 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
     ids = [data.prompt_ids(p, tok, begin) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))    # like lengths: little padding
     if order and (longest := len(ids[order[-1]])) > positions(net):
-        raise ValueError(f"the prompt {data.as_text(prompts[order[-1]])[:60]!r} has {longest:,} "
-                         f"tokens, more than the model's {positions(net):,} positions: leave it out")
+        first = data.as_text(prompts[order[-1]])[:60]
+        raise ValueError(f"the prompt {first!r} has {longest:,} tokens, more than the model's {positions(net):,} positions: leave it out")
     # The tokens that may hold a stop text: a byte each, and one whose leading space decode() drops.
     width, out = 1 + max((len(s.encode()) for s in stop), default=0), [""] * len(ids)
 

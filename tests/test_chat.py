@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import adapter
+import convert
 import data
+import eval as evaluation
+import train
+from conftest import command, failure, small_net
 from formats import chat
 from support import chats
 
@@ -87,9 +92,9 @@ def turn(role, content):
 
 
 PIECES = ["Hello", " how", "\n", "\n\n", "  ", "\t", "é", "日本語", "🙂", "\u2028", "\u00a0",
-          "<|im_end", "|im_end|>", "<|im_end |>", "< s>", "</s", "[INST", "[/]",
-          "<|eot_id", "<start_of_turn", "<think>", "{{ x }}", "{% if %}", "USER:", "assistant", "12", "'s", "\\n", "\"",
-          "<|", "|>"]
+          "<|im_end", "|im_end|>", "<|im_end |>", "< s>", "</s", "[INST", "[/]", "<|eot_id",
+          "<start_of_turn", "<think>", "{{ x }}", "{% if %}", "USER:", "assistant", "12", "'s",
+          "\\n", "\"", "<|", "|>"]
 
 
 def conversations(n, system, seed=0):
@@ -194,7 +199,7 @@ def learnt_text(tok, ids, learnt):
     ("qwen3", ["<think>\n\n</think>\n\n4<|im_end|>"]),
     ("gemma", ["2<end_of_turn>", "4<end_of_turn>"])])
 def test_answers_and_their_ends_are_learnt(pair, name, expected):
-    """An all-zero mask, a mask that runs to the end, an end that is never learnt since pad = eos."""
+    """No mask of zeros, none that runs to the end; the end is learnt although pad is eos."""
     tok, theirs = pair(*template_named(name))
     ids, learnt = data.encode_chat(TWO, tok)
     assert list(filter(None, (t.strip("\0") for t in learnt_text(tok, ids, learnt)))) == expected
@@ -345,3 +350,77 @@ def test_a_run_that_never_learns_to_stop_is_refused(pair):
     texts = [(TWO[:1], "2")]
     with pytest.raises(ValueError, match="no conversation teaches the model to stop: raise --max"):
         chats.begin(data.encode(texts, tok, 999)[0], texts, tok)
+
+
+# Whole runs ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def base(pair, tmp_path):
+    """The folder of a small model with a chat template, and conversations."""
+    tok, _ = pair(*SMALL["chatml"])
+    net = small_net(vocab_size=tok.vocab_size)
+    convert.write_checkpoint(tmp_path / "base", tmp_path, net.config, net.state_dict().items(),
+                             next(net.parameters()).dtype, "hf")
+    rows = [{"messages": [turn("user", f"{i} + 1?"), turn("assistant", str(i + 1)), *TWO]}
+            for i in range(12)]
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    (tmp_path / "plain.jsonl").write_text("".join(
+        json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(9)))
+    return tmp_path / "base"
+
+
+def trained(base, *more):
+    """What train.py prints; the run is in base/../run."""
+    return command(train.main, "--ckpt", base, "--out", base.parent / "run", "--rank", 2, "--steps",
+                   2, "--batch", 4, "--max-new-tokens", 2, "--device", "cpu", *more)
+
+
+def test_a_run_on_conversations(base, tmp_path):
+    """Its form is kept with the adapter, and eval.py and convert.py know it."""
+    said = trained(base, "--data", tmp_path / "chat.json", "--val-fraction", 0.2)
+    assert "  > 2<|im_end|>\n" in said
+    run, asked = tmp_path / "run" / "adapter", "asked in the chat template that"
+    stored = json.loads((run / "pissa.json").read_text())["chat_template"]
+    assert stored == CHATML == chats.template_of(run)
+    assert asked in command(evaluation.main, "--ckpt", base, "--adapter", run, "--prompt", "1?",
+                            "--max-new-tokens", 2, "--device", "cpu")
+    assert "its training used its chat template" in command(
+        convert.main, "merge", tmp_path / "run", tmp_path / "merged")
+    adapter.compress(run, tmp_path / "small")
+    assert chats.template_of(tmp_path / "small") == CHATML
+
+
+def test_a_run_on_questions(base, tmp_path):
+    """The paper's prompt, unless --chat is given; accuracy says the form."""
+    rows = tmp_path / "plain.jsonl"
+    said = trained(base, "--data", rows, "--test-data", rows)
+    assert "Below is an instruction" in said and "data.PROMPT" in said
+    assert chats.template_of(tmp_path / "run" / "adapter") is None
+    assert "used the paper's prompt: ask it" in command(convert.main, "merge", tmp_path / "run",
+                                                        tmp_path / "merged")
+    said = trained(base, "--data", rows, "--chat", "--test-data", rows, "--overwrite")
+    assert "Below is" not in said and "protocol strict: the chat template, greedy" in said
+    for more, form in ((), "data.PROMPT"), (("--chat",), "the chat template"):
+        assert f"protocol strict: {form}, greedy" in command(
+            evaluation.main, "--ckpt", base, "--accuracy", rows, "--max-new-tokens", 2, "--device",
+            "cpu", "--out", tmp_path / "x.jsonl", *more)
+
+
+def test_no_template_is_one_line(tmp_path):
+    """The demo's model has none."""
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": TWO}))
+    for script, *argv in (("train.py", "--ckpt", "tiny", "--data", tmp_path / "d.jsonl", "--out",
+                           tmp_path / "run"), ("eval.py", "--chat", "--prompt", "x")):
+        said = failure(script, *argv)
+        assert "has no chat template: put the chat_template.jinja of" in said and "\n" not in said
+
+
+def test_long_text_becomes_windows(pair):
+    """Every token once, each window with a beginning, only the last with EOS."""
+    tok, _ = pair(*SMALL["chatml"])
+    text = " ".join(map(str, range(60)))
+    encoded, truncated, dropped = data.encode([("", text)], tok, 32)
+    assert len(encoded) > 3 and (truncated, dropped) == (0, 0)
+    assert all(ids[0] == tok.start and n == 1 and len(ids) <= 32 for ids, n in encoded)
+    assert [len(ids) for ids, _ in encoded[:-1]] == [32] * (len(encoded) - 1)
+    assert [i for ids, _ in encoded for i in ids[1:]] == tok.encode(text, eos=True)
