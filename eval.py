@@ -67,7 +67,8 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))    # like lengths: little padding
     if order and (longest := len(ids[order[-1]])) > positions(net):
         first = data.as_text(prompts[order[-1]])[:60]
-        raise ValueError(f"the prompt {first!r} has {longest:,} tokens, more than the model's {positions(net):,} positions: leave it out")
+        raise ValueError(f"the prompt {first!r} has {longest:,} tokens, more than the model's "
+                         f"{positions(net):,} positions: leave it out")
     # The tokens that may hold a stop text: a byte each, and one whose leading space decode() drops.
     width, out = 1 + max((len(s.encode()) for s in stop), default=0), [""] * len(ids)
 

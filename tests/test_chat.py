@@ -151,6 +151,8 @@ def reference(theirs, messages, stops):
 def check(tok, theirs, system, n, seed=0):
     """Equal ids and masks of n conversations. In each, the end of an answer is learnt."""
     for messages in conversations(n, system, seed):
+        for m in messages:                  # of whole names: test_messages_make_no_control_tokens
+            m["content"] = tok.control.sub("x", m["content"])
         ids, learnt = data.encode_chat(messages, tok)
         assert (ids, learnt) == reference(theirs, messages, tok.stops), messages
         last = max(t for t, is_learnt in enumerate(learnt) if is_learnt)
@@ -378,7 +380,7 @@ def trained(base, *more):
 def test_a_run_on_conversations(base, tmp_path):
     """Its form is kept with the adapter, and eval.py and convert.py know it."""
     said = trained(base, "--data", tmp_path / "chat.json", "--val-fraction", 0.2)
-    assert "  > 2<|im_end|>\n" in said
+    assert "; what is learnt stands behind >\n  | <|im_start|>user" in said
     run, asked = tmp_path / "run" / "adapter", "asked in the chat template that"
     stored = json.loads((run / "pissa.json").read_text())["chat_template"]
     assert stored == CHATML == chats.template_of(run)
