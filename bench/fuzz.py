@@ -190,7 +190,8 @@ def write_records(folder):
     (folder / "own" / "chat_template.jinja").write_text(template)
     (folder / "config" / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}))
-    return {"csv": (read_records, folder / "d.csv"), "json array": (read_records, folder / "d.json"),
+    return {"csv": (read_records, folder / "d.csv"),
+            "json array": (read_records, folder / "d.json"),
             "conversations": (read_records, folder / "chat.jsonl"),
             "gz": (read_records, *(folder / name for name in ("l.jsonl.gz", "c.csv.gz",
                                                               "a.json.gz"))),
