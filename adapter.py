@@ -36,7 +36,7 @@ from formats.peft import FACTS, LORA, plain, read_facts, unwrapped
 from pissa import PissaLinear
 from support.files import check_room, replaced
 
-EXTRAS = "pissa"                                                     # EXTRAS.safetensors or .bin
+EXTRAS, KEPT = "pissa", "rank niter seed base chat_template"         # EXTRAS.safetensors or .bin
 OURS = "adapter_config.json", "adapter_model.*", "pissa.*", "pissa_quantised_from.*"
 ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than on the machine that "
                      "trained them: outputs differ a little (another dtype or kind of device?)")
@@ -214,7 +214,7 @@ def compress(directory: str | Path, out: str | Path, rank: int | None = None) ->
         errors[name] = S[r:].norm().item(), S.norm().item()
     found = {**saved.facts, "rank": max(A.shape[1] for A, _ in small.values())}
     if found["subtracted"] or found.get("own_layer"):                # it ends as a LoRA on W
-        found = {k: found[k] for k in ("rank", "niter", "seed", "base") if k in found} | LORA
+        found = {k: v for k, v in found.items() if k in KEPT.split()} | LORA
     ours = {"weights", "base"} & set(saved.facts)
     prints = {k: M for k, M in saved.extras.items() if k.endswith(".fingerprint")}
     write(out, small, found if ours else None, prints, saved.config.get("task_type"))

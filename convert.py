@@ -33,6 +33,7 @@ import data
 import model
 import pissa
 from formats import CHECKPOINT_FILES, decomposed, gguf, gguf_write, hf, meta_write, peft, tokenizer
+from support import chats
 from support.files import check_room, replaced
 from support.report import run
 
@@ -125,12 +126,14 @@ def converted(name, W, dtype):
     return W
 
 
-def say_template(out, config):
+def say_template(out, config, stored):
     """Print what llama.cpp and Ollama have to be told about a GGUF."""
     length = gguf_write.context_length(config)
     if length != config.max_seq_len:
         print(f"note: a context of {length} tokens is stated, " + (
             "the sliding window" if config.sliding_window else "since the base states none"))
+    if stored:
+        return
     template = data.PROMPT.format(instruction="{{ .Prompt }}")
     print("ask it in the template that it was trained with; for Ollama this is a Modelfile:\n\n"
           f'FROM ./{out.name}\nTEMPLATE """{template}"""\n')
@@ -207,6 +210,7 @@ def merge(args):
     config, tensors = model.open_checkpoint(source)
     saved = where and adapter.read_adapter(where, args.force_base)
     pairs, sums = saved.pairs if saved else {}, {}
+    stored = saved and chats.template_of(where)
     if config.tied and "lm_head" in pairs:        # one matrix with two uses; only one is changed
         config = replace(config, tied=False)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -230,12 +234,13 @@ def merge(args):
         dtype = stated                                    # one for all matrices of the file
         shapes = {name: shapes[name] for name in tensors}
         gguf_write.save(args.out, source, config, merged(), shapes, stated)
-        say_template(args.out, config)
+        say_template(args.out, config, stored)
     else:
         write_checkpoint(args.out, source, config, merged(), stated, layout)
     if sums and adapter.codes(sums) != saved.facts["codes"]:
         print("note:", adapter.ROUNDED_ELSEWHERE.format(where))
     changed = "" if alone else f"{len(pairs)} of "
+    chats.say_training(tokenizer.chat_template(source) if saved else None, stored)
     say_written(args.out, f"{changed}{len(tensors)} tensors{'' if alone else ' changed'}, layout "
                           f"{layout}, {dtype_name(stated)}")
 
@@ -280,9 +285,8 @@ def compress(args):
         print(f"note: {adapter.EXPORTED}")
     print(f"{len(errors)} matrices at rank {rank} in {args.out}; relative error of Delta W "
           f"(Frobenius) {lost / max(whole, 1e-30):.2%}, worst {worst} "
-          f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}; use it:\n"
-          f"  python eval.py --ckpt BASE --adapter {shlex.quote(str(args.out))} --prompt "
-          "'your question'")
+          f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}; use it:\n  python eval.py "
+          f"--ckpt BASE --adapter {shlex.quote(str(args.out))} --prompt 'your question'")
 
 
 def main():

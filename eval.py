@@ -32,7 +32,7 @@ import pissa
 import tasks
 from formats import jsonl
 from formats.jsonl import write_lines
-from support import ask, report
+from support import ask, chats, report
 from support.files import named
 
 # Of each protocol: the text after the template, the function that reads an answer, and its rule.
@@ -41,10 +41,11 @@ PROTOCOLS = {
     "paper": (data.STEPS, data.paper_answer, "the rounded number after the last 'The answer is: '")}
 
 
-def describe(protocol, max_new_tokens, stop=()):
+def describe(protocol, max_new_tokens, stop=(), chat=False):
     """The line that says how an accuracy was measured."""
     begin, _, rule = PROTOCOLS[protocol]
-    return (f"protocol {protocol}: data.PROMPT{begin and f' + {begin!r}'}, greedy, at most "
+    form = "the chat template" if chat else "data.PROMPT"
+    return (f"protocol {protocol}: {form}{begin and f' + {begin!r}'}, greedy, at most "
             f"{max_new_tokens} new tokens{f', stop at {stop}' if stop else ''}; {rule} must equal "
             "the reference")
 
@@ -56,7 +57,8 @@ def positions(net):
 
 def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=(), watch=None,
              **sampling):
-    """Responses (str) to instructions, in the paper's template, up to the first text of `stop`.
+    """Responses (str) to instructions, in the paper's template or in the model's chat template
+    (see data.prompt_ids), up to the first text of `stop`.
 
     begin: the first words of every response, not repeated in it. sampling: see model.generate.
     watch: a function that gets the text of a response after each token.
@@ -64,8 +66,9 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
     ids = [data.prompt_ids(p, tok, begin) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))    # like lengths: little padding
     if order and (longest := len(ids[order[-1]])) > positions(net):
-        raise ValueError(f"the prompt {prompts[order[-1]][:60]!r} has {longest:,} tokens, more "
-                         f"than the model's {positions(net):,} positions: leave it out")
+        first = data.as_text(prompts[order[-1]])[:60]
+        raise ValueError(f"the prompt {first!r} has {longest:,} tokens, more than the model's "
+                         f"{positions(net):,} positions: leave it out")
     # The tokens that may hold a stop text: a byte each, and one whose leading space decode() drops.
     width, out = 1 + max((len(s.encode()) for s in stop), default=0), [""] * len(ids)
 
@@ -178,7 +181,7 @@ def content_hash(net, directory, asked):
 def show_accuracy(net, tok, examples, args):
     """--accuracy: the protocol, the score with its 95 % interval, and a file of predictions."""
     how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
-    print(describe(**how))
+    print(describe(**how, chat=tok.in_chat))
     folder = Path(args.adapter).parent if args.adapter else Path("runs")
     name = "-".join(["predictions", Path(args.adapter or args.ckpt).name, Path(args.accuracy).stem,
                      args.protocol, *([f"first{args.limit}"] if args.limit else [])])
@@ -209,9 +212,9 @@ def main():
         raise ValueError(f"{args.ppl}: {jsonl.other_kind(args.ppl)}") from None
     if args.ppl and not text:
         raise ValueError(f"{args.ppl}: the text is empty")
-    tok = data.Tokenizer(model.find(args.ckpt))
-    for where, texts in ((args.ppl, [text]), (args.accuracy, [prompt for prompt, _ in examples]),
-                         (args.data, [problem["prompt"] for problem in problems])):
+    tok = chats.tokenizer(args)
+    for where, texts in ((args.ppl, [text]), (args.data, [p["prompt"] for p in problems]),
+                         (args.accuracy, [data.as_text(p) for p, _ in examples])):
         report.spelled(where, texts, tok)
     quantised = args.adapter and adapter.is_quantised(args.adapter)
 
@@ -228,7 +231,7 @@ def main():
     if args.prompt:
         answer(args.prompt)
     if args.interactive:
-        ask.session(answer, data.PROMPT)
+        ask.session(answer, chats.form(tok))
     if args.accuracy:
         show_accuracy(net, tok, examples, args)
     if args.task:

@@ -38,7 +38,7 @@ import relatives
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, complete, describe, load_model, positions
 from fast import faster
-from support import parallel, progress, report, resume
+from support import chats, parallel, progress, report, resume
 
 # ---------------------------------------------------------------------------------------- the loss
 
@@ -143,7 +143,7 @@ def train(net, examples, args, autocast, val=()):
         for step in todo:
             start, (batch, parts, dealt) = time.perf_counter(), ahead
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
-            learnt, total = sum(len(ids) - n_prompt for ids, n_prompt in batch), 0.0
+            learnt, total = sum(map(data.n_learnt, batch)), 0.0
             if penalty and not parallel.RANK:                # of the weights, so in one process
                 parallel.before_backward(net, False)
                 penalty(net).backward()
@@ -189,8 +189,8 @@ def evaluate(net, tok, val, val_texts, test, args, autocast, when):
         data.prompt_ids(prompt, tok)) <= positions(net)), 2))
     with parallel.generation():
         mine = parallel.share(shown)
-        answers = parallel.union(list(zip(mine, complete(net, tok, mine, max_new_tokens=n),
-                                          strict=True)))
+        answers = parallel.union(list(zip(map(data.as_text, mine), complete(
+            net, tok, mine, max_new_tokens=n), strict=True)))
         mine = parallel.share(test)
         _, rows = accuracy(net, tok, mine, max_new_tokens=n, desc=f"accuracy {when}") if mine else (
             0, [])
@@ -211,7 +211,9 @@ def read_data(args, tok):
         print("no validation examples: the validation loss below is that of 32 training examples")
     encoded = report.encoded("data", args.data, train, tok, args.max_length)
     where = args.val_data or args.data
-    return encoded, report.encoded("validation", where, val, tok, args.max_length), val
+    encoded_val = report.encoded("validation", where, val, tok, args.max_length)
+    chats.begin(encoded, train, tok)
+    return encoded, encoded_val, val
 
 
 def prepare(net, args, seconds, read=None, examples=()):
@@ -301,7 +303,7 @@ def fine_tune(args):
     if args.resume and report.finished(args):
         return resume.finish(args)
     parallel.choose(args.shard, lambda: import_module("support.plan").peak(args))
-    tok = data.Tokenizer(model.find(args.ckpt))
+    tok = chats.tokenizer(args)
     examples, val, val_texts = read_data(args, tok)
     test = data.read(args.test_data, args.fields) if args.test_data else []
     data.references(test, args.test_data)
@@ -329,6 +331,7 @@ def fine_tune(args):
         if not (args.adapter or quantised) and abs(loss - before["loss"]) > 0.02 * before["loss"]:
             raise ValueError("the injected model is not the base model: the loss differs at step 0")
 
+    chats.note(net, tok)
     resume.claim(args, net, before)
     with resume.signals_noted():
         rows, stopped = train(net, examples, args, autocast, val)
@@ -350,10 +353,10 @@ def fine_tune(args):
         after = evaluate(net, tok, val, val_texts, test, args, autocast, "after")
     seconds["all"] = time.perf_counter() - begin
     report.summarise(rows, before, after, args, seconds, device,
-                     describe("strict", args.max_new_tokens))
+                     describe("strict", args.max_new_tokens, chat=tok.in_chat))
     if quantised:
         print(f"note: {adapter.EXPORTED}; convert.py merge writes the latter")
-    report.weights_written(directory, args, [prompt for prompt, _ in val_texts])
+    report.weights_written(directory, args, [data.as_text(prompt) for prompt, _ in val_texts])
     resume.finish(args)
 
 

@@ -1,6 +1,6 @@
 """Damaged inputs: each should work as it says, or be refused in one line that names the file.
 
-    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 13 kinds, 15 min
+    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 18 kinds, 20 min
     python -m bench.fuzz --kinds gguf state --cases 50          # of some kinds
 
 A case is a function of (kind, number). It runs in a process of its own, forked from this one, with
@@ -10,6 +10,7 @@ traceback, hang, memory, crash, unclear (no line, or not of this file), wrong (n
 """
 import argparse
 import copy
+import gzip
 import json
 import random
 import shutil
@@ -151,6 +152,62 @@ def read_task(path):
             raise Wrong(f"{row} became {problem}")
 
 
+def read_records(path):
+    """--data of other kinds: every record has an answer, and a prompt or messages."""
+    for prompt, response in data.read(path):
+        texts = [m["content"] for m in prompt] if isinstance(prompt, list) else [prompt]
+        if not (texts and all(isinstance(text, str) for text in texts) and response.strip()):
+            raise Wrong(f"{prompt!r}, {response!r}")
+
+
+def read_template(path):
+    """A chat template, or the configuration that holds it: what is learnt is an answer."""
+    tok = data.Tokenizer(path.parent)
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    try:
+        ids, learnt = data.encode_chat(messages, tok)
+    except ValueError as e:             # the command line adds no file to what a template says
+        raise ValueError(f"{path}: {e}" if "chat template" in str(e) else str(e)) from None
+    if len(ids) != len(learnt) or max(ids, default=0) >= tok.vocab_size:
+        raise Wrong(f"{ids}, {learnt}")
+
+
+def write_records(folder):
+    """{kind: (attempt, *paths)} of small data files of other kinds, and of a chat template."""
+    folder.mkdir()
+    rows = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}, \"really\"."} for i in range(9)]
+    talk = [{"messages": [{"role": "system", "content": "Add."}, {"role": "user", "content": "1"},
+                          {"role": "assistant", "content": "2"}]},
+            {"conversations": [{"from": "human", "value": "3"}, {"from": "gpt", "value": "4"}]},
+            {"instruction": "5", "output": "6", "system": "Add.", "history": [["1", "2"]]}] * 3
+    table = "".join(f'{row["question"]},"{row["answer"].replace(chr(34), chr(34) * 2)}"\n'
+                    for row in rows)
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    contents = {"d.csv": f"question,answer\n{table}", "d.json": json.dumps(rows),
+                "chat.jsonl": "".join(f"{json.dumps(row)}\n" for row in talk)}
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    for name, content in ("l.jsonl.gz", lines), ("c.csv.gz", contents["d.csv"]), (
+            "a.json.gz", contents["d.json"]):
+        (folder / name).write_bytes(gzip.compress(content.encode()))
+    template = ("{{ bos_token }}{% for m in messages %}\n[{{ m.role | upper }}] {{ m.content }}"
+                "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+                "{% if add_generation_prompt %}\n[ASSISTANT] {% endif %}")
+    for name in "own", "config":
+        (folder / name).mkdir()
+        shutil.copyfile(model.find("tiny") / "tokenizer.model", folder / name / "tokenizer.model")
+    (folder / "own" / "chat_template.jinja").write_text(template)
+    (folder / "config" / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}))
+    return {"csv": (read_records, folder / "d.csv"),
+            "json array": (read_records, folder / "d.json"),
+            "conversations": (read_records, folder / "chat.jsonl"),
+            "gz": (read_records, *(folder / name for name in ("l.jsonl.gz", "c.csv.gz",
+                                                              "a.json.gz"))),
+            "chat template": (read_template, folder / "own" / "chat_template.jinja",
+                              folder / "config" / "tokenizer_config.json")}
+
+
 def write_tasks(folder):
     """A file of every task, and one of predictions; their paths."""
     folder.mkdir()
@@ -238,6 +295,7 @@ def set_up(there):
         "tokenizer.model": (read_tokenizer, there / "tok" / "tokenizer.model"),
         "args.json": (read_args, out / "args.json"),
         "gguf": (read_gguf, there / "x.gguf"),
+        **write_records(there / "records"),
         "task files": (read_task, *write_tasks(there / "tasks")),
         "state": (partial(read_state, started, args, examples, before), state, state,
                   out / "val.jsonl", out / "summary.json")}

@@ -63,7 +63,7 @@ def vocabulary(folder, rows):
     found = {**keys, "tokens": list(tokens), "token_type": list(types),
              **{f"{name}_token_id": i for name, i in ids.items() if i is not None},
              "add_bos_token": tok.bos is not None, "add_eos_token": False}
-    template = chat_template(folder, config)
+    template = kinds.chat_template(folder, config)
     return {**{f"tokenizer.ggml.{key}": value for key, value in found.items()},
             **({"tokenizer.chat_template": template} if template else {})}
 
@@ -76,17 +76,6 @@ def hf_files(folder, config):
     info = {"general.architecture": "llama", "llama.context_length": config.max_seq_len or None,
             **vocabulary(folder, config.vocab_size)}
     return gguf.tokenizer_files(info, config.vocab_size, folder)
-
-
-def chat_template(folder, config):
-    """The chat template of a checkpoint, from whichever file holds it; None if there is none."""
-    if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text("utf-8")
-    found = (config.get("chat_template")
-             or kinds.optional_json(folder / "chat_template.json").get("chat_template"))
-    if isinstance(found, list):                                 # several, each with a name
-        found = {t.get("name"): t.get("template") for t in found}.get("default")
-    return found if isinstance(found, str) else None
 
 
 def pieces(lib, folder):

@@ -30,9 +30,12 @@ def printable(text, keep="\n\t"):
     return CONTROL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
-def records(path):
-    """Yield ("file:line", record as a dict) of every line that is not blank."""
-    with open(path, "rb") as file:  # bytes: an error in the encoding then has a line number too
+def records(path, opened=None):
+    """Yield ("file:line", record as a dict) of every line that is not blank.
+
+    opened: the content of the file, as a binary file, if it is not what stands on the disk.
+    """
+    with opened or open(path, "rb") as file:  # bytes: bad encoding then has a line number, too
         if (head := file.read(1000)).startswith(tuple(KINDS)) or b"\0" in head:
             raise ValueError(f"{path}: {other_kind(path)}")
         file.seek(0)

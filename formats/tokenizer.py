@@ -6,17 +6,20 @@
 
 If a directory holds several, the first of these counts. The library of each kind cuts the text.
 Two things are decided here, in the same way for all: which ids begin and end a text, and that no
-text ever becomes one of them. "</s>" in a question is four characters. Only `bos=True` and
-`eos=True` make tokens.
+text ever becomes one of them. "</s>" in a question is four characters. Only `bos=True`, `eos=True`
+and a chat template make tokens.
 """
 import base64
 import json
 import re
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
+
+MARK = "\ufdd1"       # no character: stands in the name of a control token that has to stay text
 
 
 class Tokenizer:
@@ -27,6 +30,8 @@ class Tokenizer:
     start: the id before plain text: bos, even one that is declared but not prepended, else eos.
     pad: any valid id, because padding is never seen and never learnt. vocab_size: above every id.
     control: a regular expression that finds the names of tokens which no text becomes.
+    controls: the ids of these. template: the chat template, a str, or None. names: {"bos_token":
+    "<s>", ...}, which a template uses. in_chat: whether questions are asked in it, see chat.use.
 
     FileNotFoundError if there is no tokenizer, ValueError naming a file that cannot be used.
     """
@@ -63,14 +68,24 @@ class Tokenizer:
         with usable(path):
             lib.hide(hidden := self.stops | {self.start} | special, added, config.get("legacy"))
             names = {*lib.control, *(name for name, i in ids.items() if i in hidden)} - {""}
-            self.control = re.compile("|".join(map(re.escape, sorted(names))) or "(?!)")
+            self.control = re.compile(any_of(names))
+            self.named = {name: ids[name] for name in names if name in ids}
+            self.controls = frozenset(self.named.values())
             self.vocab_size = 1 + max(lib.size - 1, self.start, *self.stops, *lib.words)
             self.decode(self.encode("A 1 é\n"))          # if it does not work, it fails here
+        with usable(folder / "tokenizer_config.json"):
+            self.names = special_names(config, self.named, declared, self.eos)
+        self.folder, self.in_chat, self.template = folder, False, chat_template(folder, config)
 
     def encode(self, text, bos=False, eos=False):
         """Text to ids. A literal "<s>" in it is plain characters, never the BOS token."""
         bos = bos and self.bos is not None
         return [self.bos] * bos + self.lib.encode(text) + [self.eos] * eos
+
+    def encode_chat(self, text):
+        """What a chat template made -> (ids, ends). Names of control tokens become these tokens,
+        except those with MARK in them. ends: where each token ends in the text; None if unknown."""
+        return self.lib.encode_chat(text, self.named)
 
     def decode(self, ids):
         """Ids to text. BOS, EOS and padding have no text and are left out. So are ids beyond the
@@ -109,22 +124,25 @@ class SentencePiece:
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.added = {name: token for name, token in added.items() if token["id"] not in control}
         self.words = {token["id"]: name for name, token in self.added.items()}
-        self.cut = re.compile("(%s)" % "|".join(
-            rf"(?<!\w){re.escape(name)}(?!\w)" if self.added[name].get("single_word") else
-            re.escape(name) for name in sorted(self.added, key=len, reverse=True)))
+        self.cut = cut_at(self.added)
         # Behind a word no space is put before the text: normalizer_spec.add_dummy_prefix = false,
         # which protobuf merges with what the file says. "legacy" is how transformers began.
-        if self.words:
-            self.inner = sentencepiece.SentencePieceProcessor(
-                model_proto=proto + b"\x1a\x02\x18\x00")
-        self.legacy = legacy
+        self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
+        self.legacy, self.all_added = legacy, added
 
     def encode(self, text):
-        if not self.words:
-            return self.sp.encode(text)
-        parts, ids = self.cut.split(text), []                     # text, word, text ... word, text
-        words = [{}, *map(self.added.get, parts[1::2]), {}]
+        return self.encode_parts(text, self.added, self.cut) if self.words else self.sp.encode(text)
+
+    def encode_chat(self, text, named):
+        tokens = {**{name: {"id": i} for name, i in named.items()}, **self.all_added}
+        return self.encode_parts(text, tokens, cut_at(tokens)), None
+
+    def encode_parts(self, text, tokens, cut):
+        """Ids of a text with words, or control tokens, in it: {name: {"id", ...}}."""
+        parts, ids = cut.split(text), []                          # text, word, text ... word, text
+        words = [{}, *map(tokens.get, parts[1::2]), {}]
         for part, before, after in zip(parts[::2], words, words[1:], strict=False):
+            part = part.replace(MARK, "")
             part = part.lstrip() if before.get("rstrip") else part
             part = part.rstrip() if after.get("lstrip") else part
             first = not before or self.legacy and not part.startswith(" ")
@@ -177,6 +195,14 @@ class HuggingFace:
     def encode(self, text):
         return self.tok.encode(text, add_special_tokens=False).ids
 
+    def encode_chat(self, text, named):
+        if MARK in text:
+            return encode_between(text, named, self.encode), None
+        self.tok.encode_special_tokens = False
+        encoding = self.tok.encode(text, add_special_tokens=False)
+        self.tok.encode_special_tokens = True
+        return encoding.ids, [end for _, end in encoding.offsets]
+
     def decode(self, ids):
         return self.tok.decode(ids)
 
@@ -203,7 +229,9 @@ class Tiktoken:
                                      special_tokens={})
         n = len(ranks)
         self.size = n + 256
-        self.ids = {"<|begin_of_text|>": n, "<|end_of_text|>": n + 1, "<|eot_id|>": n + 9}
+        self.ids = {f"<|{name}|>": n + i for name, i in (
+            ("begin_of_text", 0), ("end_of_text", 1), ("start_header_id", 6), ("end_header_id", 7),
+            ("eom_id", 8), ("eot_id", 9), ("python_tag", 10))}
         # The base model ends with end_of_text, the instructed one with eot_id. The file does not
         # say which one it is. Responses end with the first (Meta's eos_id), generation with either.
         self.bos, self.eos, self.stops = n, n + 1, (n + 1, n + 9)
@@ -216,6 +244,9 @@ class Tiktoken:
         """Nothing is left to do: control tokens have no names here, so no text can spell them."""
         return None
 
+    def encode_chat(self, text, named):
+        return encode_between(text, named, self.encode), None
+
     def encode(self, text):
         # As Meta does, because a million spaces in a row make the regular expression overflow.
         parts = re.split(r"(\s{25000})", text)
@@ -223,6 +254,33 @@ class Tiktoken:
 
     def decode(self, ids):
         return self.tok.decode([i for i in ids if i < self.bos])
+
+
+# Texts with control tokens in them ----------------------------------------------------------------
+
+def any_of(names):
+    """A regular expression that finds names, the longest first."""
+    return "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
+
+
+@lru_cache
+def cut_at_names(names):
+    """A regular expression that splits a text at (name, whether it must stand alone)."""
+    return re.compile("(%s)" % "|".join(
+        rf"(?<!\w){re.escape(name)}(?!\w)" if alone else re.escape(name)
+        for name, alone in sorted(names, key=lambda n: -len(n[0]))))
+
+
+def cut_at(tokens):
+    """A regular expression that splits a text at the tokens {name: {"single_word", ...}}."""
+    return cut_at_names(tuple((name, token.get("single_word")) for name, token in tokens.items()))
+
+
+def encode_between(text, named, encode):
+    """The ids of a text, whose parts between the control tokens {name: id} are encoded alone."""
+    parts = re.split(f"({any_of(named)})", text)
+    return [i for n, part in enumerate(parts) if part
+            for i in ([named[part]] if n % 2 else encode(part.replace(MARK, "")))]
 
 
 # What the files say -------------------------------------------------------------------------------
@@ -317,3 +375,36 @@ def eos_ids(config, size):
     if not all(type(i) is int and 0 <= i < size for i in ids):
         raise ValueError(f"eos_token_id should be ids from 0 to {size - 1}, not {ids!r:.60}")
     return ids
+
+
+def special_names(config, named, bos, eos):
+    """{"bos_token": "<s>", ...} of tokenizer_config.json. If it does not name BOS or EOS: of the
+    ids."""
+    found = {key: token["content"] if isinstance(token, dict) else token
+             for key, token in config.items() if re.fullmatch("[a-z]+_token", key)
+             and not key.startswith("add_") and token}
+    by_id = {i: name for name, i in named.items()}
+    for key, i in ("bos_token", bos), ("eos_token", eos):
+        if key not in found and i in by_id:
+            found[key] = by_id[i]
+    return {key: name for key, name in found.items() if isinstance(name, str)}
+
+
+def chat_template(folder, config=None):
+    """The chat template in chat_template.jinja, chat_template.json or tokenizer_config.json; None
+    if there is none."""
+    path = folder / "chat_template.jinja"
+    with usable(path):
+        if path.is_file():
+            return path.read_text("utf-8")
+    for name in "tokenizer_config.json", "chat_template.json":
+        with usable(folder / name):
+            found = (optional_json(folder / name) if config is None or name[0] == "c" else config
+                     ).get("chat_template")
+            if isinstance(found, list):                                      # several, with names
+                found = {one["name"]: one["template"] for one in found}["default"]
+            if not isinstance(found, (str, type(None))):
+                raise ValueError("chat_template should be a text, or a list of named ones")
+            if found:
+                return found
+    return None

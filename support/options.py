@@ -267,13 +267,17 @@ def add_model(add):
 
 def add_data(add):
     """The text."""
-    add("--data", default=f"{tiny()}/train.jsonl", help="jsonl with instruction/output, "
-        "query/response, question/answer or text (default: the demo's word problems)")
-    add("--fields", help="field names of the jsonl files, e.g. question,answer")
+    add("--data", default=f"{tiny()}/train.jsonl", help="JSON lines, a JSON array, CSV (or these "
+        "as .gz) or parquet, with messages, conversations, instruction/output, query/response, "
+        "question/answer, prompt/completion or text (default: the demo's word problems)")
+    add("--fields", help="field names of the data files, e.g. question,answer")
+    add("--chat", action="store_true", help="ask every record in the model's chat template, not "
+        "only conversations")
     add("--val-data", help="jsonl for the validation loss")
     add("--val-fraction", type=float, default=0.02, help="without --val-data: this share of --data")
     add("--test-data", help="problems whose accuracy is measured before and after")
-    add("--max-length", type=int, default=512, help="tokens; longer examples are cut")
+    add("--max-length", type=int, default=512, help="tokens; longer examples are cut, and plain "
+        "text becomes several")
     add("--max-new-tokens", type=int, default=128, help="of completions before and after")
 
 
@@ -491,6 +495,8 @@ def eval_parser(doc):
     add("--force-base", action="store_true", help=FORCE_BASE)
     add("--prompt", help="an instruction to answer")
     add("--interactive", action="store_true", help="ask one question after another")
+    add("--chat", action="store_true", help="ask in the model's chat template, as is done without "
+        "this for an adapter that was trained in one")
     add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
     add("--task", choices=list(TASKS), metavar="NAME", help="a benchmark: " + ", ".join(TASKS))
     add("--data", metavar="JSONL", help="the problems of --task, as their authors publish them")
@@ -548,7 +554,7 @@ def check_task(p, args):
     if bool(args.task) != bool(args.data):
         p.error(f"--task {args.task} needs --data, the file of its problems" if args.task else
                 "--data needs --task, which says what its problems are")
-    more = [f"--{name}" for name in ("accuracy", "fields", "stop") if getattr(args, name)]
+    more = [f"--{name}" for name in ("accuracy", "chat", "fields", "stop") if getattr(args, name)]
     if args.task and more:
         p.error(f"--task stands without {' and '.join(more)}: it has a rule of its own")
     if args.protocol not in (None, *known):

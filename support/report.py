@@ -99,7 +99,7 @@ def encoded(what, path, examples, tok, max_length):
               "leave nothing to learn)")
     if not kept:
         raise ValueError(f"{path}: {what}: no example left; raise --max-length")
-    spelled(f"{what}: {path}", map(" ".join, examples), tok)
+    spelled(f"{what}: {path}", (f"{data.as_text(p)} {r}" for p, r in examples), tok)
     return kept
 
 
@@ -107,7 +107,7 @@ def problems(path, examples, tok):
     """Print how many problems --test-data has. Their prompts are never cut."""
     if examples:
         print(f"test: {path}, {len(examples)} problems")
-        spelled(f"test: {path}", (prompt for prompt, _ in examples), tok)
+        spelled(f"test: {path}", (data.as_text(prompt) for prompt, _ in examples), tok)
 
 
 def spelled(where, texts, tok):

@@ -58,10 +58,11 @@ def signals_noted():
 
 
 def hash_of(examples):
-    """A hash of encoded examples, (ids, n_prompt) each."""
+    """A hash of encoded examples, as data.encode gives them."""
     h = hashlib.sha256()
     for ids, n_prompt in examples:
-        h.update(array("q", [n_prompt, *ids]))
+        mask = n_prompt if isinstance(n_prompt, list) else [n_prompt]
+        h.update(array("q", [*mask, *ids]))
     return h.hexdigest()
 
 

@@ -2,7 +2,10 @@
 import gzip
 import json
 import re
+import sys
 import time
+import tracemalloc
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import data
 from conftest import train_tokenizer
+from formats import records
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real material, where a checkout has it
 GSM8K = SHARED / "gsm8k"
@@ -73,10 +77,10 @@ def test_optional_columns_may_be_blank(tmp_path, blank):
 
 def test_columns_that_are_not_used_are_named_once(tmp_path, capsys):
     """Those that hold something; a terminal obeys no name."""
-    rows = [{"instruction": "i", "output": "o", "input": "", "system": "s", "history": [],
-             "id": None, "\x1b[2J": 1}, {"instruction": "i", "output": "o", "history": ["x"]}] * 3
+    rows = [{"instruction": "i", "output": "o", "input": "", "tag": "s", "history": [],
+             "id": None, "\x1b[2J": 1}, {"instruction": "i", "output": "o", "topics": ["x"]}] * 3
     data.read(write(tmp_path / "d.jsonl", *rows))
-    assert re.search(r"^note: \S+d.jsonl: columns that are not used: system, \\x1b\[2J, history; "
+    assert re.search(r"^note: \S+d.jsonl: columns that are not used: tag, \\x1b\[2J, topics; "
                      ".*fields=.*\n$", capsys.readouterr().out)
     data.read(write(tmp_path / "d.jsonl", GOOD))
     assert capsys.readouterr().out == ""
@@ -128,23 +132,167 @@ def test_read_errors_of_whole_files(tmp_path):
     with pytest.raises(ValueError, match=r"d\.jsonl:1: no known fields among a, b; .*fields="):
         data.read(write(tmp_path / "d.jsonl", {"a": "1", "b": "2"}))
     for content, message in [
-            (b"PAR1\x15\x04\xff\xfe", "a Parquet file: .*read_parquet"), (b"PK\x03\x04", "zip"),
-            (gzip.compress(b"{}"), "gzip: gzip -dc"), (b"<!DOCTYPE html>", "a web page: download"),
+            (b"PK\x03\x04", "zip"), (b"BZh91AY", "bzip2: bzip2 -dc"),
+            (b"<!DOCTYPE html>", "a web page: download"),
             (b"version https://git-lfs.github.com/spec/v1", "Git LFS.*git lfs pull"),
             ('{"a": 1}'.encode("utf-16"), "UTF-16: iconv -f UTF-16 "),
             ('{"a": 1}'.encode("utf-16-le"), "UTF-16 or no text: iconv -f UTF-16LE"),
-            (json.dumps([GOOD], indent=1).encode(), "an array over several lines.*jq -c '.\\[\\]'"),
             (json.dumps(GOOD, indent=1).encode(), r"one over several lines: jq -c \. ")]:
         (tmp_path / "d.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=rf"d\.jsonl.*: .*{message}"):
             data.read(tmp_path / "d.jsonl")
-    (tmp_path / "d.csv").write_text("question,answer\na,b\n")
-    with pytest.raises(ValueError, match=r"d\.csv:1: not JSON .*pandas.read_csv"):
-        data.read(tmp_path / "d.csv")
     with pytest.raises(ValueError, match=r"d\.jsonl:1: no field '' among a"):
         data.read(write(tmp_path / "d.jsonl", {"a": "1"}), fields="a,")
     with pytest.raises(ValueError, match=r"d\.jsonl:1: field 'input' is not a string"):
         data.read(write(tmp_path / "d.jsonl", {"instruction": "i", "input": [1], "output": "o"}))
+
+
+# other files, other records -----------------------------------------------------------------------
+
+ROWS = [{"question": "q", "answer": "a, \"b\"\nc"}, {"question": "é🙂", "answer": " 2 "}]
+
+
+def csv_of(rows, delimiter=","):
+    """CSV by hand: every text in double quotes, a double quote twice."""
+    lines = [list(rows[0]), *(row.values() for row in rows)]
+    return "\r\n".join(delimiter.join('"%s"' % text.replace('"', '""') for text in line)
+                       for line in lines).encode() + b"\r\n"
+
+
+FILES = {"lines.jsonl": "\n".join(map(json.dumps, ROWS)).encode(),
+         "array.json": json.dumps(ROWS).encode(),
+         "indented.json": json.dumps(ROWS, indent=2).encode(),
+         "mark.json": b"\xef\xbb\xbf\n [" + json.dumps(ROWS)[1:].encode(),
+         "table.csv": csv_of(ROWS), "mark.csv": b"\xef\xbb\xbf" + csv_of(ROWS),
+         "table.tsv": csv_of(ROWS, "\t")}
+
+
+@pytest.mark.parametrize("packed", [False, True, "parts"])
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_other_kinds(tmp_path, name, packed):
+    """The same records, whatever holds them; a .gz may consist of several parts."""
+    content, path = FILES[name], tmp_path / (name + ".gz" * bool(packed))
+    half = len(content) // 2
+    path.write_bytes(content if not packed else gzip.compress(content) if packed is True else
+                     gzip.compress(content[:half]) + gzip.compress(content[half:]))
+    assert data.read(path) == [tuple(row.values()) for row in ROWS]
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    chat = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    for rows, expected in (ROWS, [tuple(row.values()) for row in ROWS]), (
+            chat, [(chat[0]["messages"][:1], "a")]):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+        assert data.read(tmp_path / "d.parquet") == expected
+    path = tmp_path / "d.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="d.parquet: damaged Parquet.*copy it again$"):
+        data.read(path)
+
+
+def test_parquet_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 and more")
+    with pytest.raises(ValueError, match="d.parquet: .* needs the pyarrow .*: pip install pyarrow"):
+        data.read(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("d.csv", b"question,answer\na,b,c\n", r"d.csv:2: 3 columns, but 2 names"),
+    ("d.csv", b"question,answer\na\n", r"d.csv:2: 1 columns, but 2 names"),
+    ("d.csv", b'question,answer\n"a","b', "d.csv:2: not CSV .unexpected end"),
+    ("d.csv", b"answer,answer\na,b\n", "d.csv:1: a name stands twice.*: answer, answer"),
+    ("d.csv", b"question,answer\na,\n", "d.csv:2: field 'answer' is empty"),
+    ("d.csv", b"question,answer\na,caf\xe9\n", "d.csv: not UTF-8; .*iconv"),
+    ("d.csv", b"question,answer\n", "d.csv: no records"),
+    ("d.json", b'[{"question": "q"', "d.json: not a JSON array .Expecting"),
+    ("d.json", b"[" * 99999, "d.json: not a JSON array .nested too deeply"),
+    ("d.json", b'[{"question": "q", "answer": "a"}, 3]', "d.json: record 2: a JSON int, not"),
+    ("d.json", b"[]", "d.json: no records"),
+    ("d.gz", gzip.compress(b'{"text": "a"}')[:-9], "d.gz: a .gz that is cut short"),
+    ("d.gz", gzip.compress(b'{"text": "a"}')[:10] + b"\xff" * 99, "d.gz: damaged gzip"),
+    ("d.gz", gzip.compress(b"PAR1" * 9), "d.gz: unpacked it is neither JSON nor"),
+    ("d.gz", gzip.compress(b'{"text": "a"}\n{"text": 3}'), "d.gz:2: field 'text' is not a string"),
+])
+def test_errors_of_other_kinds(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as e:
+        data.read(tmp_path / name)
+    assert "\n" not in str(e.value)
+
+
+def test_a_gzip_bomb_is_refused_early(tmp_path, monkeypatch):
+    """200 times its size, and never more memory than that."""
+    monkeypatch.setattr(records, "SMALL", 2**20)
+    bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
+    packed = b"".join(bomb.compress(b" " * 2**20) for _ in range(64)) + bomb.flush()
+    (tmp_path / "d.jsonl.gz").write_bytes(packed)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"d.jsonl.gz: unpacks to more than .* bytes; .*gzip -dc"):
+        data.read(tmp_path / "d.jsonl.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20 + 250 * len(packed) < 64 * 2**20
+    monkeypatch.undo()
+    text = json.dumps({"text": "a" * 2**20})                     # 1000 times, but small
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert data.read(tmp_path / "d.jsonl.gz") == [("", "a" * 2**20)]
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+SYSTEM, U1, A1, U2, A2 = (turn("system", "s"), turn("user", "1"), turn("assistant", "2"),
+                          turn("user", "3"), turn("assistant", "4"))
+SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]),
+             "value": m["content"]} for m in (SYSTEM, U1, A1, U2, A2)]
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"messages": [U1, A1]}, ([U1], "2")),
+    ({"messages": [SYSTEM, U1, A1, U2, A2]}, ([SYSTEM, U1, A1, U2], "4")),
+    ({"messages": [U1, A1, U2]}, ([U1], "2")),                             # nothing to learn behind
+    ({"conversations": SHAREGPT}, ([SYSTEM, U1, A1, U2], "4")),
+    ({"conversations": [SYSTEM, U1, A1]}, ([SYSTEM, U1], "2")),
+    ({"messages": [{**U1, "name": "Tom"}, A1], "id": 3}, ([U1], "2")),
+    ({"prompt": "1", "completion": "2"}, ("1", "2")),
+    ({"prompt": [U1], "completion": [A1]}, ([U1], "2")),
+    ({"instruction": "3", "input": "x", "output": "4", "system": "s", "history": [["1", "2"]]},
+     ([SYSTEM, U1, A1, turn("user", "3\nx")], "4")),
+    ({"instruction": "1", "output": "2", "system": "s"}, ([SYSTEM, U1], "2")),
+    ({"instruction": "1", "output": "2", "system": "", "history": None}, ("1", "2")),
+])
+def test_read_conversations(tmp_path, record, expected):
+    assert data.read(write(tmp_path / "d.jsonl", record)) == [expected]
+
+
+def test_fields_win_over_conversations(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"messages": [U1, A1], "a": "x", "b": "y"})
+    assert data.read(path, "a,b") == [("x", "y")]
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"messages": "hello"}, "messages: of type str, not a list of messages"),
+    ({"messages": []}, "no question with an answer of the assistant; remove the record"),
+    ({"messages": [U1]}, "no question with an answer"), ({"messages": [A1]}, "no question with an"),
+    ({"messages": [U1, 3]}, "messages: message 2: of type int, not an object with"),
+    ({"messages": [U1, turn("tool", "x")]}, "messages: message 2: the role 'tool' is not known"),
+    ({"messages": [U1, turn("assistant", None)]}, "message 2: field 'content' is not a string"),
+    ({"messages": [U1, turn("assistant", [{}])]}, "message 2: field 'content' is not a string"),
+    ({"messages": [U1, turn("assistant", " ")]}, "message 2: field 'content' is empty"),
+    ({"messages": [{"content": "x"}, A1]}, "message 1: no field 'role' among content"),
+    ({"conversations": [{"from": "human"}, A1]}, "message 1: no field 'value' among from"),
+    ({"instruction": "1", "output": "2", "history": ["x"]}, "'history' is not a list of .ques"),
+    ({"instruction": "1", "output": "2", "history": [["x", 3]]}, "history: message 2: field"),
+])
+def test_errors_of_conversations(tmp_path, record, message):
+    path = write(tmp_path / "d.jsonl", {"messages": [U1, A1]}, record)
+    with pytest.raises(ValueError, match=f"d.jsonl:2: .*{message}") as e:
+        data.read(path)
+    assert "\n" not in str(e.value)
 
 
 # encode, split, batches ---------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_printed_commands_can_be_pasted(capsys, method, words):
 
 class FewNames:
     """A tokenizer of words, in which one is a control token."""
-    start, control = 1, re.compile("</s>")
+    start, control, in_chat = 1, re.compile("</s>"), False
 
     def encode(self, text, bos=False, eos=False):
         return list(range(2, 2 + len(text.split()))) + [1] * eos
@@ -159,9 +159,9 @@ class FewNames:
 def test_counts_of_a_set_of_data(capsys):
     examples = [("", "a b c"), ("", "a </s>"), ("q " * 50, "a")]
     kept = report.encoded("validation", "v.jsonl", examples, FewNames(), 4)
-    assert kept == [([1, 2, 3, 4], 1), ([1, 2, 3, 1], 1)]
+    assert kept == [([1, 2, 3, 4], 1), ([1, 1], 1), ([1, 2, 3, 1], 1)]
     assert capsys.readouterr().out == (
-        "validation: v.jsonl, 2 examples\n  1 truncated to 4 tokens, 1 dropped (prompts that leave "
+        "validation: v.jsonl, 3 examples\n  0 truncated to 4 tokens, 1 dropped (prompts that leave "
         "nothing to learn)\nnote: validation: v.jsonl: texts that spell control tokens, such as "
         "'</s>': 1; they are plain characters here, never the tokens\n")
     with pytest.raises(ValueError, match="^v.jsonl: validation: no example left; raise --max"):
