@@ -309,9 +309,8 @@ def fine_tune(args):
     data.references(test, args.test_data)
     report.problems(args.test_data, test, tok)
     net, prepared = load(args, tok, seconds)
-    device = net.lm_head.weight.device
+    device, full = net.lm_head.weight.device, args.method == "full"
     # Every weight is trained in float32 with bfloat16 products. A and B are float32 anyway.
-    full = args.method == "full"
     mixed = full and not args.dtype and model.has_bfloat16(device)
     autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
     earlier = resume.measured(args)                   # if an interrupted run goes on
@@ -320,8 +319,8 @@ def fine_tune(args):
         prepare(net, args, seconds, examples=examples)
     quantised = bool(report.quantised(net))
     if prepared:
-        print(f"step 0: validation loss {before['loss']:.4f}"
-              + ", with the weights in four bits" * quantised)
+        four = ", with the weights in four bits" * quantised
+        print(f"step 0: validation loss {before['loss']:.4f}{four}")
     report.advise(net, examples, args)
     if args.compile and not parallel.MESH:
         compile_layers(net)
@@ -330,7 +329,6 @@ def fine_tune(args):
         print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
         if not (args.adapter or quantised) and abs(loss - before["loss"]) > 0.02 * before["loss"]:
             raise ValueError("the injected model is not the base model: the loss differs at step 0")
-
     chats.note(net, tok)
     resume.claim(args, net, before)
     with resume.signals_noted():
