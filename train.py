@@ -307,9 +307,8 @@ def fine_tune(args):
     data.references(test, args.test_data)
     report.problems(args.test_data, test, tok)
     net, prepared = load(args, tok, seconds)
-    device = net.lm_head.weight.device
     # Every weight is trained in float32 with bfloat16 products. A and B are float32 anyway.
-    full = args.method == "full"
+    full, device = args.method == "full", net.lm_head.weight.device
     mixed = full and not args.dtype and model.has_bfloat16(device)
     autocast = torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
     earlier = resume.measured(args)                   # if an interrupted run goes on
