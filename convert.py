@@ -32,8 +32,8 @@ import adapter
 import data
 import model
 import pissa
-from formats import CHECKPOINT_FILES, decomposed, gguf, gguf_write, hf, meta_write, peft, tokenizer
-from support import chats
+from formats import CHECKPOINT_FILES, gguf, gguf_write, hf, meta_write, peft, tokenizer
+from support import chats, decomposed
 from support.files import check_room, replaced
 from support.report import run
 

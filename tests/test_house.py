@@ -19,7 +19,6 @@ MAY_IMPORT = {
     "formats.gguf_write": ("formats.gguf", "formats.hf", "formats.tokenizer", "model",
                            "support.files"),
     "formats.meta_write": ("formats.meta", "model", "support.files"),
-    "formats.decomposed": ("adapter", "model", "nf4", "pissa", "formats", "support.files"),
     "adapter": ("pissa", "qpissa", "svd", "nf4", "fp8", "formats", "support.files"),
     "support.options": ("relatives", "support.streams"), "support.streams": (), "tasks.child": (),
     "tasks.programs": (), "tasks.commonsense": ("data", "formats.jsonl"),

@@ -16,7 +16,6 @@ import data
 import eval as evaluation
 import formats
 import model
-import nf4
 import pissa
 import train
 from bench import plot
@@ -26,7 +25,7 @@ from support import options
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
-MARKS = {"the idea": "def forward(x)", "four bits": "nf4.quantize(W - ", "PEFT": "PeftModel",
+MARKS = {"the idea": "def forward(x)", "PEFT": "PeftModel",
          "use it": "pissa.disabled(net)", "Trainer": "TrainingArguments"}
 
 
@@ -69,15 +68,6 @@ def test_the_idea(linear):
     for name, M in ("A", layer.A), ("B", layer.B), ("W_res", layer.frozen.T):
         assert (found[name] - M).norm() < 0.1 * M.norm(), name       # another draw of randomness
 
-
-def test_four_bits(linear):
-    """Its five turns leave the error of qpissa.py, which stops earlier if a turn makes it worse."""
-    found, W = run("four bits"), linear.weight.detach()
-    left = (W - found["Q"].dequantize() - (found["A"] @ found["B"]).T).norm() / W.norm()
-    layer = layer_of(linear, 16, "qpissa", quant_iters=5)
-    ours = (W - pissa.as_tensor(layer.frozen) - (layer.A @ layer.B).T).norm() / W.norm()
-    assert left.item() == pytest.approx(ours.item(), rel=0.01)
-    assert left < 0.9 * (W - nf4.quantize(W).dequantize()).norm() / W.norm()
 
 
 def test_peft(tiny_hf):

@@ -63,12 +63,13 @@ def weighted_error(F, W, Q, A, B):
 
 
 def test_weights_lower_the_weighted_error():
-    """On every matrix of a trained layer with its own Fisher information, and on random ones."""
+    """On all matrices of a trained attention with its Fisher information, and on random ones."""
     net = model.load("tiny")
-    tokens = torch.randint(0, 400, (16, 1, 33), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 400, (4, 1, 33), generator=torch.Generator().manual_seed(0))
     F = calibrate.measure(net, LQ_LORA, [(t,) for t in tokens], loss_of, pissa.Options(4))
-    cases = [(net.get_submodule(name).weight, F[name], 16) for name in F if ".layers.0." in name]
-    for W, F, rank in cases + [(*matrix(seed=seed), 4) for seed in range(10)]:
+    cases = [(net.get_submodule(name).weight, F[name], 16) for name in F
+             if "layers.0.self_attn" in name]
+    for W, F, rank in cases + [(*matrix(seed=seed), 4) for seed in range(5)]:
         options = pissa.Options(rank, 3, last_svd=False)
         plain = qpissa.init_qpissa(W, options)
         options.statistic = F
