@@ -209,11 +209,14 @@ def test_lamda_starts_with_the_principal_part():
 
 @pytest.mark.parametrize("share, steps", [(0.3, 20), (0.5, 6), (0.0, 3)])
 def test_lamda_freezes_b_row_by_row(share, steps):
-    """In step t + 1 the first r t / (share T) rows of B do not move, whatever AdamW has of them."""
+    """In step t + 1 the first r t / (share T) rows of B do not move, whatever AdamW has of them.
+    That they are frozen changes none."""
     net, method, seen = injected("lamda", share=share), relatives.find("lamda"), []
 
     def after(net, step, steps):
+        trained = [m.factors()[1].detach().clone() for _, m in pissa.layers(net)]
         method.after_step(net, step, steps)
+        assert all(torch.equal(B, m.factors()[1]) for B, (_, m) in zip(trained, pissa.layers(net)))
         seen.append([(m.factors()[1].detach().clone(), m.S.detach().clone())
                      for _, m in pissa.layers(net)])
 
