@@ -58,6 +58,8 @@ def direction(state, gradient, basis, R_inverse):
     state["V"] = b2 * turned + (1 - b2) * g.T @ g / len(g)
     state["M"] = b1 * state["M"] @ P.T + (1 - b1) * g @ inverse_root(state["V"], state["rho"])
     state["basis"] = basis
+    for key in "basis", "M", "V":            # in memory as a resumed run has it: sums round alike
+        state[key] = state[key].contiguous()
     return state["M"] @ R_inverse.T
 
 
