@@ -22,7 +22,7 @@ def init(weight, options):
     """weight (out, in), options -> weight itself, A = 0 (in, r), B (r, out), None."""
     W_T = weight.to(torch.promote_types(weight.dtype, torch.float32))                 # (out, in)
     U, _, _ = fix_signs(*torch.linalg.svd(W_T, full_matrices=False))
-    B = U[:, -options.rank:].T
+    B = U[:, -options.rank:].T.clone()                         # a copy: the rest of U is freed
     return weight, B.new_zeros(weight.shape[1], options.rank), B, None
 
 

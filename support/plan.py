@@ -215,7 +215,8 @@ def memory(job):
     numbers = {"frozen matrices": sum(sizes), "frozen embedding, norms, head": rest,
                "trained, float32": total if job.full else trained_numbers(job, chosen)}
     trained, layer = numbers["trained, float32"], kept(job, ranks)
-    still = max(0, pairs - trained) * (not job.full)       # numbers of A and B that are not trained
+    still = {"frozen A, B": pairs - trained} if trained < pairs and not job.full else {}
+    numbers |= still
     x = job.tokens * job.x_bytes * c.dim
     # Copies in 16 bits, of A and B, or by autocast of whole matrices.
     copies = e * (e < 4 and not job.compiled) * (sum(a * b for a, b in every.values())
@@ -237,7 +238,7 @@ def memory(job):
     head = 4 * c.vocab_size * c.dim * job.full
     weights = {"frozen matrices": sum(nf4_bytes(n, job.double_quant) for n in sizes)
                if job.bits == 4 else e * sum(sizes), "frozen embedding, norms, head": e * rest,
-               "trained, float32": 4 * trained, **({"frozen A, B": 4 * still} if still else {})}
+               "trained, float32": 4 * trained, **{k: 4 * n for k, n in still.items()}}
     held = {**weights, "AdamW's moments": 8 * trained, "gradients": 4 * trained,
             "kept for backward": all_kept, "loss": loss + 2 * head, "work on a layer": work,
             "cuBLAS": CUBLAS * job.cuda}

@@ -68,6 +68,8 @@ def test_trains_saves_loads_and_merges(name, tokens, tmp_path):
     """Step 0 is the base. 10 steps lower the loss. Saved, loaded, in PEFT, merged: the same."""
     peft = pytest.importorskip("peft")
     base, net = small_net(), injected(name)
+    for p in net.parameters():                             # nothing else is kept alive by a view
+        assert p.untyped_storage().nbytes() == p.nbytes
     with torch.no_grad():
         assert_logits_equal(net(tokens), base(tokens), STEP_0.get(name, 1e-5))
     losses, _ = optimise(net, tokens, 10, lr=3e-3)
