@@ -202,6 +202,7 @@ def evaluate(net, tok, val, val_texts, test, args, autocast, when):
 def read_data(args, tok):
     """(training examples, validation examples, the text of the latter); the first two encoded."""
     examples = data.read(args.data, args.fields)
+    chats.choose(examples, tok, args)
     if args.val_data:
         train, val = examples, data.read(args.val_data, args.fields)
     else:
@@ -212,7 +213,7 @@ def read_data(args, tok):
     encoded = report.encoded("data", args.data, train, tok, args.max_length)
     where = args.val_data or args.data
     encoded_val = report.encoded("validation", where, val, tok, args.max_length)
-    chats.begin(encoded, train, tok)
+    chats.begin(encoded, tok)
     return encoded, encoded_val, val
 
 

@@ -50,10 +50,9 @@ def compiled(template):
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(template).render
-    except (jinja2.TemplateError, RecursionError, ValueError) as e:
+    except Exception as e:                   # jinja2's own, or Python's if the program is strange
         raise ValueError(f"the chat template is damaged: {str(e)[:200]!r}") from None
 
 
@@ -70,7 +69,7 @@ def render(messages, tok, ask=False):
                                                m["content"])} for m in messages]
     try:
         return run(messages=marked, tools=None, documents=None, add_generation_prompt=ask,
-                   **tok.names)
+                   strftime_now=(tok.day or datetime.now()).strftime, **tok.names)
     except Exception as e:                   # a program of others: it may fail in any way
         first = next((m["content"] for m in messages if m["role"] != "system"), "")[:40]
         raise ValueError(f"the chat template refuses the conversation that begins with {first!r}: "
@@ -82,11 +81,10 @@ def encode(messages, tok):
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     text = render(messages, tok)
     turns = spans(messages, answers, text, tok)
-    if answers and turns is None:
-        warnings.warn(LAST_ONLY, stacklevel=2)
-        last = answers[-1]
-        text = render(messages[:last + 1], tok)
-        turns = [(os.path.commonprefix([render(messages[:last], tok, ask=True), text]), text)]
+    if turns is None:
+        if answers[1:]:
+            warnings.warn(LAST_ONLY, stacklevel=2)
+        text, turns = last_turn(messages[:answers[-1] + 1], tok)
     ids, ends = tok.encode_chat(text)
     learnt = [False] * len(ids)
     for before, after in turns:
@@ -116,10 +114,24 @@ def spans(messages, answers, text, tok):
     return found
 
 
+def last_turn(messages, tok):
+    """(text, [(text before the last message, text)]), if the template begins an answer differently
+    from how it writes it: what is learnt begins at the first difference. ValueError if that stands
+    in the messages before the answer."""
+    text, asked = render(messages, tok), render(messages[:-1], tok)
+    if not text.startswith(asked):
+        asked = asked.removesuffix(tok.names.get("eos_token", ""))
+    before = os.path.commonprefix([render(messages[:-1], tok, ask=True), text])
+    if not text.startswith(asked) or len(before) < len(asked):
+        raise ValueError("the chat template writes a question differently if an answer follows: "
+                         "where the answer begins cannot be told")
+    return text, [(before, text)]
+
+
 def tokens_within(part, ids, ends, tok):
     """How many of the ids lie within `part`, a beginning of their text; one on its end does not."""
     if ends is not None:
-        return bisect_right(ends, len(part))
+        return bisect_right(ends, len(part.replace(MARK, "")))
     begin = tok.encode_chat(part)[0]                 # as many as the two have in common
     return next((n for n, (a, b) in enumerate(zip(ids, begin, strict=False)) if a != b),
                 min(len(ids), len(begin)))
@@ -131,8 +143,11 @@ def use(tok, template=None):
     ValueError if there is no template, or if it cannot be used.
     """
     tok.template = template or tok.template
-    ids, learnt = encode([{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}],
-                         tok)
-    ends = [i for i, is_learnt in zip(ids, learnt, strict=True) if is_learnt][-1:]
-    tok.stops |= {i for i in ends if i in tok.controls}
+    talk = [{"role": role, "content": "1"} for role in ("user", "assistant")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                # it is said of the data, not of this
+        ids, learnt = encode(talk * 2, tok)            # Phi-3's last answer ends in its own way
+    ends = {i for i, now, then in zip(ids, learnt, [*learnt[1:], False], strict=True)
+            if now and not then}
+    tok.stops |= ends & tok.controls
     tok.in_chat = True

@@ -76,6 +76,7 @@ class Tokenizer:
         with usable(folder / "tokenizer_config.json"):
             self.names = special_names(config, self.named, declared, self.eos)
         self.folder, self.in_chat, self.template = folder, False, chat_template(folder, config)
+        self.day = None                              # that a template writes; None for today
 
     def encode(self, text, bos=False, eos=False):
         """Text to ids. A literal "<s>" in it is plain characters, never the BOS token."""
@@ -84,7 +85,8 @@ class Tokenizer:
 
     def encode_chat(self, text):
         """What a chat template made -> (ids, ends). Names of control tokens become these tokens,
-        except those with MARK in them. ends: where each token ends in the text; None if unknown."""
+        except those with MARK in them. ends: where each token ends in the text, which counts
+        without MARK; None if unknown."""
         return self.lib.encode_chat(text, self.named)
 
     def decode(self, ids):
@@ -196,8 +198,15 @@ class HuggingFace:
         return self.tok.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, text, named):
+        ids, ends, at = [], [], 0
         if MARK in text:
-            return encode_between(text, named, self.encode), None
+            for n, part in enumerate(re.split(f"({any_of(named)})", text)):
+                part = part.replace(MARK, "")
+                found = self.tok.encode(part, add_special_tokens=False)
+                ids += [named[part]] if n % 2 else found.ids
+                ends += [at + len(part)] if n % 2 else [at + end for _, end in found.offsets]
+                at += len(part)
+            return ids, ends
         self.tok.encode_special_tokens = False
         encoding = self.tok.encode(text, add_special_tokens=False)
         self.tok.encode_special_tokens = True

@@ -1,4 +1,5 @@
 """What train.py, eval.py and convert.py do and say about the form in which a model is asked."""
+from datetime import date, datetime
 from itertools import groupby
 
 import data
@@ -13,6 +14,7 @@ def tokenizer(args):
     """The tokenizer of args.ckpt. It asks in the chat template if args.chat says so, or if the
     adapter args.adapter was trained in one, and then in that one."""
     tok = data.Tokenizer(model.find(args.ckpt))
+    tok.day = datetime.fromisoformat(args.date) if getattr(args, "date", None) else None
     stored = template_of(args.adapter) if args.adapter else None
     if args.chat or stored:
         chat.use(tok, stored)
@@ -43,19 +45,27 @@ def form(tok):
     return printable(text)
 
 
-def begin(examples, texts, tok):
-    """Show one of the encoded examples. If conversations are among the texts, (prompt, response)
-    each, `tok` asks in their template from now on.
-
-    ValueError if conversations teach no end, or nothing.
-    """
-    chats = [example for example in examples if isinstance(example[1], list)]
-    if any(isinstance(prompt, list) for prompt, _ in texts):
+def choose(texts, tok, args):
+    """If conversations are among the (prompt, response) of the data, `tok` asks in their template
+    from now on, other questions, too: a model is trained in one form, and asked in it later."""
+    if not tok.in_chat and any(isinstance(prompt, list) for prompt, _ in texts):
         chat.use(tok)
-    if chats and not any(i in tok.stops for ids, learnt in chats
-                         for i, is_learnt in zip(ids, learnt, strict=True) if is_learnt):
-        raise ValueError("no conversation teaches the model to stop: raise --max-length if all are "
-                         "cut, or see that the chat template ends a turn with a control token")
+    if tok.in_chat:                                  # a run that goes on tomorrow has the same data
+        args.date = args.date or date.today().isoformat()
+        tok.day = datetime.fromisoformat(args.date)
+
+
+def begin(examples, tok):
+    """Show the first one of the encoded examples. ValueError if none of them teaches an end: the
+    model would never stop."""
+    def teaches(ids, n):
+        return not tok.stops.isdisjoint([i for i, is_learnt in zip(ids, n, strict=True)
+                                         if is_learnt] if isinstance(n, list) else ids[n:])
+
+    if not any(teaches(*example) for example in examples):
+        raise ValueError("no example teaches the model to stop: raise --max-length if all are cut"
+                         + (", or see that the chat template ends a turn with a control token"
+                            if tok.in_chat else ""))
     print("the first example; what is learnt stands behind >")
     print("\n".join(shown(*examples[0], tok)))
 

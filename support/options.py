@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import warnings
+from datetime import date
 from pathlib import Path
 
 import relatives
@@ -271,8 +272,10 @@ def add_data(add):
         "as .gz) or parquet, with messages, conversations, instruction/output, query/response, "
         "question/answer, prompt/completion or text (default: the demo's word problems)")
     add("--fields", help="field names of the data files, e.g. question,answer")
-    add("--chat", action="store_true", help="ask every record in the model's chat template, not "
-        "only conversations")
+    add("--chat", action="store_true", help="ask every record in the model's chat template, as it "
+        "is done without this if a record is a conversation")
+    add("--date", type=day, metavar="YYYY-MM-DD", help="the day that a chat template may write "
+        "(default: today, and of a run that goes on, its first one)")
     add("--val-data", help="jsonl for the validation loss")
     add("--val-fraction", type=float, default=0.02, help="without --val-data: this share of --data")
     add("--test-data", help="problems whose accuracy is measured before and after")
@@ -306,6 +309,14 @@ def add_interruptions(add):
     add("--overwrite", action="store_true", help="begin again in --out, where a run is already. "
         "What it has finished becomes OUT.previous until the new run is finished")
     add("--max-hours", type=float, help="stop after so many hours, save, exit with code 0")
+
+
+def day(text):
+    """--date: a day, as 2026-01-31."""
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a day, such as 2026-01-31") from None
 
 
 def interval(text):

@@ -3,7 +3,9 @@ import json
 import os
 import random
 import warnings
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -336,13 +338,14 @@ def test_the_first_example_is_shown(pair, capsys):
     tok, _ = pair(*SMALL["chatml"])
     texts = [([*TWO[:3]], "4" * 200)]
     encoded, *_ = data.encode(texts, tok, 999)
-    chats.begin(encoded, texts, tok)
+    chats.choose(texts, tok, SimpleNamespace(date=None))
+    chats.begin(encoded, tok)
     said = capsys.readouterr().out
     assert tok.in_chat and max(map(len, said.splitlines())) <= 80
     assert said.splitlines()[1:3] == [r"  | <|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>"
                                       r"assistant\n", "  > 2<|im_end|>"]
     plain = [("q", "an answer")]
-    chats.begin(data.encode(plain, data.Tokenizer(tok.folder), 999)[0], plain, tok)
+    chats.begin(data.encode(plain, data.Tokenizer(tok.folder), 999)[0], tok)
     assert capsys.readouterr().out.splitlines()[-1] == "  > an answer<|im_end|>"
 
 
@@ -350,8 +353,76 @@ def test_a_run_that_never_learns_to_stop_is_refused(pair):
     tok, _ = pair("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
                   "{% if add_generation_prompt %}assistant: {% endif %}", *LLAMA2)
     texts = [(TWO[:1], "2")]
-    with pytest.raises(ValueError, match="no conversation teaches the model to stop: raise --max"):
-        chats.begin(data.encode(texts, tok, 999)[0], texts, tok)
+    with pytest.raises(ValueError, match="no example teaches the model to stop: raise --max"):
+        chats.begin(data.encode(texts, tok, 999)[0], tok)
+    with pytest.raises(ValueError, match="raise --max-length if all are cut$"):
+        chats.begin(data.encode([("q", "a long answer")], tok, 60)[0], tok)
+
+
+def test_one_form_for_a_run(pair):
+    """A conversation among the data: questions are learnt in its template, too, and it is used
+    before anything is encoded."""
+    tok, _ = pair(*SMALL["chatml"])
+    args = SimpleNamespace(date=None)
+    chats.choose([("q", "a")], tok, args)
+    assert not tok.in_chat and args.date is None
+    chats.choose([("q", "a"), (TWO[:1], "2")], tok, args)
+    (ids, learnt), = data.encode([("q", "a")], tok, 99)[0]
+    assert (ids, learnt) == data.encode_chat([turn("user", "q"), turn("assistant", "a")], tok)
+
+
+def test_the_day_of_a_run_stays(pair):
+    """A template may write today's date. A run that goes on tomorrow has to have the same data."""
+    tok, theirs = pair("{{ strftime_now('%d %b %Y') }}" + CHATML, *QWEN)
+    assert chat.render(TWO, tok) == theirs.apply_chat_template(TWO, tokenize=False)
+    chats.choose([(TWO[:1], "2")], tok, args := SimpleNamespace(date="2024-07-26"))
+    assert chat.render(TWO, tok).startswith("26 Jul 2024<|im_start|>") and args.date == "2024-07-26"
+    chats.choose([(TWO[:1], "2")], tok, args := SimpleNamespace(date=None))
+    assert args.date == date.today().isoformat()
+    for text in "2024-02-30", "yesterday":
+        assert "is not a day, such as 2026-01-31" in failure("train.py", "--date", text)
+
+
+def answers(tok, talk):
+    """The parts of a conversation that are learnt, in order."""
+    return [*filter(None, (t.strip("\0") for t in learnt_text(tok, *data.encode_chat(talk, tok))))]
+
+
+@pytest.mark.parametrize("begins", ["<think>\n", "<think>\n\n"])
+@pytest.mark.filterwarnings("ignore:the chat template writes earlier")
+def test_an_answer_that_begins_otherwise_than_asked_for(pair, begins):
+    """DeepSeek-R1's template writes <think> only to ask. Learnt from the first difference."""
+    tok, _ = pair(CHATML.replace("assistant\n{%", f"assistant\n{begins}{{%"), *QWEN)
+    assert chat.render(TWO[:1], tok, ask=True).endswith(f"assistant\n{begins}")
+    assert [answers(tok, talk) for talk in (TWO, TWO[:2])] == [["4<|im_end|>"], ["2<|im_end|>"]]
+
+
+@pytest.mark.filterwarnings("ignore:the chat template writes earlier")
+def test_no_place_where_the_answer_begins(pair):
+    """A text whose beginning depends on what follows: the question must not be learnt."""
+    tok, _ = pair("{{ messages | length }}" + CHATML, *QWEN)
+    for talk in TWO, TWO[:2]:
+        with pytest.raises(ValueError, match="where the answer begins cannot be told"):
+            data.encode_chat(talk, tok)
+
+
+def test_newlines_before_an_answer_are_not_learnt(pair):
+    """Two newlines are one token at the end of a text and two tokens before a word. It is the same
+    if a message spells a control token."""
+    tok, _ = pair(CHATML.replace("assistant\n", "assistant\n\n").replace(
+        "m.role }}\n", "m.role }}{{ '\n\n' }}"), *QWEN)
+    for asked in "1 + 1?", "what is <|im_end|>?":
+        assert answers(tok, [turn("user", asked), turn("assistant", "2")]) == ["2<|im_end|>"]
+
+
+def test_every_end_of_an_answer_stops_generation(pair):
+    """Phi-3's writes EOS once, behind the last one, and <|end|> behind each."""
+    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+                "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}"
+                "{{ eos_token }}{% endif %}")
+    tok, _ = pair(template, QWEN[0], None, "<|endoftext|>")
+    chat.use(tok)
+    assert {tok.named["<|im_end|>"], tok.eos} <= tok.stops
 
 
 # Whole runs ---------------------------------------------------------------------------------------
