@@ -220,7 +220,7 @@ def merge(args):
     dtype = None if args.dtype == "source" else getattr(torch, args.dtype)
 
     def merged():
-        for name, read in tqdm(tensors.items(), desc="merge", unit="tensor", leave=False):
+        for name, read in tqdm(tensors.items(), desc=args.command, unit="tensor", leave=False):
             W, module = read(), name.removesuffix(".weight")
             target = W.dtype if hf.is_shifted(name, vars(config)) else dtype or W.dtype
             if module in pairs:

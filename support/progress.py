@@ -34,8 +34,8 @@ def training(args, begin, steps):
         if "lr" not in row:
             after["val"] = f"{row['loss']:.3f}"
         else:
-            bar.set_postfix(loss=f"{row['loss']:.3f}", norm=f"{row['grad_norm']:.2f}", **after,
-                            tok_s=f"{row['tokens'] / row['seconds']:,.0f}", refresh=False)
+            bar.set_postfix(tok_s=f"{row['tokens'] / row['seconds']:,.0f}",
+                            loss=f"{row['loss']:.3f}", **after, refresh=False)
             bar.update()
             if bar.n == begin + 3:                   # the first estimate that is worth something
                 bar.refresh()
@@ -44,7 +44,8 @@ def training(args, begin, steps):
                 curves.add_scalar(key if "lr" in row else f"validation {key}", row[key],
                                   row["step"])
 
-    with tqdm(desc="train", initial=begin, total=steps, unit="step") as bar:
+    fits = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"      # 80 columns
+    with tqdm(desc="train", initial=begin, total=steps, unit="step", bar_format=fits) as bar:
         try:
             yield show
         finally:

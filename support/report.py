@@ -340,7 +340,8 @@ def summary_text(summary, args):
                   f"{args.out / 'best'}"]
     speed = summary["tokens_per_second"]
     lines += [f"{summary['steps']} steps in {seconds['train']:.0f} s, "
-              + (f"{speed:,.0f} tokens/s; " if speed else "") + f"{seconds['all']:.0f} s in all"]
+              + (f"{speed:,.0f} tokens/s; " if speed else "") + f"{seconds['all']:.0f} s in all"
+              + " since it went on" * (seconds["all"] < seconds["train"])]
     if summary["peak_gpu_bytes"]:
         lines += [f"peak GPU memory {summary['peak_gpu_bytes'] / 2**30:.1f} GiB"]
     return "\n".join(lines)

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import adapter
 import convert
 import data
 import eval as evaluation
+import model
 import train
 from conftest import command, failure, small_net
 from formats import chat
@@ -497,3 +499,23 @@ def test_long_text_becomes_windows(pair):
     assert all(ids[0] == tok.start and n == 1 and len(ids) <= 32 for ids, n in encoded)
     assert [len(ids) for ids, _ in encoded[:-1]] == [32] * (len(encoded) - 1)
     assert [i for ids, _ in encoded for i in ids[1:]] == tok.encode(text, eos=True)
+
+
+@pytest.mark.slow
+def test_smollm2_answers_in_its_template_and_stops(tmp_path, smollm2_path):
+    """A few steps on conversations whose answers all end with one word."""
+    words = {"colour": "Blue", "fruit": "Apple", "city": "Paris", "river": "Nile", "metal": "Iron",
+             "bird": "Owl"}
+    rows = [{"messages": [turn("user", f"Name a {thing}."), turn("assistant", f"{word}, captain.")]}
+            for thing, word in words.items()] * 2
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    command(train.main, "--ckpt", smollm2_path, "--data", tmp_path / "chat.json", "--out",
+            tmp_path / "run", "--rank", 4, "--batch", 4, "--steps", 6, "--lr", 1e-3,
+            "--max-new-tokens", 2, "--device", "cpu")
+    tok, found = data.Tokenizer(smollm2_path), tmp_path / "run" / "adapter"
+    chat.use(tok, chats.template_of(found))
+    net = adapter.load(model.load(smollm2_path, "cpu", torch.float32), found)
+    prompts = [data.prompt_ids(f"Name a {thing}.", tok) for thing in ("flower", "drink")]
+    answers = model.generate(net, prompts, 24, eos=tok.stops)
+    assert all(len(ids) < 24 for ids in answers)                          # it stops by itself
+    assert all(tok.decode(ids).endswith(", captain.") for ids in answers)
