@@ -8,16 +8,15 @@ diagonal D_in and D_out. With W (in, out), from Q = 0, by turns,
 
 until |F^1/2 * (W - Q - A B)| rises. The turn before that is kept. y = x Q + (x A) B.
 
-D are square roots of means of F, as in the authors' code, here divided by the mean of all F, and at
-least 0.001. If F = 1, this is QPiSSA with last_svd=False, the loop of PiSSA's authors. The authors
-allow 100 turns, here it is --quant-iters.
+D are square roots of means of F, as in the authors' code, over the mean of all F, at least 0.001.
+If F = 1, this is QPiSSA with last_svd=False. The authors allow 100 turns, here --quant-iters.
 
 Mixed precision: with the error c_ij of matrix i in configuration j and its bits b_ij, `programme`
-finds x_ij of 0 and 1 with the least sum c x and sum b x <= budget, one j per i. It only tells. What
-is trained and saved is nf4.py's 4.13 bits, or 4.5, of all matrices: an adapter knows no others.
+finds x_ij of 0 and 1 with the least sum c x and sum b x <= budget, one j per i. It only tells: what
+is trained is nf4.py's 4.13 bits, or 4.5.
 
-Cost: training as QPiSSA. At the start all weights in 16 bits and backward passes, F in host memory
-as float32, and an SVD per turn. F is of micro-batches: `--micro-batch 1` makes it of examples.
+Cost: QPiSSA's, and at the start backward passes on all weights in 16 bits, F in host memory.
+`--micro-batch 1` makes F of examples.
 """
 from dataclasses import replace
 
@@ -64,8 +63,7 @@ def decompose(weight, F, options, rounded):
             break
         best = error, Q, A, B
         options = replace(options, niter=options.niter and min(options.niter, 2))   # as in QPiSSA
-    _, Q, A, B = best
-    return Q, A, B, (A, B)
+    return *best[1:], best[2:]
 
 
 def normal_float(W, bits, block):
@@ -85,19 +83,17 @@ def bits_of(bits, block):
 
 def errors(weight, F, options, configurations=CONFIGURATIONS):
     """|F^1/2 * (W - Q - A B)|^2 of a matrix (out, in) in each configuration (bits, block)."""
-    def left(bits, block):
-        Q, A, B, _ = decompose(weight, F, options, lambda A, B: normal_float(
-            pissa.residual(weight.float(), A, B), bits, block))
-        return (F * (weight - Q - (A @ B).T).square()).sum().item()
-
-    return [left(*chosen) for chosen in configurations]
+    found = []
+    for chosen in configurations:
+        Q, A, B, _ = decompose(weight, F, options, lambda A, B, chosen=chosen: normal_float(
+            pissa.residual(weight.float(), A, B), *chosen))
+        found.append((F * (weight - Q - (A @ B).T).square()).sum().item())
+    return found
 
 
 def programme(found, sizes, budget, configurations=CONFIGURATIONS):
     """The configuration of each matrix, a list. found: what `errors` returns of each. sizes: how
-    many weights each has. budget: bits a weight, of all together.
-
-    ValueError if no choice meets the budget, or without scipy.
+    many weights each has. budget: bits a weight, of all. ValueError if no choice meets it.
     """
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
@@ -111,5 +107,4 @@ def programme(found, sizes, budget, configurations=CONFIGURATIONS):
                   constraints=[cost, one_each])
     if solved.x is None:
         raise ValueError(f"no choice has {budget:g} bits a weight: the least is {bits.min():.3f}")
-    x = torch.from_numpy(solved.x).view(c.shape)
-    return [configurations[j] for j in x.argmax(1).tolist()]
+    return [configurations[j] for j in torch.from_numpy(solved.x).view(c.shape).argmax(1).tolist()]

@@ -63,9 +63,10 @@ def test_ours_loads_peft(pair, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(modules_to_save=["lm_head"]), "adapter_config.json: modules_to_save is not supported"),
+    (dict(modules_to_save=["lm_head"]), "adapter_config.json: modules_to_save=.*whole matrices"),
     (dict(target_modules=["q_proj", "embed_tokens"]), "embed_tokens.* is not a LoRA matrix of"),
-    (dict(bias="all"), "bias='all' is not supported"),
+    (dict(bias="all"), "layers.0.self_attn.k_proj.bias is not the model's: it was trained, too"),
+    (dict(bias="lora_only"), "layers.0.self_attn.q_proj.bias is not the model's: it was trained"),
     (dict(use_dora=True), "use_dora is not supported")])
 def test_more_than_a_lora_is_refused(tmp_path, options, message):
     """Tensors that were trained beside the LoRA are never dropped silently."""
@@ -73,7 +74,10 @@ def test_more_than_a_lora_is_refused(tmp_path, options, message):
     theirs.save_pretrained(tmp_path / "base")
     ours = model.load(tmp_path / "base", "cpu", torch.float32)
     config = peft.LoraConfig(r=4, **{"target_modules": ["q_proj"], **options})
-    peft.get_peft_model(theirs, config).save_pretrained(tmp_path / "adapter")
+    theirs = peft.get_peft_model(theirs, config)
+    for name, p in theirs.named_parameters():
+        p.data += p.requires_grad * name.endswith("bias")
+    theirs.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
         adapter.load(ours, tmp_path / "adapter")
 

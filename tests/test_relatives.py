@@ -269,7 +269,7 @@ def train_arguments(flags):
 def test_unknown_names_and_options(capsys):
     with pytest.raises(ValueError, match="^there is no method 'olra': did you mean olora. There "):
         relatives.find("olra")
-    with pytest.raises(ValueError, match="^there is no method 'xyz'. There are corda, eva"):
+    with pytest.raises(ValueError, match="^there is no method 'xyz'. There are cora, corda"):
         relatives.find("xyz")
     assert relatives.known("pissa") == "pissa" and relatives.known("my_init") == "my_init"
     corda, eva = relatives.find("corda"), relatives.find("eva")
