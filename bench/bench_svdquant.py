@@ -25,7 +25,7 @@ import data
 import eval as evaluation
 import model
 import pissa
-from bench import report
+from bench import program, report
 from relatives import calibrate, svdquant
 
 ROOT = Path(__file__).parent.parent
@@ -111,4 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

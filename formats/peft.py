@@ -310,20 +310,21 @@ def parameters(net, read):
                          and params[name].is_meta else params.get(name))
 
 
-def check_bases(directory, bases, read):
-    """ValueError if one of `bases`, {name: parameter}, is not the base's: read(name), or None. They
-    are equal up to the rounding of another dtype, as in adapter.py."""
-    def same(a, b):
-        a, b = a.float(), b.to(a.device).float()
-        return ((a - b).abs() <= a.abs() * 2**-8 + 2**-24).all()
+def same_base(a, b):
+    """True if all entries are equal up to the rounding of another dtype."""
+    a, b = a.float(), b.to(a.device).float()
+    return bool(((a - b).abs() <= a.abs() * 2**-8 + 2**-24).all())
 
+
+def check_bases(directory, bases, read):
+    """ValueError if one of `bases`, {name: parameter}, is not the base's: read(name), or None."""
     for name, theirs in bases.items():
         if (ours := read(name)) is None:
             raise ValueError(f"{directory}: the model has no {name}")
         if ours.shape != theirs.shape:                                  # tokens have been added
             raise ValueError(f"{directory}: {name} has {len(theirs)} rows, the model's has "
                              f"{len(ours)}; {MERGE}")
-        if not all(map(same, ours.split(4096), theirs.split(4096))):
+        if not all(map(same_base, ours.split(4096), theirs.split(4096))):
             raise ValueError(f"{directory}: {name} is not the model's: it was trained, too, or on "
                              f"another base; {MERGE}")
 

@@ -22,6 +22,7 @@ import torch
 import model
 import pissa
 import relatives
+from relatives.mica import Layer  # its B is frozen
 from svd import full_float32
 
 STATISTIC = "weights"
@@ -64,14 +65,6 @@ def init(weight, options):
     dtype = torch.promote_types(weight.dtype, torch.float32)
     B = relatives.given(options)[:options.rank].to(weight.device, dtype, copy=True)
     return weight, B.new_zeros(weight.shape[1], len(B)), B, None
-
-
-class Layer(pissa.PissaLinear):
-    """A PissaLinear whose B is frozen."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.B.requires_grad_(False)
 
 
 def layer(own):

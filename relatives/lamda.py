@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pissa
-from svd import randomized_svd
+from relatives import sorsa
 
 OPTIONS = {"share": 0.3}
 
@@ -35,10 +35,7 @@ def init(weight, options):
     a share outside 0 ... 1."""
     if not 0 <= options.own["share"] <= 1:
         raise ValueError(f"lamda: share is from 0 to 1, not {options.own['share']}")
-    U, S, Vh = randomized_svd(weight.T, options.rank, niter=options.niter,
-                              generator=options.generator)
-    A = U * S
-    return pissa.residual(weight, A, Vh), A, Vh, (A, Vh)
+    return sorsa.init(weight, options)
 
 
 class Layer(pissa.PissaLinear):

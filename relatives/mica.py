@@ -11,17 +11,13 @@ orthonormal rows and never changes, so A needs no partner to grow with it.
 Cost: half of LoRA's trained numbers, gradients and moments, r in instead of r (in + out). At the
 start, an exact SVD of every matrix, see milora.py.
 """
-import torch
-
 import pissa
-from svd import fix_signs, full_float32
+from svd import randomized_svd
 
 
-@full_float32()
 def init(weight, options):
     """weight (out, in), options -> weight itself, A = 0 (in, r), B (r, out), None."""
-    W_T = weight.to(torch.promote_types(weight.dtype, torch.float32))                 # (out, in)
-    U, _, _ = fix_signs(*torch.linalg.svd(W_T, full_matrices=False))
+    U, _, _ = randomized_svd(weight, min(weight.shape), niter=None)          # of W^T, all, exactly
     B = U[:, -options.rank:].T.clone()                         # a copy: the rest of U is freed
     return weight, B.new_zeros(weight.shape[1], options.rank), B, None
 

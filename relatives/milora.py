@@ -14,22 +14,18 @@ from 0, the last r triplets, to 1, the first r. Then this is PiSSA.
 Cost: training as PiSSA. At the start, an exact SVD of every matrix, since the randomized SVD of
 svd.py finds the largest triplets only: four minutes for Llama-2-7B on an H200.
 """
-import torch
-
 import pissa
-from svd import fix_signs, full_float32
+from svd import randomized_svd
 
 OPTIONS = {"offset": 0.0}
 
 
-@full_float32()
 def init(weight, options):
     """weight (out, in), options -> W_res (out, in), A (in, r), B (r, out), (A, B). ValueError for
     an offset outside 0 ... 1."""
     if not 0 <= options.own["offset"] <= 1:
         raise ValueError(f"milora: offset is from 0 to 1, not {options.own['offset']}")
-    W = weight.T.to(torch.promote_types(weight.dtype, torch.float32))                 # (in, out)
-    U, S, Vh = fix_signs(*torch.linalg.svd(W, full_matrices=False))
+    U, S, Vh = randomized_svd(weight.T, min(weight.shape), niter=None)       # all, exactly
     first = round((1 - options.own["offset"]) * (len(S) - options.rank))
     m = slice(first, first + options.rank)
     A, B = U[:, m] * S[m].sqrt(), S[m].sqrt()[:, None] * Vh[m]

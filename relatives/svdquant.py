@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pissa
-from svd import full_float32, randomized_svd
+from svd import full_float32
 
 STATISTIC = "inputs"
 GROUP, LARGEST = 64, 7
@@ -67,8 +67,7 @@ class W4A4(nn.Module):
         R = weight * self.lambda_                                                # W^, (out, in)
         self.L1, self.L2 = R.new_zeros(R.shape[1], rank), R.new_zeros(rank, R.shape[0])
         if rank:
-            U, S, Vh = randomized_svd(R.T, rank)
-            halves = U * S.sqrt(), S.sqrt()[:, None] * Vh
+            halves = pissa.principal(R, pissa.Options(rank))
             self.L1, self.L2 = (M.bfloat16().float() for M in halves)
         self.R = four_bits(R - (self.L1 @ self.L2).T)
 

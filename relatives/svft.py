@@ -26,20 +26,18 @@ import torch
 from torch import nn
 
 import pissa
-from svd import fix_signs, full_float32
+from svd import full_float32, randomized_svd
 
 OPTIONS = {"pattern": "plain", "d": 16, "triplets": "all"}
 CHOICES = {"pattern": ("plain", "banded", "random", "top"), "triplets": ("all", "rank")}
 
 
-@full_float32()
 def init(weight, options):
     """weight (out, in), options -> weight itself, U (in, n), V^T (n, out), None. ValueError for a
     d below 0."""
     if options.own["d"] < 0:
         raise ValueError(f"svft: d is 0 or more, not {options.own['d']}")
-    W = weight.T.to(torch.promote_types(weight.dtype, torch.float32))                 # (in, out)
-    U, S, Vh = fix_signs(*torch.linalg.svd(W, full_matrices=False))
+    U, S, Vh = randomized_svd(weight.T, min(weight.shape), niter=None)       # all, exactly
     n = len(S) if options.own["triplets"] == "all" else options.rank
     return weight, U[:, :n], Vh[:n], None
 

@@ -16,7 +16,6 @@ can tell PEFT which base is meant.
 import json
 import math
 import shlex
-from importlib import import_module
 
 import torch
 from torch import nn
@@ -48,8 +47,7 @@ def write(check_out, write_checkpoint, args):
     linears = pissa.find_linears(net, args.targets, args.rank)
     if config.tied and "lm_head" in linears:
         raise ValueError(f"{source}: lm_head is the embedding, which has no residual: leave it out")
-    init = getattr(import_module(pissa.METHODS[args.method]), f"init_{args.method}")
-    four = args.method == "qpissa"
+    init, four = pissa.init_of(args.method), args.method == "qpissa"
     asked = args.dtype or ("float32" if four else "source")
     dtype = None if asked == "source" else getattr(torch, asked)
     pairs, extras, sums = {}, {}, {}

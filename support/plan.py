@@ -102,7 +102,8 @@ def job_of(config, method="pissa", rank=128, targets=pissa.TARGETS, *, double_qu
     facts = adapter.facts_of(method, double_quant=double_quant)
     return Job(config, rank, targets, None, False, facts["bits"], facts["subtracted"],
                double_quant, getattr(method, "Layer", pissa.PissaLinear),
-               getattr(method, "OPTIONS", {}), facts["own_layer"] and facts["rank"] == 64, **more)
+               getattr(method, "OPTIONS", {}), facts["own_layer"] and facts["rank"] == 64,
+               **more)                                            # of the 64 of facts_of's matrix
 
 
 def estimate(config, method="pissa", rank=128, targets=pissa.TARGETS, **more):
