@@ -32,7 +32,7 @@ import pissa
 import tasks
 from formats import jsonl
 from formats.jsonl import write_lines
-from support import ask, chats, report
+from support import ask, chats, predictions, report
 from support.files import named
 
 # Of each protocol: the text after the template, the function that reads an answer, and its rule.
@@ -159,9 +159,7 @@ def resume(part, header, count):
         print(f"going on: {len(lines) - 1} of {count} are done" if same else
               f"starting anew: {part} is of another model, protocol or set of problems")
     try:
-        done = dict(map(json.loads, lines[1:])) if same else {}
-        assert all(type(i) is int and 0 <= i < count and row["correct"] in (True, False)
-                   for i, row in done.items())
+        done = predictions.checked(map(json.loads, lines[1:]), count) if same else {}
     except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
         raise ValueError(f"{part}: damaged; remove it to start anew") from None
     write_lines(part, [header, *done.items()])
@@ -182,22 +180,14 @@ def show_accuracy(net, tok, examples, args):
     """--accuracy: the protocol, the score with its 95 % interval, and a file of predictions."""
     how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
     print(describe(**how, chat=tok.in_chat))
-    folder = Path(args.adapter).parent if args.adapter else Path("runs")
-    name = "-".join(["predictions", Path(args.adapter or args.ckpt).name, Path(args.accuracy).stem,
-                     args.protocol, *([f"first{args.limit}"] if args.limit else [])])
-    out = Path(args.out or folder / f"{name}.jsonl")
-    part = out.with_name(out.name + ".part")
+    out, part = predictions.places(args, Path(args.accuracy).stem, args.protocol)
     asked = [(data.prompt_ids(prompt, tok), reference) for prompt, reference in examples]
     header = {"ckpt": args.ckpt, "adapter": args.adapter, **how,
               "sha256": content_hash(net, args.adapter, asked)}
     done = resume(part, header, len(examples))
     with named(part), open(part, "a", encoding="utf-8") as log:
-        score, rows = accuracy(net, tok, examples, batch=args.batch, done=done, log=log, **how)
-    write_lines(out, rows)
-    part.unlink()
-    n, (low, high) = len(rows), report.wilson(score, len(rows))
-    print(f"accuracy {score:.1%} ({low:.1%} to {high:.1%} with 95 % confidence) by protocol "
-          f"{args.protocol}: {score * n:.0f} of {n} problems; predictions in {out}")
+        _, rows = accuracy(net, tok, examples, batch=args.batch, done=done, log=log, **how)
+    predictions.finish(out, part, rows, args.protocol)
 
 
 def main():

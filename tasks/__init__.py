@@ -15,13 +15,12 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
 import model
 from formats import jsonl
-from support import files, report
+from support import files, predictions
 from tasks import commonsense, gsm8k, humaneval, math, mbpp
 
 PAGES = {"gsm8k": gsm8k, "math": math, "humaneval": humaneval, "mbpp": mbpp,
@@ -100,11 +99,7 @@ def show(net, tok, problems, args, weights):
     A run that was interrupted goes on there.
     """
     print(describe(args.task, args.protocol, args.max_new_tokens, problems, args.data))
-    folder = Path(args.adapter).parent if args.adapter else Path("runs")
-    name = "-".join(["predictions", Path(args.adapter or args.ckpt).name, args.task, args.protocol,
-                     *([f"first{args.limit}"] if args.limit else [])])
-    out = Path(args.out or folder / f"{name}.jsonl")
-    part = out.with_name(out.name + ".part")
+    out, part = predictions.places(args, args.task, args.protocol)
     header = {key: getattr(args, key) for key in ("task", "protocol", "max_new_tokens", "data",
                                                   "limit", "ckpt", "adapter")}
     asked = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
@@ -118,12 +113,7 @@ def show(net, tok, problems, args, weights):
                             max_new_tokens=args.max_new_tokens)
         finally:
             os.close(held)
-    jsonl.write_lines(out, rows)
-    part.unlink()
-    n, right = len(rows), sum(row["correct"] for row in rows)
-    low, high = report.wilson(right / n, n)
-    print(f"accuracy {right / n:.1%} ({low:.1%} to {high:.1%} with 95 % confidence) by protocol "
-          f"{args.protocol} of {args.task}: {right} of {n} problems; predictions in {out}")
+    predictions.finish(out, part, rows, f"{args.protocol} of {args.task}")
 
 
 def begun(log, part, header, count):
@@ -136,9 +126,7 @@ def begun(log, part, header, count):
         before, done = None, {}
         if whole:
             first, *rows = map(json.loads, whole.split(b"\n"))
-            before, done = {key: first[key] for key in header}, dict(rows)
-        assert all(type(i) is int and 0 <= i < count and row["correct"] in (True, False)
-                   for i, row in done.items())
+            before, done = {key: first[key] for key in header}, predictions.checked(rows, count)
     except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
         raise ValueError(f"{part}: damaged; remove it to begin anew") from None
     if done and (other := [key for key in header if before[key] != header[key]]):
