@@ -237,6 +237,19 @@ def net():
     return small_net()
 
 
+@pytest.fixture(scope="module")
+def tok():
+    """The tokenizer of the embedded model."""
+    return data.Tokenizer(TINY)
+
+
+def first_lines(folder, count, name="train.jsonl"):
+    """A file in `folder` with the first lines of one of the embedded model's; its path."""
+    lines = (TINY / name).read_text().splitlines(keepends=True)[:count]
+    (folder / name).write_text("".join(lines))
+    return folder / name
+
+
 @pytest.fixture(scope="session")
 def stories():
     """A small real checkpoint in Meta's and in Hugging Face's layout."""

@@ -29,11 +29,6 @@ EXAMPLES = data.read(TINY / "test.jsonl")[:20]
 
 
 @pytest.fixture(scope="module")
-def tok():
-    return data.Tokenizer(TINY)
-
-
-@pytest.fixture(scope="module")
 def net():
     return model.load("tiny", "cpu").requires_grad_(False)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import adapter
 import train
-from conftest import ROOT, TINY, command
+from conftest import ROOT, TINY, command, first_lines
 from support import parallel, resume
 
 STEPS = 10
@@ -21,8 +21,7 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    data = tmp_path_factory.mktemp("data") / "train.jsonl"
-    data.write_text("".join((TINY / "train.jsonl").read_text().splitlines(keepends=True)[:40]))
+    data = first_lines(tmp_path_factory.mktemp("data"), 40)
     return [*map(str, ["--ckpt", "tiny", "--data", data, "--val-fraction", 0.2, "--rank", 4,
                        "--lr", 1e-3, "--batch", 8, "--micro-batch", 2, "--max-new-tokens", 2,
                        "--steps", STEPS, "--device", "cpu"])]

@@ -16,7 +16,7 @@ import model
 import nf4
 import pissa
 import train
-from conftest import ROOT, TINY, assert_logits_equal, command, small_net
+from conftest import ROOT, TINY, assert_logits_equal, command, first_lines, small_net
 from formats import meta_write
 from test_convert import write_base
 
@@ -129,9 +129,7 @@ def test_host_memory(smollm2_path):
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """The start of a command line, with few examples."""
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    lines = (TINY / "train.jsonl").read_text().splitlines(keepends=True)[:64]
-    path.write_text("".join(lines))
+    path = first_lines(tmp_path_factory.mktemp("data"), 64)
     return ["--ckpt", "tiny", "--data", path, "--val-fraction", 0.25]
 
 

@@ -19,7 +19,15 @@ import model
 import pissa
 import train
 from bench import plot
-from conftest import ROOT, TINY, assert_logits_equal, command, hugging_face, layer_of
+from conftest import (
+    ROOT,
+    TINY,
+    assert_logits_equal,
+    command,
+    first_lines,
+    hugging_face,
+    layer_of,
+)
 from formats import meta_write
 from support import options
 
@@ -206,8 +214,7 @@ def test_llama2_as_readme_says(tmp_path, monkeypatch):
     params = json.loads((folder / "params.json").read_text())
     (folder / "params.json").write_text(json.dumps(params | {"vocab_size": -1}))
     shutil.copy(TINY / "tokenizer.model", folder)
-    problems = (TINY / "train.jsonl").read_text().splitlines(keepends=True)[:40]
-    (tmp_path / "train.jsonl").write_text("".join(problems))
+    first_lines(tmp_path, 40)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(formats, "__file__", str(tmp_path / "formats" / "__init__.py"))  # the root
     monkeypatch.setattr(options, "tiny", lambda: ".")

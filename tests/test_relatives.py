@@ -15,9 +15,9 @@ import train
 from conftest import (
     ROOT,
     SMALL,
-    TINY,
     assert_logits_equal,
     command,
+    first_lines,
     hugging_face,
     optimise,
     rounded_base,
@@ -113,8 +113,7 @@ def test_plan(name):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    path.write_text("".join((TINY / "train.jsonl").read_text().splitlines(keepends=True)[:32]))
+    path = first_lines(tmp_path_factory.mktemp("data"), 32)
     return [*map(str, ["--ckpt", "tiny", "--data", path, "--val-fraction", 0.25, "--rank", 4,
                        "--lr", 1e-3, "--batch", 8, "--micro-batch", 2, "--max-new-tokens", 1,
                        "--steps", 10, "--save-every", 2, "--calibrate", 8, "--device", "cpu"])]

@@ -17,7 +17,7 @@ import adapter
 import data
 import model
 import train
-from conftest import ROOT, TINY, command, failure
+from conftest import ROOT, TINY, command, failure, first_lines
 from convert import write_checkpoint
 from formats import hf
 from support import files, options, report, resume
@@ -28,8 +28,7 @@ STEPS = 8
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """The start of a command line that takes a second, an epoch being 3 steps."""
-    data = tmp_path_factory.mktemp("data") / "train.jsonl"
-    data.write_text("".join((TINY / "train.jsonl").read_text().splitlines(keepends=True)[:32]))
+    data = first_lines(tmp_path_factory.mktemp("data"), 32)
     return ["--ckpt", "tiny", "--data", data, "--val-fraction", 0.25, "--rank", 4, "--lr", 2e-3,
             "--batch", 8, "--max-new-tokens", 1, "--steps", STEPS, "--save-every", 2]
 

@@ -469,11 +469,6 @@ def test_a_solution_without_an_answer(tmp_path):
 # --- the model and the command
 
 @pytest.fixture(scope="module")
-def tok():
-    return data.Tokenizer(TINY)
-
-
-@pytest.fixture(scope="module")
 def net():
     return model.load("tiny", "cpu").requires_grad_(False)
 

@@ -25,7 +25,7 @@ import fast
 import model
 import pissa
 import train
-from conftest import ROOT, TINY, command, failure
+from conftest import ROOT, TINY, command, failure, first_lines
 from formats import hf, meta_write
 from support import options
 
@@ -48,17 +48,11 @@ def same_state(a, b):
 
 
 @pytest.fixture(scope="module")
-def tok():
-    return data.Tokenizer(TINY)
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Small files of training examples and of problems."""
     folder = tmp_path_factory.mktemp("data")
     for name, count in (("train.jsonl", 32), ("test.jsonl", 6)):
-        lines = (TINY / name).read_text().splitlines(keepends=True)[:count]
-        (folder / name).write_text("".join(lines))
+        first_lines(folder, count, name)
     return folder
 
 
