@@ -215,11 +215,20 @@ def fused(formula, plain, *tensors):
     except torch.OutOfMemoryError:
         raise
     except Exception as e:                  # of many kinds: no triton, no C compiler, no headers
-        reason = str(e).strip().partition("\n")[0][:120]
-        warnings.warn(f"{plain.__name__} could not be compiled, and takes longer: {reason}",
-                      stacklevel=2)
+        why = f"takes longer: {str(e).strip().partition(chr(10))[0][:120]}"
+        warnings.warn(f"{plain.__name__} could not be compiled, and {why}", stacklevel=2)
         KERNELS[formula] = plain
         return plain(*tensors)
+
+
+def fused_rows(formula, x, s=None):
+    """formula(x, s), x (n, k), by `fused` for any n: `fp8.by_rows` in one pass. None for few."""
+    if not worth_compiling(x) or torch.is_inference_mode_enabled():
+        return None
+    x = x.detach()
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    torch._dynamo.mark_static(x, 1)
+    return fused(formula, formula, x, s)
 
 
 class SwiGLU(torch.autograd.Function):

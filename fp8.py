@@ -35,16 +35,7 @@ LARGEST = torch.finfo(E4M3).max                                                 
 CHUNK = 1 << 22                          # entries quantised at a time: bounds the memory it takes
 
 
-def fused(x, s=None):
-    """`by_rows` in one kernel, compiled for any number of rows; None where that does not pay."""
-    if fast.worth_compiling(x) and not torch.is_inference_mode_enabled():
-        x = x.detach()
-        torch._dynamo.maybe_mark_dynamic(x, 0)
-        torch._dynamo.mark_static(x, 1)
-        return fast.fused(by_rows.plain, by_rows.plain, x, s)
-
-
-@faster(fused)
+@faster(lambda x, s=None: fast.fused_rows(by_rows.plain, x, s))
 def by_rows(x, s=None):
     """x (n, k), times s (1, k) if given, as codes (n, k) in E4M3 and scales (n, 1) in float32."""
     x = x.float() if s is None else x.float() * s
@@ -118,7 +109,7 @@ class FP8(nn.Module):
     """
 
     shape = property(lambda self: self.codes.shape, doc="Of W, (out, in).")
-    device = property(lambda self: self.codes.device, doc="Where it is.")
+    bits, device = 8, property(lambda self: self.codes.device, doc="Where it is.")
     nbytes = property(lambda self: sum(p.nbytes for p in self.parameters()), doc="All its bytes.")
     checksum = nf4.NF4.checksum
 

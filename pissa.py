@@ -49,7 +49,7 @@ class Options:
     niter: int | None = 5
     generator: torch.Generator | None = None
     quant_iters: int = 5
-    bits: int = 4
+    bits: int = 4                                  # 4 or 8, if the method rounds
     double_quant: bool = True
     last_svd: bool = True
     remaining: dict = field(default_factory=dict)  # {name: linear} not replaced, first the present
@@ -181,8 +181,7 @@ def inject(net: nn.Module, rank: int, method="pissa", targets=TARGETS, niter: in
     """
     init, Layer = init_of(method), getattr(method, "Layer", PissaLinear)
     linears, own = find_linears(net, targets, rank), getattr(method, "OPTIONS", {})
-    options = Options(rank, niter, None, quant_iters, bits, double_quant, last_svd, linears,
-                      own=own)
+    options = Options(rank, niter, None, quant_iters, bits, double_quant, last_svd, linears, {}, own)
     method = getattr(method, "__name__", str(method)).rpartition(".")[2]
     bar = tqdm(list(linears), method, unit="matrix", leave=False, disable=not progress)
     for name in bar:

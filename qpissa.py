@@ -21,7 +21,6 @@ from dataclasses import replace
 
 import torch
 
-import fp8
 import nf4
 from svd import full_float32, randomized_svd
 
@@ -97,4 +96,7 @@ def rounded(weight, A, B, bits, double_quant):
 
 def quantize(W, bits, double_quant):
     """W in four bits, or in eight."""
-    return fp8.quantize(W) if bits == 8 else nf4.quantize(W, double_quant)
+    if bits == 8:
+        import fp8
+        return fp8.quantize(W)
+    return nf4.quantize(W, double_quant)
