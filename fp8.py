@@ -126,7 +126,7 @@ class FP8(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """s * codes, (out, in), in the dtype of W or another."""
-        return (self.codes.float() * self.scale).to(dtype or self.dtype)
+        return self.codes.float().mul_(self.scale).to(dtype or self.dtype)
 
     def product(self, x, bias=None):
         """x W^T + bias of x (T, in), without a gradient."""

@@ -53,8 +53,8 @@ class Options:
     double_quant: bool = True
     last_svd: bool = True
     remaining: dict = field(default_factory=dict)  # {name: linear} not replaced, first the present
-    ready: dict = field(default_factory=dict)      # A, B of some: fast.in_groups works ahead
     own: dict = field(default_factory=dict)        # those of the method alone, such as its OPTIONS
+    ready: dict = field(default_factory=dict)      # A, B of some: fast.in_groups works ahead
     statistic: object = None                       # what was measured of this matrix, if anything
 
 
@@ -181,7 +181,7 @@ def inject(net: nn.Module, rank: int, method="pissa", targets=TARGETS, niter: in
     """
     init, Layer = init_of(method), getattr(method, "Layer", PissaLinear)
     linears, own = find_linears(net, targets, rank), getattr(method, "OPTIONS", {})
-    options = Options(rank, niter, None, quant_iters, bits, double_quant, last_svd, linears, {}, own)
+    options = Options(rank, niter, None, quant_iters, bits, double_quant, last_svd, linears, own)
     method = getattr(method, "__name__", str(method)).rpartition(".")[2]
     bar = tqdm(list(linears), method, unit="matrix", leave=False, disable=not progress)
     for name in bar:
