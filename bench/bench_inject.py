@@ -5,9 +5,10 @@
 
 `inject` is timed as it is, and then with a clock that waits for the GPU around each of its pieces:
 their sum is more than the whole, since nothing overlaps. QPiSSA takes one turn. `pieces of a group`
-are those of svd.grouped_svd. `to the host` compares ways to copy all A and B: as it is done (fresh memory, one
-thread), into memory touched before, by several threads, into page-locked memory, with and without
-the time to lock it, or a copy that stays on the GPU. `eigenproblems` compares the GPU with threads.
+are those of svd.grouped_svd. `to the host` compares ways to copy all A and B: as it is done (fresh
+memory, one thread), into memory touched before, by several threads, into page-locked memory, with
+and without the time to lock it, or a copy that stays on the GPU. `eigenproblems` compares the GPU
+with threads.
 """
 import argparse
 import gc
