@@ -28,7 +28,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import nf4
 import pissa
 import qpissa
 from formats import peft
@@ -38,10 +37,10 @@ from support.files import check_room, replaced
 
 EXTRAS, KEPT = "pissa", "rank niter seed base chat_template"         # EXTRAS.safetensors or .bin
 OURS = "adapter_config.json", "adapter_model.*", "pissa.*", "pissa_quantised_from.*"
-ROUNDED_ELSEWHERE = ("{}: some weights round to another 4-bit code here than on the machine that "
+ROUNDED_ELSEWHERE = ("{}: some weights round to another code here than on the machine that "
                      "trained them: outputs differ a little (another dtype or kind of device?)")
 EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W + Delta W, not the "
-            "Q + A B that was trained: the two differ by what rounding to four bits lost")
+            "Q + A B that was trained: the two differ by what rounding to few bits lost")
 
 
 # -------------------------------------------------------------------------------------------- facts
@@ -49,7 +48,7 @@ EXPORTED = ("on the full-precision base, as PEFT puts it, this adapter gives W +
 def facts(net):
     """What `save` writes to pissa.json of an injected `net`: a dict.
 
-    bits: of the frozen weights, 16 (any float dtype) or 4. double_quant: see nf4.py. subtracted:
+    bits: of the frozen weights, 16 (any float dtype), 8 or 4. double_quant: see nf4.py. subtracted:
     whether a pair was subtracted from W; own_pair: one other than (A_0, B_0); own_layer: whether
     layers are a relative's. rank: the largest. For people: method ... ValueError if they differ.
     """
@@ -57,15 +56,15 @@ def facts(net):
     if not found:
         raise ValueError("nothing to save: the model has no adapter")
     kinds = {(m.A0 is not None, m.subtracted is not None and m.subtracted[0] is not m.A0,
-              n in Qs and m.frozen.scale is not None, n in Qs) for n, m in found}
+              *(getattr(m.frozen, k, None) for k in ("double_quant", "bits"))) for _, m in found}
     if len(kinds) > 1:
         raise ValueError("layers of several kinds cannot be saved as one adapter")
-    (subtracted, own_pair, double_quant, four), = kinds
+    (subtracted, own_pair, double, bits), = kinds
     rank, own = max(len(m.factors()[1]) for _, m in found), type(found[0][1])
-    return {**getattr(unwrapped(net), "pissa", {}), "rank": rank, "bits": 4 if four else 16,
+    return {**getattr(unwrapped(net), "pissa", {}), "rank": rank, "bits": bits or 16,
             "subtracted": subtracted, "own_pair": own_pair, "own_layer": own is not PissaLinear} | (
-        {"double_quant": double_quant, "codes": codes({n: Q.checksum() for n, Q in Qs.items()})}
-        if four else {})
+        {"codes": codes({n: Q.checksum() for n, Q in Qs.items()})} if Qs else {}) | (
+        {"double_quant": double} if bits == 4 else {})
 
 
 def facts_of(method, **options):
@@ -76,8 +75,8 @@ def facts_of(method, **options):
 
 
 def quantised(net):
-    """{module name: NF4} of the layers that are in four bits."""
-    return {n: m.frozen for n, m in layers(net) if isinstance(m.frozen, nf4.NF4)}
+    """{module name: NF4 or FP8} of the layers that are in four or eight bits."""
+    return {n: m.frozen for n, m in layers(net) if isinstance(m.frozen, nn.Module)}
 
 
 def layers(net):
@@ -86,13 +85,13 @@ def layers(net):
 
 
 def codes(sums):
-    """A hash of {module name: NF4.checksum()}, to tell whether weights were rounded alike."""
+    """A hash of {module name: Q.checksum()}, to tell whether weights were rounded alike."""
     return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:16]
 
 
 def is_quantised(directory):
-    """True if an adapter belongs to weights in four bits: then see `prepare` of model.load."""
-    return read_facts(directory)["bits"] == 4
+    """True if an adapter is of weights in 4 or 8 bits: then see `prepare` of model.load."""
+    return read_facts(directory)["bits"] != 16
 
 
 # ------------------------------------------------------------------------------------ a directory
@@ -147,10 +146,10 @@ class Saved:
 
 
 def frozen_of(W, subtracted, bits, double_quant):
-    """What is frozen of W (out, in), in 16 or 4 bits: W less the pair `subtracted`, if any."""
-    if bits == 4:
-        return (qpissa.rounded(W, *subtracted, double_quant) if subtracted
-                else nf4.quantize(W, double_quant))
+    """What is frozen of W (out, in), in 16, 8 or 4 bits: W less the pair `subtracted`, if any."""
+    if bits != 16:
+        return (qpissa.rounded(W, *subtracted, bits, double_quant) if subtracted
+                else qpissa.quantize(W, bits, double_quant))
     return pissa.residual(W, *subtracted) if subtracted else W
 
 

@@ -263,11 +263,11 @@ def check_base(saved, tensors):
 def add(saved, name, W, sums):
     """W + Delta W of a module, (out, in) as W, in float32 or more.
 
-    An adapter in four bits was trained as Q + A B, so that is returned. The checksum of Q goes into
+    An adapter in few bits was trained as Q + A B, so that is returned. The checksum of Q goes into
     sums[name].
     """
     A, B = saved.pairs[name]
-    if saved.facts["bits"] == 4:
+    if saved.facts["bits"] != 16:
         Q, A, B, *_ = saved.rebuild(name, W)
         W, sums[name] = Q.dequantize(W.dtype), Q.checksum()
     return pissa.residual(W, -A, B)                                               # W + (A B)^T

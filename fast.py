@@ -82,17 +82,20 @@ class LowRank(torch.autograd.Function):
         ctx.save_for_backward(x, xA, A, B)
         if W is SKIP_OUTPUT:
             return x.new_empty(*shape[:-1], W.shape[0])
-        bias = bias if bias is None else bias.to(dtype)
-        return F.linear(x, as_tensor(W, dtype), bias).addmm_(xA, B).view(*shape[:-1], -1)
+        bias, own = bias if bias is None else bias.to(dtype), hasattr(W, "product")
+        y = W.product(x, bias) if own else F.linear(x, as_tensor(W, dtype), bias)
+        return y.addmm_(xA, B).view(*shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, g):
         x, xA, A, B = ctx.saved_tensors
         need, shape, g = ctx.needs_input_grad, g.shape, g.reshape(-1, g.shape[-1])      # (T, out)
         gB = g @ B.T                                                              # (T, r)
-        dx = (g @ as_tensor(ctx.W, g.dtype)).addmm_(gB, A.T) if need[0] else None
-        return (dx if dx is None else dx.view(*shape[:-1], -1), None, x.T @ gB, xA.T @ g,
-                g.sum(0) if need[4] else None)
+        dx, own = None, hasattr(ctx.W, "product_T")
+        if need[0]:
+            dx = ctx.W.product_T(g) if own else g @ as_tensor(ctx.W, g.dtype)
+            dx = dx.addmm_(gB, A.T).view(*shape[:-1], -1)
+        return dx, None, x.T @ gB, xA.T @ g, g.sum(0) if need[4] else None
 
 
 def as_tensor(W, dtype):
@@ -142,7 +145,7 @@ def like(a, b):
 
 # ----------------------------------------------------------------------------- RoPE and SwiGLU
 
-LARGE, KERNEL = 2**22, []         # entries of x from which compiling pays; the compiled function
+LARGE, KERNELS = 2**22, {}        # entries of x from which compiling pays; {formula: compiled}
 SILU = F.silu, torch.ops.aten.silu_backward
 GELU = [functools.partial(f, approximate="tanh") for f in (F.gelu, torch.ops.aten.gelu_backward)]
 
@@ -197,20 +200,35 @@ def rotate_formula(x, cos, sin):
 
 
 def rotate_fused(x, cos, sin):
-    """In one kernel, compiled in a few seconds: nine times faster. Without a compiler, eager."""
+    """In one kernel: nine times faster."""
+    return fused(rotate_formula, rotate_eager, x.detach(), cos, sin)
+
+
+def fused(formula, plain, *tensors):
+    """formula(*tensors) in one kernel, compiled in a few seconds. Without a compiler, plain's."""
     try:
-        if not KERNEL:
-            KERNEL.append(torch.compile(rotate_formula))
+        if formula not in KERNELS:
+            KERNELS[formula] = torch.compile(formula)
         # With autocast off, forward, backward and recomputation share one compiled graph.
-        with torch.autocast(x.device.type, enabled=False, cache_enabled=True):
-            return KERNEL[0](x.detach(), cos, sin)
+        with torch.autocast(tensors[0].device.type, enabled=False, cache_enabled=True):
+            return KERNELS[formula](*tensors)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:                  # of many kinds: no triton, no C compiler, no headers
-        reason = str(e).strip().partition("\n")[0][:120]
-        warnings.warn(f"RoPE could not be compiled, and takes longer: {reason}", stacklevel=2)
-        KERNEL[:] = [rotate_eager]
-        return rotate_eager(x, cos, sin)
+        why = f"takes longer: {str(e).strip().partition(chr(10))[0][:120]}"
+        warnings.warn(f"{plain.__name__} could not be compiled, and {why}", stacklevel=2)
+        KERNELS[formula] = plain
+        return plain(*tensors)
+
+
+def fused_rows(formula, x, s=None):
+    """formula(x, s), x (n, k), by `fused` for any n: `fp8.by_rows` in one pass. None for few."""
+    if not worth_compiling(x) or torch.is_inference_mode_enabled():
+        return None
+    x = x.detach()
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    torch._dynamo.mark_static(x, 1)
+    return fused(formula, formula, x, s)
 
 
 class SwiGLU(torch.autograd.Function):

@@ -19,49 +19,68 @@ and the same codes serve again:
 
 Both copies together take sixteen bits a weight, as bfloat16 does. PiSSA's principal components are
 not part of W here, so its rows are narrower and rounding loses less. On a CPU, or a GPU without
-such cores, the rounded numbers are the same and are multiplied as float32.
+such cores, the rounded numbers are the same and are multiplied as float32 or bfloat16.
 
     Q = fp8.quantize(W);  y = Q(x);  Q.dequantize(torch.float32)
 """
 import torch
 from torch import nn
 
+import fast
+import nf4
+from fast import faster
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max                                                             # 448
+CHUNK = 1 << 22                          # entries quantised at a time: bounds the memory it takes
 
 
-def by_rows(x):
-    """x (n, k) as codes (n, k) in E4M3 and scales (n, 1) in float32: x ~ codes * scales."""
-    largest = x.abs().amax(-1, keepdim=True).float()
-    scale = (largest / LARGEST).clamp(min=1e-30)
-    return (x.float() / scale).to(E4M3), scale
+@faster(lambda x, s=None: fast.fused_rows(by_rows.plain, x, s))
+def by_rows(x, s=None):
+    """x (n, k), times s (1, k) if given, as codes (n, k) in E4M3 and scales (n, 1) in float32."""
+    x = x.float() if s is None else x.float() * s
+    scale = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=1e-30)
+    return (x / scale).to(E4M3), scale
 
 
 def on_cores(codes):
     """True if the GPU multiplies float8 (Hopper, Ada and later), and the shape suits it."""
-    return (codes.is_cuda and torch.cuda.get_device_capability(codes.device) >= (8, 9)
-            and not any(n % 16 for n in codes.shape))
+    if not codes.is_cuda or any(n % 16 for n in codes.shape):
+        return False
+    gpu = torch.cuda.get_device_properties(codes.device)
+    return (gpu.major, gpu.minor) >= (8, 9)
 
 
 def multiply(x, a, codes, s, dtype):
     """a x codes^T s: x (T, k) and codes (n, k) in E4M3, a (T, 1), s (1, n). Returns (T, n)."""
-    if on_cores(codes) and dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and on_cores(codes):
         return torch._scaled_mm(x, codes.T, scale_a=a, scale_b=s, out_dtype=dtype,
                                 use_fast_accum=True)
-    return ((x.float() @ codes.float().T) * a * s).to(dtype)
+    exact = dtype if dtype == torch.bfloat16 and codes.is_cuda else torch.float32    # of codes
+    return ((x.to(exact) @ codes.to(exact).T) * a * s).to(dtype)
+
+
+def product(x, codes, scale):
+    """x W^T of x (T, in)."""
+    return multiply(*by_rows(x), codes, scale.T, x.dtype)
+
+
+def product_T(g, codes_T, scale):
+    """g W of g (T, out)."""
+    return multiply(*by_rows(g, scale.T), codes_T, scale.new_ones(1, len(codes_T)), g.dtype)
 
 
 class Product(torch.autograd.Function):
     """x W^T and its gradient g W, in eight bits. x (T, in), g (T, out)."""
 
     @staticmethod
-    def forward(ctx, x, Q):
-        ctx.Q = Q
-        return Q.product(x)
+    def forward(ctx, x, codes, codes_T, scale):
+        ctx.save_for_backward(codes_T, scale)
+        return product(x, codes, scale)
 
     @staticmethod
     def backward(ctx, g):
-        return ctx.Q.product_T(g), None
+        return product_T(g, *ctx.saved_tensors), None, None, None
 
 
 @torch.no_grad()
@@ -72,7 +91,12 @@ def quantize(W: torch.Tensor) -> "FP8":
     """
     if not W.is_floating_point() or W.ndim != 2 or W.numel() == 0:
         raise ValueError(f"FP8 needs a matrix of floats, not {W.dtype} {tuple(W.shape)}")
-    codes, scale = by_rows(W)
+    codes = torch.empty(W.shape, dtype=E4M3, device=W.device)
+    scale = torch.empty(len(W), 1, device=W.device, dtype=torch.float32)
+    rows = max(1, CHUNK // W.shape[1])
+    for part, *made in zip(*(t.split(rows) for t in (W, codes, scale)), strict=True):
+        for target, found in zip(made, by_rows.plain(part), strict=True):
+            target.copy_(found)
     if not scale.isfinite().all():
         raise ValueError("the matrix holds NaN or Inf")
     return FP8(codes, scale, W.dtype)
@@ -85,8 +109,9 @@ class FP8(nn.Module):
     """
 
     shape = property(lambda self: self.codes.shape, doc="Of W, (out, in).")
-    device = property(lambda self: self.codes.device, doc="Where it is.")
+    bits, device = 8, property(lambda self: self.codes.device, doc="Where it is.")
     nbytes = property(lambda self: sum(p.nbytes for p in self.parameters()), doc="All its bytes.")
+    checksum = nf4.NF4.checksum
 
     def __init__(self, codes, scale, dtype):
         super().__init__()
@@ -101,19 +126,23 @@ class FP8(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """s * codes, (out, in), in the dtype of W or another."""
-        return (self.codes.float() * self.scale).to(dtype or self.dtype)
+        return self.codes.float().mul_(self.scale).to(dtype or self.dtype)
 
-    def product(self, x):
-        """x W^T of x (T, in), without a gradient."""
-        return multiply(*by_rows(x), self.codes, self.scale.T, x.dtype)
+    def product(self, x, bias=None):
+        """x W^T + bias of x (T, in), without a gradient."""
+        y = product(x, self.codes, self.scale)
+        return y if bias is None else y.add_(bias)
 
     def product_T(self, g):
         """g W of g (T, out), without a gradient."""
-        one = self.scale.new_ones(1, self.shape[1])
-        return multiply(*by_rows(g * self.scale.T), self.codes_T, one, g.dtype)
+        return product_T(g, self.codes_T, self.scale)
 
     def forward(self, x):
-        return Product.apply(x.reshape(-1, x.shape[-1]), self).view(*x.shape[:-1], -1)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        y = Product.apply(x.reshape(-1, x.shape[-1]), self.codes, self.codes_T, self.scale)
+        return y.view(*x.shape[:-1], -1)
 
     def extra_repr(self):
         return f"{tuple(self.shape)}, {8 * self.nbytes / self.codes.numel():.2f} bits a weight"

@@ -164,7 +164,8 @@ class NF4(nn.Module):
     rounded: `.to(torch.bfloat16)` of a whole network leaves them as they are. shape, dtype: of W.
     """
 
-    device = property(lambda self: self.codes.device, doc="Where it is.")
+    bits, device = 4, property(lambda self: self.codes.device, doc="Where it is.")
+    double_quant = property(lambda self: self.scale is not None, doc="Whether absmax is rounded.")
     nbytes = property(lambda self: sum(p.nbytes for p in self.parameters()), doc="All its bytes.")
 
     def __init__(self, W, codes, absmax, scale=None, mean=None):

@@ -14,7 +14,7 @@ at least float32: a step of 2e-5, the learning rate, would vanish in bfloat16.
 
     paper       code         shape
     W           weight       in the code always W^T, (out, in), as nn.Linear stores it; y = x W
-    W_res       frozen       (out, in), in the dtype of W; in four bits (QPiSSA) an nf4.NF4
+    W_res       frozen       (out, in), in the dtype of W; in QPiSSA an nf4.NF4 or fp8.FP8
     A, B        A, B         (in, r), (r, out); float32, trained
     A_0, B_0    A0, B0       A and B at initialisation, in host memory
     A_q, B_q    subtracted   the pair subtracted from W: A_0, B_0, or in four bits another one
@@ -49,11 +49,12 @@ class Options:
     niter: int | None = 5
     generator: torch.Generator | None = None
     quant_iters: int = 5
+    bits: int = 4                                  # 4 or 8, if the method rounds
     double_quant: bool = True
     last_svd: bool = True
     remaining: dict = field(default_factory=dict)  # {name: linear} not replaced, first the present
-    ready: dict = field(default_factory=dict)      # A, B of some: fast.in_groups works ahead
     own: dict = field(default_factory=dict)        # those of the method alone, such as its OPTIONS
+    ready: dict = field(default_factory=dict)      # A, B of some: fast.in_groups works ahead
     statistic: object = None                       # what was measured of this matrix, if anything
 
 
@@ -166,21 +167,21 @@ def sampled(W):
 # ------------------------------------------------------------------------------------- the network
 
 def inject(net: nn.Module, rank: int, method="pissa", targets=TARGETS, niter: int | None = 5,
-           seed: int = 0, *, read: Callable | None = None, quant_iters=5, double_quant=True,
-           last_svd=True, keep_base=False, progress=True) -> nn.Module:
+           seed: int = 0, *, read: Callable | None = None, quant_iters=5, bits=4,
+           double_quant=True, last_svd=True, keep_base=False, progress=True) -> nn.Module:
     """Replace the target linears of `net` by PissaLinear, in place, and freeze everything else.
 
     rank: 1 ... the smaller side of the smallest target. method: a key of METHODS, a function like
     init_pissa, or a module with an `init` and perhaps a `Layer`. targets: leaf names of modules.
     niter: power iterations of the SVD, None for an exact one. The residual is 0.4 % above the
     optimum with 3, 0.07 % with 5 (SmolLM2). seed: of all random numbers. quant_iters, last_svd,
-    double_quant: see qpissa.py, nf4.py. keep_base: keep W in host memory, for `disabled` and
+    bits, double_quant: see qpissa.py, nf4.py. keep_base: keep W in host memory, for `disabled` and
     `remove`. read: a function from a module's name to its W, if `net` is on the meta device: each W
     is asked for once. ValueError: before anything changes, or from `read` or the method.
     """
     init, Layer = init_of(method), getattr(method, "Layer", PissaLinear)
     linears, own = find_linears(net, targets, rank), getattr(method, "OPTIONS", {})
-    options = Options(rank, niter, None, quant_iters, double_quant, last_svd, linears, own=own)
+    options = Options(rank, niter, None, quant_iters, bits, double_quant, last_svd, linears, own)
     method = getattr(method, "__name__", str(method)).rpartition(".")[2]
     bar = tqdm(list(linears), method, unit="matrix", leave=False, disable=not progress)
     for name in bar:

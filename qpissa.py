@@ -1,5 +1,5 @@
 # From "PiSSA from scratch, in pure PyTorch" (MIT licence).
-"""QPiSSA and its kin: the residual in four bits, A B kept out of the rounding.
+"""QPiSSA and its kin: the residual in four or eight bits, A B kept out of the rounding.
 
 QLoRA (arXiv 2305.14314) freezes Q = nf4(W) and trains a LoRA beside it. QPiSSA (arXiv 2404.02948,
 section 4) freezes Q = nf4(W - A B). The principal components are the part of W with the largest
@@ -10,12 +10,12 @@ What rounding lost, W - Q - A B, can be looked for again, by turns (LoftQ, arXiv
 
     paper       code         shape
     W           weight       (in, out), y = x W; here as nn.Linear stores it, (out, in)
-    Q           frozen       an nf4.NF4 of the shape of `weight`
+    Q           frozen       an nf4.NF4 of the shape of `weight`; with bits=8 an fp8.FP8
     A, B        A, B         (in, r), (r, out); float32, trained
     A_q, B_q    subtracted   the factors subtracted before the last rounding: Q = nf4(W - A_q B_q)
                              can be computed again, so Q need not be saved
 
-These are methods for `pissa.inject`, which imports this file when four bits are asked for.
+These are methods for `pissa.inject`, which imports this file when one is asked for.
 """
 from dataclasses import replace
 
@@ -48,7 +48,7 @@ def init_qlora(weight, options):
     (n_out, n_in), dtype = weight.shape, torch.promote_types(weight.dtype, torch.float32)
     A = torch.randn(n_in, options.rank, generator=options.generator, device=weight.device,
                     dtype=dtype)
-    return (nf4.quantize(weight, options.double_quant), A * n_in ** -0.5,
+    return (quantize(weight, options.bits, options.double_quant), A * n_in ** -0.5,
             A.new_zeros(options.rank, n_out), None)
 
 
@@ -66,7 +66,7 @@ def alternate(weight, A, B, options):
         options = replace(options, generator=options.generator.clone_state())
     best = None
     for _ in range(options.quant_iters):
-        Q, subtracted = rounded(weight, A, B, options.double_quant), (A, B)
+        Q, subtracted = rounded(weight, A, B, options.bits, options.double_quant), (A, B)
         rest = Q.dequantize(A.dtype).neg_().add_(weight)                          # W - Q
         A, B = factors(rest, options)
         kept = (A, B) if options.last_svd else subtracted
@@ -86,9 +86,17 @@ def factors(weight, options):
 
 
 @full_float32()
-def rounded(weight, A, B, double_quant):
+def rounded(weight, A, B, bits, double_quant):
     """Q = nf4(W - A B), where W - A B is float32 whatever the dtype of `weight` (out, in)."""
     W = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    Q = nf4.quantize(W.addmm_(B.T, A.T, alpha=-1), double_quant)
+    Q = quantize(W.addmm_(B.T, A.T, alpha=-1), bits, double_quant)
     Q.dtype = weight.dtype
     return Q
+
+
+def quantize(W, bits, double_quant):
+    """W in four bits, or in eight."""
+    if bits == 8:
+        import fp8
+        return fp8.quantize(W)
+    return nf4.quantize(W, double_quant)

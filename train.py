@@ -237,6 +237,7 @@ def prepare(net, args, seconds, read=None, examples=()):
             vars(args).update({key: net.pissa[key] for key in (
                 "method", "rank", "niter", "quant_iters") if key in net.pissa})
             args.no_double_quant = not net.pissa.get("double_quant", True)
+            args.bits = 8 if net.pissa["bits"] == 8 else 4
         print(f"going on with {where}: {args.method}, rank {args.rank}")
     else:
         method = relatives.chosen(args, net, examples, loss_sum)
@@ -244,8 +245,8 @@ def prepare(net, args, seconds, read=None, examples=()):
             method = parallel.dealt(method, args.seed, not args.no_double_quant, ahead)
         method = import_module("support.mps").method(method, args.device)
         pissa.inject(net, args.rank, method, args.targets, args.niter, args.seed, read=read,
-                     quant_iters=args.quant_iters, double_quant=not args.no_double_quant,
-                     progress=not parallel.RANK)
+                     quant_iters=args.quant_iters, bits=args.bits,
+                     double_quant=not args.no_double_quant, progress=not parallel.RANK)
         report.injected(net)
     if finish:
         finish()
@@ -320,8 +321,8 @@ def fine_tune(args):
         prepare(net, args, seconds, examples=examples)
     quantised = bool(report.quantised(net))
     if prepared:
-        four = ", with the weights in four bits" * quantised
-        print(f"step 0: validation loss {before['loss']:.4f}{four}")
+        few = f", with the weights in {'eight' if args.bits == 8 else 'four'} bits" * quantised
+        print(f"step 0: validation loss {before['loss']:.4f}{few}")
     report.advise(net, examples, args)
     if args.compile and not parallel.MESH:
         compile_layers(net)

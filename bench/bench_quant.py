@@ -23,7 +23,7 @@ from tqdm import tqdm
 import model
 from bench import program, report
 from bench.bench_svd import singular_values
-from pissa import METHODS, Options
+from pissa import Options, init_of
 
 VARIANTS = {"QPiSSA": ("qpissa", True), "QPiSSA, authors'": ("qpissa", False),
             "LoftQ": ("loftq", True)}                                   # name: method, last_svd
@@ -56,7 +56,7 @@ def decompose(W, method, **options):
     generator = torch.Generator(W.device).manual_seed(0)
     sync()
     start = time.perf_counter()
-    Q, A, B, _ = METHODS[method](W, Options(generator=generator, **options))
+    Q, A, B, _ = init_of(method)(W, Options(generator=generator, **options))
     sync()
     seconds = time.perf_counter() - start
     error = W.double() - Q.dequantize(torch.float32).double() - (A.double() @ B.double()).T
@@ -64,18 +64,20 @@ def decompose(W, method, **options):
     return seconds, S.sum().item(), S.norm().item()
 
 
-def measure(matrices, settings, double, device):
-    """{(niter, rank, T, variant): [(kind, nuclear, Frobenius reduction, seconds) per matrix]}."""
+def measure(matrices, settings, device, **how):
+    """{(niter, rank, T, variant): [(kind, nuclear, Frobenius reduction, seconds) per matrix]}.
+
+    how: bits, double_quant."""
     cells = {(*s, name): [] for s in settings for name in VARIANTS}
     for kind, read in tqdm(matrices, unit="matrix", leave=False):
         W = read().to(device).float()
         if not cells[next(iter(cells))]:                           # a GPU compiles at the first use
-            decompose(W, "loftq", rank=settings[0][1], quant_iters=1, double_quant=double)
-        _, *base = decompose(W, "qlora", rank=1, double_quant=double)
+            decompose(W, "loftq", rank=settings[0][1], quant_iters=1, **how)
+        _, *base = decompose(W, "qlora", rank=1, **how)
         for (niter, rank, turns, name), cell in cells.items():
             method, last_svd = VARIANTS[name]
             seconds, *left = decompose(W, method, rank=rank, niter=niter, quant_iters=turns,
-                                       double_quant=double, last_svd=last_svd)
+                                       last_svd=last_svd, **how)
             cell.append((kind, *(1 - e / e0 for e, e0 in zip(left, base)), seconds))
     return cells
 
@@ -124,6 +126,7 @@ def main():
     p.add_argument("--iters", type=int, nargs="+", default=[1, 5], help="T, turns")
     p.add_argument("--niter", nargs="+", default=[8], help="power iterations, or the word exact",
                    type=lambda s: None if s == "exact" else int(s))
+    p.add_argument("--bits", type=int, choices=[4, 8], default=4)
     p.add_argument("--double", action="store_true", help="quantise the absmax, too")
     p.add_argument("--single", action="store_false", dest="double", help="do not (default)")
     p.add_argument("--device", default="cpu")
@@ -131,9 +134,10 @@ def main():
     args = p.parse_args()
     matrices = linears(args.ckpt, args.layers)
     settings = [(n, r, t) for n in args.niter for r in args.ranks for t in args.iters]
-    rows = summarise(measure(matrices, settings, args.double, args.device))
+    rows = summarise(measure(matrices, settings, args.device, bits=args.bits,
+                             double_quant=args.double))
     show(rows, len(matrices))
-    report({"bench": "quant", "matrices": len(matrices), "layers": args.layers,
+    report({"bench": "quant", "matrices": len(matrices), "layers": args.layers, "bits": args.bits,
             "double_quant": args.double, "rows": rows}, args.out)
 
 

@@ -211,7 +211,8 @@ def svd_table(result="svd_h200"):
 
 
 QUANT = {"quant_smollm2_cpu": "SmolLM2-135M, layers 0, 15 and 29",
-         "quant_minilm_cpu": "MiniLM-L6, float32"}
+         "quant_minilm_cpu": "MiniLM-L6, float32",
+         "quant_eight_smollm2_cpu": "SmolLM2-135M in eight bits, layers 0, 15 and 29"}
 KINDS = {"query": "q", "key": "k", "value": "v", "attention.output": "o", "intermediate": "up",
          "output": "down"}                              # MiniLM's names, and what LLaMA calls them
 
@@ -239,7 +240,8 @@ def quant_table():
                     f"{at[8, 5]['all'][1]:.1%}", f"{at[8, 5]['frobenius'][0]:.1%}",
                     "" if method == "LoftQ" else ", ".join(str(r["beats_loftq"]) for r in turns)
                     + f" of {quant['matrices']}", f"{at[8, 5]['seconds']:.1f} s",
-                    f"{at[None, 5]['seconds']:.1f} s, {at[None, 5]['all'][0]:.1%}"])
+                    f"{at[None, 5]['seconds']:.1f} s, {at[None, 5]['all'][0]:.1%}"
+                    if (None, 5) in at else ""])
     head = ["weights", "rank", "method", "T = 1", "T = 5", "T = 10", "worst at T = 5",
             "Frobenius, T = 5", "matrices better than LoftQ's, T = 1, 5, 10", "time, T = 5",
             "T = 5 with exact SVDs"]

@@ -120,8 +120,9 @@ def fill(net):
     return net.train()
 
 
-def injected(config, method, rank):
-    """Our network, matrix by matrix; the seconds of making these, and of all the rest."""
+def injected(config, method, rank, bits=4):
+    """Our network, matrix by matrix; the seconds of making these, and of all the rest. bits: of
+    the methods that round."""
     with torch.device("meta"):
         net = model.Llama(config).to(DTYPE)
     shapes = {name: p.shape for name, p in net.named_parameters()}
@@ -136,8 +137,8 @@ def injected(config, method, rank):
         making += clock() - before
         return W
 
-    pissa.inject(net, rank, method, read=read, quant_iters=TURNS, keep_base=False,
-                 progress=False)
+    pissa.inject(net, rank, method, read=read, quant_iters=TURNS, bits=bits,
+                 keep_base=False, progress=False)
     return net, making, clock() - start - making
 
 
@@ -190,12 +191,14 @@ def peft_loss(autocast):
     return loss
 
 
-def trained(args, config, net, loss, rows, steps, warm=0, base=0.0):
-    """Train on the same random tokens: seconds of a step, tokens per second, peak memory."""
+def trained(args, config, net, loss, rows, steps, warm=0, base=0.0, dtypes=(torch.float32,)):
+    """Train on the same random tokens: seconds of a step, tokens per second, peak memory.
+
+    dtypes: those that the trained parameters must have, for a fair comparison."""
     tokens = torch.randint(config.vocab_size, (rows, args.length + 1),
                            generator=torch.Generator().manual_seed(0))
     params = [p for p in net.parameters() if p.requires_grad]
-    assert {p.dtype for p in params} == {torch.float32}
+    assert {p.dtype for p in params} == set(dtypes)
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
     seconds, losses = [], []
     for _ in range(warm + steps):

@@ -189,9 +189,10 @@ def read_facts(directory):
     found = read_json(path)
     try:
         bits, r = found["bits"], found["rank"] * (1 + found["subtracted"])
-        if (bits not in (16, 4) or {found["subtracted"], found["own_pair"]} - {True, False}
+        if (bits not in (16, 8, 4) or {found["subtracted"], found["own_pair"]} - {True, False}
                 or type(r) is not int or not isinstance(found["weights"], str)
-                or bits == 4 and not {"double_quant", "codes"} <= set(found)):
+                or bits == 4 and not {"double_quant", "codes"} <= set(found)
+                or bits == 8 and "codes" not in found):
             raise ValueError(f"{found}"[:200])
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: damaged, or of a newer version ({e!r})") from None

@@ -41,7 +41,7 @@ def reduce(before, G, options):
 def init(weight, options):
     """weight (out, in), options with statistic F (out, in) -> Q, A (in, r), B (r, out), (A, B)."""
     return decompose(weight, relatives.given(options), options,
-                     lambda A, B: qpissa.rounded(weight, A, B, options.double_quant))
+                     lambda A, B: qpissa.rounded(weight, A, B, 4, options.double_quant))
 
 
 @full_float32()

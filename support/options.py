@@ -28,6 +28,7 @@ if not sys.stderr.isatty():         # every bar: a plain line in 30 seconds, see
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # torch's; numpy is not needed
 
 METHODS = ("pissa", "lora", "qpissa", "qlora", "loftq")             # those of pissa.py
+ROUNDING = METHODS[2:]                                              # of these, those with --bits
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_NEW_TOKENS = {"strict": 256, "paper": 1024}                     # of the protocols of eval.py
@@ -38,8 +39,8 @@ TASKS = {"gsm8k": MAX_NEW_TOKENS, "math": {"strict": 1024, "paper": 1024},
          "humaneval": {"paper": 1024}, "mbpp": {"paper": 1024},
          **dict.fromkeys(COMMONSENSE, {"paper": 32})}
 RUN_CODE = ("humaneval", "mbpp")                                    # tasks that run programs
-OF_THE_ADAPTER = ("method", "rank", "niter", "quant_iters", "no_double_quant", "targets", "option",
-                  "calibrate")
+OF_THE_ADAPTER = ("method", "rank", "niter", "quant_iters", "bits", "no_double_quant", "targets",
+                  "option", "calibrate")
 AT_LEAST_1 = (1, 10**9)
 SEEDS = (0, 2**63 - 1)
 
@@ -242,7 +243,7 @@ def add_model(add):
     """What is trained, and how it is initialised."""
     add("--ckpt", help="directory in Meta's or Hugging Face's layout, or a name under checkpoints/")
     add("--method", action=Method, default="pissa", metavar="METHOD",
-        help="what is trained: A and B, on weights in 16 bits (pissa, lora) or in 4 (qpissa, "
+        help="what is trained: A and B, on weights in 16 bits (pissa, lora) or in 4 or 8 (qpissa, "
         "loftq, qlora), or every weight (full, saved in bfloat16), or a relative of PiSSA, see "
         f"relatives/README.md: {', '.join(relatives.names())}")
     add("--option", action="append", metavar="NAME=VALUE", help="an option that a "
@@ -254,6 +255,8 @@ def add_model(add):
         help="power iterations of the SVD, or: exact")
     add("--quant-iters", type=int, default=5,
         help="qpissa, loftq: at most so many turns of rounding and SVD")
+    add("--bits", type=int, choices=[4, 8], default=4, help="qpissa, loftq, qlora: of a weight. 8 "
+        "are multiplied as float8, on GPUs that can: faster, in the memory of bfloat16")
     add("--no-double-quant", action="store_true",
         help="keep the scale of 64 weights in 32 bits instead of 8: 4.5 bits a weight, not 4.13")
     add("--targets", type=names, default=TARGETS,
@@ -379,6 +382,10 @@ def for_train(doc):
                  clip=(1e-12, math.inf), weight_decay=(0, 1000), warmup=(0, 1), seed=SEEDS,
                  keep=AT_LEAST_1, calibrate=AT_LEAST_1, max_hours=(1e-9, math.inf), gpus=AT_LEAST_1,
                  val_every=AT_LEAST_1)
+    if args.bits == 8 and not args.adapter and args.method not in ROUNDING:
+        p.error(f"--bits 8 is for {', '.join(ROUNDING)}, not --method {args.method}")
+    if args.bits == 8 and args.no_double_quant:
+        p.error("--no-double-quant is for --bits 4: eight bits have one scale a row, in 32 bits")
     if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
         p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
     check_out(p, args)

@@ -21,7 +21,6 @@ from torch import nn
 
 import adapter
 import model
-import nf4
 import pissa
 import relatives
 
@@ -333,7 +332,7 @@ def shard(prefix, net, read, args, spread):
         for leaf, p in list(m.named_parameters(recurse=False)):
             if p.is_meta:
                 setattr(m, leaf, nn.Parameter(read(f"{prefix}.{name}", leaf), p.requires_grad))
-        if isinstance(m, nf4.NF4):
+        if hasattr(m, "checksum"):
             m.checksum = partial(int, m.checksum())                   # of all of it, for adapter.py
     if not MESH:
         return spread.add(module)
@@ -419,7 +418,7 @@ def dealt(method, seed, double_quant, read=None):
         W = read(name) if weight.is_meta else weight.detach()
         options.generator = pissa.generator_of(name, seed, W.device)
         frozen, A, B, pair = init(W, options)
-        pair, bits = pair or (), 4 if isinstance(frozen, nf4.NF4) else 16
+        pair, bits = pair or (), getattr(frozen, "bits", 16)
         sent = [A, B] if not pair or pair[0] is A else [A, B, *pair]
         return [M.contiguous() for M in sent], bool(pair), bits
 

@@ -7,7 +7,7 @@ A micro-batch is b rows of T positions. Packing computes the n positions that ar
 computes all c = b T in float32, on a CPU, or if heads are wider than 256. Memory on a GPU in bytes,
 with e bytes a number in products, 2 in bfloat16:
 
-    frozen    e a weight; in four bits 0.516, or 0.5625 without double quantisation
+    frozen    e a weight; in four bits 0.516, or 0.5625 without double quantisation; in eight 2
     trained   16 a number of A and B: float32, its gradient, two moments of AdamW
     kept      of every layer for backward:
                   n (e (4 D + 2 (H + G) K + 3 F + 7 r) + 4 H + 8)
@@ -48,7 +48,7 @@ from support import report
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
 # TFLOP/s that train.train reached on an H200 by 8 x 512 tokens of 7B, with frozen weights in so
 # many bits, and a step on a thread of a CPU. In bench/results: gpus_h200.json, step_cpu.json.
-REACHED, REACHED_BY_A_THREAD = {16: 480, 4: 368}, 0.1
+REACHED, REACHED_BY_A_THREAD = {16: 480, 8: 570, 4: 368}, 0.1
 LESS = ("--checkpointing", {"checkpointing": True}), ("--micro-batch 1", {"rows": 1}), (
     "both", {"checkpointing": True, "rows": 1}), (
     "both, --method qpissa", {"checkpointing": True, "rows": 1, "full": False, "bits": 4,
@@ -63,7 +63,7 @@ class Job:
     targets: tuple = pissa.TARGETS
     ranks: dict | None = None               # {module: rank} of an adapter; None: rank, of targets
     full: bool = False                      # every weight is trained, without A and B
-    bits: int = 16                          # of the frozen weights: 4, or 16 for any float dtype
+    bits: int = 16                          # of the frozen weights: 4, 8, or 16 for any float dtype
     subtracted: bool = True                 # frozen is W - A_0 B_0, so W is decomposed
     double_quant: bool = True
     layer: type = pissa.PissaLinear         # a relative's may train other numbers than A and B
@@ -95,11 +95,12 @@ class Job:
         return sum(self.full or leaf in self.targets for leaf in leaves)
 
 
-def job_of(config, method="pissa", rank=128, targets=pissa.TARGETS, *, double_quant=True, **more):
+def job_of(config, method="pissa", rank=128, targets=pissa.TARGETS, *, double_quant=True, bits=4,
+           **more):
     """The Job of a method: what `pissa.inject` takes, or "full". more: see Job."""
     if method == "full":
         return Job(config, rank, targets, None, True, 16, False, **more)
-    facts = adapter.facts_of(method, double_quant=double_quant)
+    facts = adapter.facts_of(method, double_quant=double_quant, bits=bits)
     return Job(config, rank, targets, None, False, facts["bits"], facts["subtracted"],
                double_quant, getattr(method, "Layer", pissa.PissaLinear),
                getattr(method, "OPTIONS", {}), facts["own_layer"] and facts["rank"] == 64,
@@ -163,6 +164,13 @@ def trained_numbers(job, chosen):
     return sum(count[shape] for shape in chosen.values())
 
 
+def frozen_bytes(job, a, b):
+    """Bytes of a frozen matrix of a x b, in the dtype of the weights, or quantised."""
+    if job.bits == 8:                                # codes, codes_T, a scale a row: see fp8.py
+        return 2 * a * b + 4 * b
+    return nf4_bytes(a * b, job.double_quant) if job.bits == 4 else job.dtype.itemsize * a * b
+
+
 def nf4_bytes(n, double):
     """Bytes of n weights in four bits: see nf4.py."""
     absmax = math.ceil(n / nf4.BLOCK)
@@ -203,7 +211,8 @@ def grouped(job, chosen):
 # 16 and in 32 bits. Measured: tests/test_plan.py counts the bytes that are alive in every method.
 # Rounding by turns holds W - Q in float32 beside two Q. A residual is computed in float32, and
 # then W is replaced by it. The other two copy nothing of W.
-DECOMPOSING = {(4, True): (6, 6), (4, False): (1, 1), (16, True): (6, 4), (16, False): (0, 0)}
+DECOMPOSING = {(4, True): (6, 6), (4, False): (1, 1), (8, True): (9, 9), (8, False): (2, 2),
+               (16, True): (6, 4), (16, False): (0, 0)}
 
 
 def memory(job):
@@ -237,15 +246,15 @@ def memory(job):
     work += max(work * (2 - job.count("down_proj")), e * largest * (job.bits == 4))
     # A gradient of the head, or the embedding; or the head's copy by autocast, until forward ends.
     head = 4 * c.vocab_size * c.dim * job.full
-    weights = {"frozen matrices": sum(nf4_bytes(n, job.double_quant) for n in sizes)
-               if job.bits == 4 else e * sum(sizes), "frozen embedding, norms, head": e * rest,
+    weights = {"frozen matrices": sum(frozen_bytes(job, a, b) for a, b, _ in chosen.values()),
+               "frozen embedding, norms, head": e * rest,
                "trained, float32": 4 * trained, **{k: 4 * n for k, n in still.items()}}
     held = {**weights, "AdamW's moments": 8 * trained, "gradients": 4 * trained,
             "kept for backward": all_kept, "loss": loss + 2 * head, "work on a layer": work,
             "cuBLAS": CUBLAS * job.cuda}
     weights = sum(weights.values()) + CUBLAS * job.cuda
     made = weights + DECOMPOSING[job.bits, job.subtracted][e // 4] * largest
-    if job.bits == 4:          # matrices are made one by one from W, before anything else is read
+    if job.bits != 16:         # matrices are made one by one from W, before anything else is read
         made += e * (largest - rest)
     elif job.subtracted:
         made = max(made, weights + grouped(job, [(a, b) for a, b, _ in chosen.values()]))
@@ -316,7 +325,7 @@ def from_arguments(args):
         raise ValueError(f"{args.ckpt}: {config.n_layers} layers are too many for a plan")
     if not args.adapter:
         return job_of(config, relatives.chosen(args), args.rank, args.targets,
-                      double_quant=not args.no_double_quant, **more), args.method
+                      double_quant=not args.no_double_quant, bits=args.bits, **more), args.method
     facts = adapter.read_facts(args.adapter)
     pairs, _ = peft.find_pairs(args.adapter, peft.read_config(args.adapter))
     ranks = {n: A.shape[0] // (1 + facts["subtracted"]) for n, (A, _) in pairs.items()}

@@ -33,7 +33,8 @@ MLP_TARGETS, DTYPES = ("fc1", "fc2"), (torch.float32, torch.bfloat16, torch.floa
 QUANTISED = [("qlora", {}), ("qlora", dict(double_quant=False)), ("loftq", {}),
              ("loftq", dict(quant_iters=1)), ("loftq", dict(last_svd=False)), ("qpissa", {}),
              ("qpissa", dict(double_quant=False)), ("qpissa", dict(quant_iters=1)),
-             ("qpissa", dict(quant_iters=5, last_svd=False))]
+             ("qpissa", dict(quant_iters=5, last_svd=False)),
+             *((method, dict(bits=8)) for method in ("qlora", "loftq", "qpissa"))]
 QUANTISED_IDS = [" ".join([m, *(f"{k}={v}" for k, v in o.items())]) for m, o in QUANTISED]
 
 

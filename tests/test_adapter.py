@@ -68,9 +68,10 @@ def test_a_method_of_ones_own(tmp_path, net, tokens):
 
 @pytest.mark.parametrize("method, bits, subtracted, own_pair", [
     ("pissa", 16, True, False), ("lora", 16, False, False), (olora, 16, True, False),
-    ("qpissa", 4, True, True), ("loftq", 4, True, True), ("qlora", 4, False, False)])
+    ("qpissa", 4, True, True), ("loftq", 4, True, True), ("qlora", 4, False, False),
+    ("qpissa", 8, True, True), ("loftq", 8, True, True), ("qlora", 8, False, False)])
 def test_facts_of_a_method(method, bits, subtracted, own_pair):
-    found = adapter.facts_of(method)
+    found = adapter.facts_of(method, bits=bits)
     assert {k: found[k] for k in ("bits", "subtracted", "own_pair", "rank")} == {
         "bits": bits, "subtracted": subtracted, "own_pair": own_pair, "rank": 1}
     assert found.get("double_quant") == (True if bits == 4 else None)
@@ -216,9 +217,10 @@ def test_load_is_the_trained_model(tmp_path, tokens, method, options, niter, dty
         assert torch.equal(fresh(tokens), small_net(n_layers=1).to(dtype)(tokens))
 
 
-@pytest.mark.parametrize("method", pissa.METHODS)
-def test_reload_and_continue_is_uninterrupted(tmp_path, tokens, method):
-    net = quiet(small_net(), 4, method)
+@pytest.mark.parametrize("method, bits", [*((method, 4) for method in pissa.METHODS),
+                                          ("qpissa", 8), ("qlora", 8)])
+def test_reload_and_continue_is_uninterrupted(tmp_path, tokens, method, bits):
+    net = quiet(small_net(), 4, method, bits=bits)
     losses, optimizer = optimise(net, tokens, 3)
     adapter.save(net, tmp_path / "a")
     fresh = adapter.load(small_net(), tmp_path / "a")
@@ -809,7 +811,7 @@ def test_other_codes_than_where_it_was_trained(tmp_path, net, method):
         warnings.simplefilter("error")
         adapter.load(small_net(), tmp_path)
     damage(tmp_path, dict(codes="0" * 16), "pissa.json")
-    with pytest.warns(UserWarning, match="round to another 4-bit code here"):
+    with pytest.warns(UserWarning, match="round to another code here"):
         assert adapter.facts(adapter.load(small_net(), tmp_path)) == adapter.facts(net)
 
 

@@ -94,7 +94,8 @@ def test_rotate(precision):
 def test_rotate_in_one_kernel(monkeypatch):
     """As on a GPU, compiled; and eager again if nothing can be compiled, with one warning."""
     monkeypatch.setattr(fast, "worth_compiling", lambda x: True)
-    monkeypatch.setattr(fast, "KERNEL", [fast.rotate_formula])     # what the compiler is given
+    rotate = fast.rotate_formula                                   # what the compiler is given
+    monkeypatch.setitem(fast.KERNELS, rotate, rotate)
     cos, sin = model.rope_tables(model.Config(head_dim=16), torch.arange(7)[None])
 
     def function(x):
@@ -106,10 +107,10 @@ def test_rotate_in_one_kernel(monkeypatch):
     def no_compiler(*args):
         raise RuntimeError("no triton\nat all")
 
-    monkeypatch.setattr(fast, "KERNEL", [no_compiler])
+    monkeypatch.setitem(fast.KERNELS, fast.rotate_formula, no_compiler)
     with pytest.warns(UserWarning, match="could not be compiled, and takes longer: no triton$"):
         function(draw(2, 7, 3, 16).requires_grad_())
-    assert fast.KERNEL == [fast.rotate_eager]
+    assert fast.KERNELS[fast.rotate_formula] is fast.rotate_eager
     assert_same(both_ways(function, [draw(2, 7, 3, 16)], False), 1e-6)
 
 
@@ -119,12 +120,12 @@ def test_rotate_where_nothing_compiles(monkeypatch):
         raise RuntimeError("Dynamo is not supported here\nat all")
 
     monkeypatch.setattr(torch, "compile", not_supported)
-    monkeypatch.setattr(fast, "KERNEL", [])
+    monkeypatch.setattr(fast, "KERNELS", {})
     cos, sin = model.rope_tables(model.Config(head_dim=16), torch.arange(7)[None])
     x = draw(2, 7, 3, 16)
     with pytest.warns(UserWarning, match="takes longer: Dynamo is not supported here$") as warned:
         first, second = (fast.rotate_fused(x, cos, sin) for _ in range(2))
-    assert len(warned) == 1 and fast.KERNEL == [fast.rotate_eager]
+    assert len(warned) == 1 and fast.KERNELS[fast.rotate_formula] is fast.rotate_eager
     assert torch.equal(first, second)
     assert_same([[model.rotate.plain(x, cos, sin)], [first]], 1e-6)
 
@@ -188,11 +189,11 @@ def test_attend_packed(monkeypatch, precision, way, G, window):
     assert_same(both_ways(function, tensors, autocast), rel)
 
 
-@pytest.mark.parametrize("method", ["pissa", "qpissa"])
-def test_checkpointed(precision, method, tokens):
+@pytest.mark.parametrize("method, bits", [("pissa", 4), ("qpissa", 4)])
+def test_checkpointed(precision, method, bits, tokens):
     """Recomputation changes nothing, though it skips a layer's last product."""
     dtype, autocast, rel = precision
-    net = pissa.inject(small_net().to(dtype), 4, method, niter=0, progress=False)
+    net = pissa.inject(small_net().to(dtype), 4, method, niter=0, bits=bits, progress=False)
     layer, rope = net.model.layers[0], model.rope_tables(net.config, torch.arange(9)[None])
     x, results = draw(2, 9, 48).to(dtype), []
     for form in (layer, lambda *a: model.checkpointed.plain(layer, *a),

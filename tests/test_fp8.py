@@ -1,8 +1,18 @@
 """Eight bits: the rounding, the products and their gradients, beside float64."""
+import json
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import adapter
+import convert
+import fast
 import fp8
+import model
+import pissa
+import train
+from conftest import command, failure, first_lines, small_net
 
 
 def matrix(*shape, seed=0):
@@ -78,3 +88,91 @@ def test_it_moves_without_being_rounded():
 def test_refusals(W, message):
     with pytest.raises(ValueError, match=message):
         fp8.quantize(W)
+
+
+# --- inside a network
+
+def eight(method="qlora", dtype=torch.float32, **options):
+    return pissa.inject(small_net().to(dtype), 4, method, bits=8, progress=False, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_fast_product_is_the_plain_one(dtype, bias):
+    """`fast.LowRank` and autograd through `Product`: y, and the gradients of x, A, B and bias."""
+    Q, g = fp8.quantize(matrix(40, 24).to(dtype)), matrix(10, 40, seed=2).view(2, 5, 40).to(dtype)
+    found = []
+    for form in (pissa.product, pissa.product.plain):
+        wanted = [matrix(*s, seed=i).to(dtype if i == 1 else torch.float32).requires_grad_()
+                  for i, s in enumerate([(24, 4), (10, 24), (4, 40), (1, 40)])]
+        A, x, B, b = wanted
+        y = form(x.view(2, 5, 24), Q, A, B, b[0] if bias else None)
+        assert y.dtype == dtype
+        found.append([y, *torch.autograd.grad(y, wanted[:3 + bias], g)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 2e-2,
+                                   atol=1e-5 if dtype == torch.float32 else 0.3)
+
+
+def test_a_compiled_layer_is_an_eager_one():
+    """One graph for every length, no breaks; the same gradients."""
+    torch._dynamo.reset()
+    net, counted = eight(), CompileCounterWithBackend("aot_eager")
+    layer = net.model.layers[0]
+    rope = {n: model.rope_tables(net.config, torch.arange(n)[None]) for n in (7, 8, 9, 11)}
+    compiled = torch.compile(layer.forward, backend=counted, fullgraph=True)
+    for n, tables in rope.items():
+        results = []
+        for form in (layer.forward, compiled):
+            x = matrix(2 * n, 48).view(2, n, 48).requires_grad_()
+            y = form(x, tables)
+            wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+            results.append([y, *torch.autograd.grad(y.square().sum(), wanted)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * b.abs().max().item())
+    assert counted.frame_count <= 2, counted.frame_count
+    torch._dynamo.reset()
+
+
+def test_rounding_in_one_kernel(monkeypatch):
+    """As on a GPU: the formula is what is compiled; without a compiler it is run as it is."""
+    x, s = matrix(6, 32), matrix(1, 32).abs()
+    monkeypatch.setattr(fast, "worth_compiling", lambda x: True)
+    monkeypatch.setattr(fast, "KERNELS", {})
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    for given in (x,), (x, s):
+        for a, b in zip(fp8.by_rows(*given), fp8.by_rows.plain(*given), strict=True):
+            assert torch.equal(a.float(), b.float())
+    assert list(fast.KERNELS) == [fp8.by_rows.plain]
+
+
+def test_bits_are_refused_elsewhere():
+    """One line: what, where, the remedy."""
+    for flags, message in [
+            (["--method", "pissa"], "--bits 8 is for qpissa, qlora, loftq, not --method pissa"),
+            (["--method", "full"], "--bits 8 is for qpissa, qlora, loftq, not --method full"),
+            (["--method", "qlora", "--no-double-quant"], "--no-double-quant is for --bits 4")]:
+        assert message in failure("train.py", "--ckpt", "tiny", "--bits", 8, *flags)
+
+
+def test_a_run_in_eight_bits(tmp_path):
+    """train.py: what it prints and saves; going on begins where it ended; merged it is Q + A B."""
+    flags = ["--ckpt", "tiny", "--data", first_lines(tmp_path, 48), "--val-fraction", 0.25,
+             "--batch", 8, "--max-new-tokens", 2]
+    text = command(train.main, *flags, "--method", "qpissa", "--bits", 8, "--rank", 8, "--steps",
+                   4, "--lr", 2e-3, "--quant-iters", 2, "--out", tmp_path / "run")
+    assert "with the weights in eight bits" in text and "bits a frozen weight" in text
+    found = json.loads((tmp_path / "run/adapter/pissa.json").read_text())
+    assert found["bits"] == 8 and "double_quant" not in found
+    after = json.loads((tmp_path / "run/summary.json").read_text())["after"]["loss"]
+    text = command(train.main, *flags, "--adapter", tmp_path / "run/adapter", "--steps", 1, "--out",
+                   tmp_path / "more")
+    assert f"step 0: validation loss {after:.4f}, with the weights in eight bits" in text
+    assert json.loads((tmp_path / "more/args.json").read_text())["bits"] == 8
+    net = adapter.load(model.load("tiny", "cpu"), tmp_path / "run/adapter")
+    command(convert.main, "merge", tmp_path / "run", tmp_path / "merged", "--dtype", "float32")
+    merged = model.load(tmp_path / "merged", "cpu")
+    for name, m in pissa.layers(net):
+        near = m.frozen.dequantize(torch.float32) + (m.A @ m.B).T
+        torch.testing.assert_close(merged.get_submodule(name).weight.data, near.data, rtol=0,
+                                   atol=1e-5)

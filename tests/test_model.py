@@ -340,8 +340,8 @@ def test_large_rotations_are_compiled_a_few_times(packed, checkpointing, targets
     monkeypatch.setattr(fast, "LARGE", 0)
     monkeypatch.setattr(fast, "is_ampere", lambda device: True)
     monkeypatch.setattr(fast, "takes_flash", lambda q: False)
-    monkeypatch.setattr(fast, "KERNEL", [torch.compile(
-        fast.rotate_formula, backend=lambda graph, inputs: graphs.append(1) or graph.forward)])
+    monkeypatch.setitem(fast.KERNELS, fast.rotate_formula, torch.compile(
+        fast.rotate_formula, backend=lambda graph, inputs: graphs.append(1) or graph.forward))
     torch._dynamo.reset()
     for lengths in [9, 7, 5], [8, 8, 2], [12, 3], [11, 10, 9, 8], [10], [6, 6], [13, 2, 2]:
         tokens, where_text = packing(lengths)
@@ -360,9 +360,9 @@ def test_rotations_if_nothing_can_be_compiled(monkeypatch, early):
 
     if early:                                # torch.compile itself refuses, on some Pythons
         monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(fast, "KERNEL", [] if early else [broken])
+    monkeypatch.setattr(fast, "KERNELS", {} if early else {fast.rotate_formula: broken})
     x, rope = torch.randn(1, 9, 3, 8), model.rope_tables(SMALL, torch.arange(9)[None])
-    with pytest.warns(UserWarning, match="RoPE could not be compiled.*no C compiler"):
+    with pytest.warns(UserWarning, match="rotate_eager could not be compiled.*no C compiler"):
         y = fast.rotate_fused(x, *rope)
     eager = fast.rotate_eager(x, *rope)
     assert torch.equal(y, eager) and torch.equal(fast.rotate_fused(x, *rope), eager)

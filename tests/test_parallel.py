@@ -70,9 +70,11 @@ CASES = [["--method", "qpissa", "--quant-iters", 1, "--shard"], ["--shard=no"], 
          ["--method", "qpissa", "--shard", "--checkpointing"], ["--method", "qpissa", "--shard"],
          ["--shard", "--checkpointing"], ["--method", "full", "--shard"],
          ["--batch", 3, "--micro-batch", 1, "--shard"]]          # 3 micro-batches for 2 processes
-SLOW = [["--method", "lora", "--shard=no"], ["--method", "loftq", "--shard=no"],
-        ["--method", "full", "--shard=no"], ["--batch", 1, "--shard=no"],
-        ["--no-packing", "--shard", "--method", "qlora"], ["--plain", "--shard"],
+SLOW = [["--method", "qpissa", "--bits", 8, "--shard"], ["--method", "lora", "--shard=no"],
+        ["--method", "qpissa", "--bits", 8, "--quant-iters", 1, "--shard=no"],
+        ["--method", "loftq", "--shard=no"], ["--method", "full", "--shard=no"],
+        ["--batch", 1, "--shard=no"], ["--no-packing", "--shard", "--method", "qlora"],
+        ["--plain", "--shard"],
         ["--method", "full", "--shard", "--checkpointing"], ["--niter", "exact", "--shard=no"],
         ["--checkpointing", "--shard=no", "--val-every", 2],
         ["--method", "full", "--shard", "--val-every", 5],
@@ -94,7 +96,14 @@ def test_two_processes_are_one(flags, tmp_path, more):
             tmp_path / "one")
     text = ended(two)
     assert text.count("\nuse them:") == 1                             # one process speaks
-    assert_alike(tmp_path / "one", tmp_path / "two")
+    if "--bits" not in more:
+        return assert_alike(tmp_path / "one", tmp_path / "two")
+    # Where x is rounded, a difference of 1e-7 in A or B becomes one of 1e-4 in the loss (another
+    # code of some x). So the first step is compared, and that both learn alike.
+    a, b = (rows(tmp_path / name) for name in ("one", "two"))
+    for key in "loss", "grad_norm":
+        assert a[0][key] == pytest.approx(b[0][key], rel=1e-6)
+    assert len(a) == len(b) and a[-1]["loss"] == pytest.approx(b[-1]["loss"], rel=0.05)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 import adapter
 import data
 import fast
+import fp8
 import model
 import nf4
 import pissa
@@ -36,6 +37,7 @@ METHODS = {
                                        "dtype": torch.float32}),
     "bfloat16": ("pissa", SMALL, 8, {}),
     "qpissa": ("qpissa", WIDE, 4, {}),
+    "qpissa, eight bits": ("qpissa", WIDE, 4, {"bits": 8}),
     "qlora": ("qlora", SMALL, 8, {"dtype": torch.float32, "double_quant": False}),
     "loftq": ("loftq", SMALL, 4, {}),
     "full": ("full", WIDE, 128, {"dtype": torch.float32}),
@@ -72,6 +74,7 @@ class Norm(torch.autograd.Function):
         return grad * scale.to(x.dtype), (grad * x).flatten(0, -2).sum(0), None
 
 
+MULTIPLY = fp8.multiply
 GPU = {"flash": False}                     # of the job whose network was made last
 
 
@@ -84,6 +87,14 @@ def like_a_gpu(monkeypatch):
     monkeypatch.setattr(nf4.NF4, "dequantize", lambda Q, dtype=None: torch.zeros(
         Q.shape, dtype=dtype or Q.dtype))
 
+    def rounded(x, s=None):
+        return x.new_zeros(x.shape, dtype=fp8.E4M3), x.new_zeros(len(x), 1, dtype=torch.float32)
+
+    rounded.plain = fp8.by_rows.plain
+    monkeypatch.setattr(fp8, "by_rows", rounded)
+    monkeypatch.setattr(fp8, "multiply", lambda x, a, codes, s, dtype: torch.zeros(
+        len(x), len(codes), dtype=dtype))
+
 
 def network(job, method="pissa"):
     """The network that the job describes, ready for training."""
@@ -92,7 +103,7 @@ def network(job, method="pissa"):
     if job.full:
         return net.requires_grad_(True)
     pissa.inject(net.to(job.dtype), job.rank, method, job.targets, progress=False,
-                 quant_iters=1, double_quant=job.double_quant)
+                 quant_iters=1, bits=min(job.bits, 8), double_quant=job.double_quant)
     return net
 
 
@@ -234,15 +245,17 @@ def test_the_loss_takes_a_chunk_of_logits(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("method", pissa.METHODS)
-def test_what_decomposing_takes_on_top(method, dtype, monkeypatch):
+@pytest.mark.parametrize("method, bits", [*((method, 4) for method in pissa.METHODS),
+                                          ("qpissa", 8), ("qlora", 8)])
+def test_what_decomposing_takes_on_top(method, bits, dtype, monkeypatch):
+    monkeypatch.setattr(fp8, "CHUNK", 1 << 14)
     monkeypatch.setattr(nf4, "CHUNK", 1 << 14)        # small against the matrix, as for large ones
     net = torch.nn.Sequential()
     net.q_proj = torch.nn.Linear(1024, 2048, bias=False, dtype=dtype)
-    job, n, alive = plan.job_of(SMALL, method, 2, dtype=dtype), 1024 * 2048, Alive()
+    job, n, alive = plan.job_of(SMALL, method, 2, dtype=dtype, bits=bits), 1024 * 2048, Alive()
     alive.add(net.q_proj.weight)
     with alive:
-        pissa.inject(net, 2, method, ("q_proj",), niter=1, progress=False)
+        pissa.inject(net, 2, method, ("q_proj",), niter=1, bits=bits, progress=False)
     top = plan.DECOMPOSING[job.bits, job.subtracted][dtype == torch.float32] + dtype.itemsize
     assert alive.most / n == pytest.approx(top, abs=0.7)
 
@@ -318,7 +331,8 @@ def test_bytes_in_four_bits(shape, double):
 
 
 @pytest.mark.parametrize("name", [n for n in JOBS if "few" not in n])
-def test_flops_are_those_counted(name):
+def test_flops_are_those_counted(name, monkeypatch):
+    monkeypatch.setattr(fp8, "multiply", MULTIPLY)
     job = replace(JOBS[name], gpu=False)        # flash attention is one operator, and not counted
     net, expected = network(job, METHODS[name][0]), plan.flops(job)
     net.checkpointing = job.checkpointing

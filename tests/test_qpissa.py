@@ -128,7 +128,8 @@ def test_quantised_step_0(net, tokens, method, options):
     """The outputs are those of the weights Q + A B; A and B are all that is trained."""
     quiet(net, 4, method, **options)
     near = with_weights(net, lambda W, m: m.weight.dequantize() + (m.A @ m.B).T)
-    assert_logits_equal(net(tokens), near(tokens), 1e-5)
+    # Eight bits round x, too, by 3 % in each of 14 products.
+    assert_logits_equal(net(tokens), near(tokens), 0.2 if "bits" in options else 1e-5)
     assert all(p.requires_grad == n.endswith((".A", ".B")) for n, p in net.named_parameters())
     frozen = adapter.facts(net)["codes"]
     losses = optimise(net, tokens, 8)[0]
@@ -137,9 +138,10 @@ def test_quantised_step_0(net, tokens, method, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["qlora", "qpissa"])
-def test_merge_four_bits(method, dtype, tokens):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merge_quantised(bits, method, dtype, tokens):
     """Q + A B, rounded once to the dtype of W."""
-    net = quiet(small_net().to(dtype), 4, method)
+    net = quiet(small_net().to(dtype), 4, method, bits=bits)
     optimise(net, tokens, 2)
     want = {n: m.weight.dequantize(torch.float32) + (m.A @ m.B).detach().T
             for n, m in pissa.layers(net)}

@@ -79,7 +79,8 @@ def slow(*cases):
 @pytest.mark.long
 @pytest.mark.parametrize("more", [
     ["--method", "qpissa", "--quant-iters", 1, "--checkpointing"], *slow(
-        [], ["--method", "full"], ["--checkpointing"], ["--no-packing"], ["--method", "lora"])],
+        ["--method", "qlora", "--bits", 8], [], ["--method", "full"], ["--checkpointing"],
+        ["--no-packing"], ["--method", "lora"])],
     ids=str)
 def test_resumed_is_uninterrupted(flags, whole, tmp_path, monkeypatch, more):
     """After an exception in step 6, everything that the five before it learnt is in a state."""
