@@ -172,12 +172,18 @@ def unsloth(args, part):
         return
     theirs = importlib.import_module("unsloth")          # before transformers, which it changes
     import transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
     c = llama_config(args.seven, DTYPE, max_position_embeddings=16384)
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("meta"):
             net = transformers.LlamaForCausalLM(c).to(DTYPE)
         net.model.rotary_emb = type(net.model.rotary_emb)(c).to(DEVICE)
         fill(net).save_pretrained(folder)
+        words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>"))
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+            pad_token="<unk>").save_pretrained(folder)            # it asks for one, unused here
         del net
         torch.cuda.empty_cache()
         args.before = gib("memory_allocated")
@@ -207,7 +213,7 @@ def torchtune(args, part):
     from torchtune.models.llama2 import lora_llama2
     from torchtune.modules.loss import CEWithChunkedOutputLoss
     from torchtune.modules.peft import get_adapter_params, set_trainable_params
-    from torchtune.training import compile_model, set_activation_checkpointing
+    from torchtune.training import compile_loss, compile_model, set_activation_checkpointing
     c, standard = args.seven, torch.get_default_dtype()
     args.before = gib("memory_allocated")
     torch.set_default_dtype(DTYPE)
@@ -227,7 +233,7 @@ def torchtune(args, part):
     def setup(checkpointing, compiled):
         if compiled:
             compile_model(net, verbose=False)
-            chunks.apply_compile_strategy()
+            compile_loss(chunks, verbose=False)
         if checkpointing:
             from torchtune.modules import TransformerSelfAttentionLayer
             set_activation_checkpointing(net, {TransformerSelfAttentionLayer})

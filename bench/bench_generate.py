@@ -26,7 +26,7 @@ def llama_config(c, dtype, **more):
         hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size,
         rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=c.tied,
-        max_position_embeddings=4096, dtype=dtype, **more)
+        **{"max_position_embeddings": 4096, "dtype": dtype, **more})
 
 
 def twin(net):
