@@ -115,7 +115,9 @@ class FP8(nn.Module):
 
     def __init__(self, codes, scale, dtype):
         super().__init__()
-        parts = {"codes": codes, "codes_T": codes.T.contiguous(), "scale": scale}
+        both = codes.new_empty(2, codes.numel())    # one block: a GPU rounds up what each one takes
+        parts = {"codes": both[0].view_as(codes).copy_(codes),
+                 "codes_T": both[1].view_as(codes.T).copy_(codes.T), "scale": scale}
         for name, part in parts.items():
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
         self.dtype = dtype
