@@ -65,7 +65,7 @@ def curves_table():
         found, what, _ = rows("rates")
         most = max((r["rank"] for r in found), default=0)
         found = [r for r in found if r["rank"] == most]
-        what += f", of the study of rates, those of rank {most}"
+        what += f"; of the study of rates, those of rank {most}" * bool(found)
     lines = []
     for method, lr in sorted({(r["method"], r["lr"]) for r in found}, key=lambda k: k[::-1]):
         same = [r for r in found if (r["method"], r["lr"]) == (method, lr)]
