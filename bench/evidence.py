@@ -129,7 +129,7 @@ PARTS = {"study-rates": rates_table, "study-curves": curves_table, "study-svd": 
                                  ["batch", "steps", "method"])}
 
 
-def rates_picture():
+def study_rates():
     """Left: loss against the rate at every rank. Right: the best rate against the rank."""
     from bench.pictures import BLUE, NAMES, RED, keep, panels, plain_rates
     found, what, _ = rows("rates", "seeds")
@@ -139,15 +139,16 @@ def rates_picture():
     ranks = sorted({r["rank"] for r in found})
     for method, colour in ("pissa", RED), ("lora", BLUE):
         mark, style = MARKS[method]
-        best = [studies.best_rate(found, method=method, rank=k) for k in ranks]
-        for i, rank in enumerate(ranks):
+        there = [k for k in ranks if studies.losses_at(found, method=method, rank=k)]
+        best = [studies.best_rate(found, method=method, rank=k) for k in there]
+        for i, rank in enumerate(there):
             at = studies.losses_at(found, method=method, rank=rank)
             left.plot(list(at), [statistics.mean(v) for v in at.values()], style, marker=mark,
                       color=colour, markersize=4, alpha=(i + 2) / (len(ranks) + 1),
                       linewidth=0.8 + 0.5 * i, label=f"{NAMES[method]}, rank {rank}")
             left.fill_between(list(at), [min(v) for v in at.values()],
                               [max(v) for v in at.values()], color=colour, alpha=0.25, linewidth=0)
-        right.plot(ranks, best, style, marker=mark, color=colour, label=NAMES[method])
+        right.plot(there, best, style, marker=mark, color=colour, label=NAMES[method])
     plain_rates(left, sorted({r["lr"] for r in found}))
     left.set(ylabel="validation loss, nats a token", title=what.rpartition(", ")[0], yscale="log")
     left.legend(fontsize=7)
@@ -159,4 +160,14 @@ def rates_picture():
     keep(figure, "study_rates")
 
 
-PICTURES = (rates_picture,)
+
+def landscape():
+    """The plane of examples/landscape.py: the real one if it was measured, else the small one."""
+    import json
+
+    from bench.pictures import FIGURES
+    from examples.landscape import picture
+    path = next((p for p in (studies.RESULTS / f"landscape{end}.json" for end in ("", "_tiny"))
+                 if p.exists()), None)
+    if path:
+        picture(json.loads(path.read_text()), FIGURES / "landscape.png")

@@ -524,8 +524,8 @@ def main(args):
     for page in PAGES:
         page.write_text(updated(page))
     if args.all:
-        from bench import evidence, pictures
-        for picture in (*pictures.PICTURES, *evidence.PICTURES):
+        from bench import pictures
+        for picture in pictures.PICTURES:
             picture()
 
 
