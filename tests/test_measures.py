@@ -34,7 +34,7 @@ def trained(method, rank=4):
     return net, W.get, deltas
 
 
-@pytest.mark.parametrize("method", ["pissa", "lora", "full", milora, "qpissa", "qlora"])
+@pytest.mark.parametrize("method", ["pissa", "lora", "full", milora, "qpissa", "qlora", "loftq"])
 def test_change(method):
     net, base, deltas = trained(method)
     assert deltas.keys() == measures.matrices(net).keys() and len(deltas) == 14
