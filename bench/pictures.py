@@ -4,6 +4,7 @@ Grounds are transparent. All colours can be told from a white page and from a da
 """
 import statistics
 
+from bench import evidence
 from bench.plot import KINDS, QUANT, ROOT, by_rate, quant_rows, read
 
 INK, RED, BLUE, GREEN, GREY, OCHRE = ("#767c84", "#d1495b", "#3a86c8", "#2a9d5c", "#8a8f96",
@@ -295,4 +296,5 @@ def scale():
     keep(figure, "scale")
 
 
-PICTURES = same_rate, demo, gsm8k, quantised, quant, speed, planned, scale
+PICTURES = (same_rate, demo, gsm8k, quantised, quant, speed, planned, scale, evidence.study_rates,
+            evidence.landscape)

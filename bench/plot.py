@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / name for name in ("README.md", "bench/RESULTS.md", "docs/memory.md",
-                                  "checkpoints/tiny/README.md")]
+                                  "checkpoints/tiny/README.md", "EVIDENCE.md")]
 
 
 def read(name):
@@ -500,8 +500,10 @@ PARTS = {"gpus": gpus_table, "faults": faults_table, "demo": demo_table, "svd": 
 
 def updated(page):
     """The text of a page with its generated parts made anew. KeyError for an unknown name."""
+    from bench import evidence
+    parts = {**PARTS, **evidence.PARTS}
     return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)",
-                  lambda m: f"{m[1]}{PARTS[m[2]]()}\n{m[3]}", page.read_text(), flags=re.S)
+                  lambda m: f"{m[1]}{parts[m[2]]()}\n{m[3]}", page.read_text(), flags=re.S)
 
 
 def arguments():

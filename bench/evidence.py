@@ -1,0 +1,173 @@
+"""Tables and pictures of EVIDENCE.md, from bench/results/study_*.jsonl (python -m bench.plot).
+
+Each says from which version of its study it is: the full one if that has rows, else the small one.
+"""
+import statistics
+from functools import partial
+
+from bench import studies
+from bench.plot import table
+
+MARKS = {"pissa": ("o", "-"), "lora": ("s", "--"), "full": ("^", ":"), "milora": ("D", "-."),
+         "qpissa": ("o", "-"), "loftq": ("^", "-."), "qlora": ("s", "--"), "lq_lora": ("D", ":")}
+
+STEPS = 5, 20, 50, 200
+
+
+def rows(*names):
+    """(rows, what they are, whether tiny) of some studies; the full ones if there are any. Of runs
+    that several of them hold, the first."""
+    for tiny in False, True:
+        found, seen = [], set()
+        for name in names:
+            for r in studies.rows_of(name, tiny):
+                key = tuple(str(r.get(k)) for k in ("method", "rank", "lr", "seed", "steps",
+                                                    "batch", "niter", "quant_iters", "measure"))
+                if key not in seen:
+                    seen.add(key)
+                    found.append(r)
+        if found:
+            kind = "checkpoints/tiny, the demo's problems" if tiny else "SmolLM2-135M, GSM8K"
+            return found, f"{kind}, {len(found)} runs, {found[0]['device']}", tiny
+    return [], "Not measured yet.", True
+
+
+def spread(values, form=".4f"):
+    """0.5812 (0.5800 to 0.5820, 3 seeds)"""
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else (
+        f"{mean} ({min(values):{form}} to {max(values):{form}}, {len(values)} seeds)")
+
+
+def under(text, what):
+    """A table with what it is of."""
+    return f"{text}\n\n{what}."
+
+
+def rates_table():
+    """The best rate of each method and rank, and the loss there; every rate."""
+    found, what, _ = rows("rates", "seeds")
+    lines = []
+    for method, rank in sorted({(r["method"], r["rank"]) for r in found}):
+        at = studies.losses_at(found, method=method, rank=rank)
+        lr = studies.best_rate(found, method=method, rank=rank)
+        edge = " (the edge of the grid)" if lr in (min(at), max(at)) else ""
+        lines.append([method, rank, f"{lr:g}{edge}", spread(at[lr]), ", ".join(
+            f"{k:g}: {statistics.mean(v):.3f}" for k, v in at.items())])
+    head = ["method", "rank", "best rate", "validation loss there", "at every rate"]
+    return under(table(head, lines), what) if found else what
+
+
+def curves_table():
+    """Training loss (mean of five steps) and gradient norm after some steps."""
+    found, what, _ = rows("curves")
+    if not found:
+        found, what, _ = rows("rates")
+        most = max((r["rank"] for r in found), default=0)
+        found = [r for r in found if r["rank"] == most]
+        what += f"; of the study of rates, those of rank {most}" * bool(found)
+    lines = []
+    for method, lr in sorted({(r["method"], r["lr"]) for r in found}, key=lambda k: k[::-1]):
+        same = [r for r in found if (r["method"], r["lr"]) == (method, lr)]
+        mean = [statistics.mean(step) for step in zip(*(r["loss"] for r in same))]
+        at = [f"{statistics.mean(mean[n - 5:n]):.3f}" if n <= len(mean) else "" for n in STEPS]
+        norm = statistics.mean(r["grad_norm"][0] for r in same)
+        lines.append([f"{lr:g}", method, len(same), *at, f"{norm:.2f}"])
+    head = ["rate", "method", "seeds", *(f"loss, steps {n - 4}-{n}" for n in STEPS),
+            "gradient norm, step 1"]
+    return under(table(head, lines), what) if found else what
+
+
+def grouped_table(name, keys, head):
+    """Of each value of keys the best rate and the loss there."""
+    found, what, _ = rows(name)
+    lines = []
+    for values in dict.fromkeys(tuple(r.get(k) for k in keys) for r in found):
+        wanted = dict(zip(keys, values))
+        lr = studies.best_rate(found, **wanted)
+        lines.append([*values, f"{lr:g}", spread(studies.losses_at(found, **wanted)[lr])])
+    return under(table([*head, "best rate", "validation loss"], lines), what) if found else what
+
+
+def learnt_table():
+    """Every method at its best rate: what DeltaW is, and what is forgotten."""
+    found, what, _ = rows("learnt")
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in found):
+        lr = studies.best_rate(found, method=method)
+        same = [r for r in found if (r["method"], r["lr"]) == (method, lr)]
+        cells = [f"{statistics.mean(r['learnt_' + k] for r in same):.3f}" for k in (
+            "norm", "top_left", "top_right", "random_right", "bottom_left", "bottom_right",
+            "angle_left", "stable_rank")]
+        before = [r["perplexity_before"] for r in found if "perplexity_before" in r]
+        lines.append([method, f"{lr:g}", len(same), *cells, f"{before[0]:.2f}" if before else "",
+                      spread([r["perplexity"] for r in same], ".2f")])
+    head = ["method", "rate", "seeds", "norm of ΔW / W", "in W's top r, left", "right",
+            "right, by chance", "bottom r, left", "right", "cos² of angles", "stable rank",
+            "perplexity before", "after"]
+    return under(table(head, lines), what) if found else what
+
+
+def svd_table():
+    """Error, time and loss against the power iterations."""
+    found, what, _ = rows("svd")
+    lines = []
+    for niter in dict.fromkeys(r["niter"] for r in found):
+        same = [r for r in found if r["niter"] == niter]
+        lines.append([niter, f"{statistics.median(r['init_seconds'] for r in same):.2f} s",
+                      f"{max(r['svd_worst'] for r in same):.1e}",
+                      spread([r["val"] for r in same])])
+    head = ["power iterations", "time", "excess of the residual, worst", "validation loss"]
+    return under(table(head, lines), what) if found else what
+
+
+PARTS = {"study-rates": rates_table, "study-curves": curves_table, "study-svd": svd_table,
+         "study-quantised": partial(grouped_table, "quantised", ["rank", "quant_iters", "method"],
+                                    ["rank", "turns", "method"]),
+         "study-learnt": learnt_table,
+         "study-length": partial(grouped_table, "length", ["batch", "steps", "method"],
+                                 ["batch", "steps", "method"])}
+
+
+def study_rates():
+    """Left: loss against the rate at every rank. Right: the best rate against the rank."""
+    from bench.pictures import BLUE, NAMES, RED, keep, panels, plain_rates
+    found, what, _ = rows("rates", "seeds")
+    if not found:
+        return
+    figure, (left, right) = panels(1, 2)
+    ranks = sorted({r["rank"] for r in found})
+    for method, colour in ("pissa", RED), ("lora", BLUE):
+        mark, style = MARKS[method]
+        there = [k for k in ranks if studies.losses_at(found, method=method, rank=k)]
+        best = [studies.best_rate(found, method=method, rank=k) for k in there]
+        for i, rank in enumerate(there):
+            at = studies.losses_at(found, method=method, rank=rank)
+            left.plot(list(at), [statistics.mean(v) for v in at.values()], style, marker=mark,
+                      color=colour, markersize=4, alpha=(i + 2) / (len(ranks) + 1),
+                      linewidth=0.8 + 0.5 * i, label=f"{NAMES[method]}, rank {rank}")
+            left.fill_between(list(at), [min(v) for v in at.values()],
+                              [max(v) for v in at.values()], color=colour, alpha=0.25, linewidth=0)
+        right.plot(there, best, style, marker=mark, color=colour, label=NAMES[method])
+    plain_rates(left, sorted({r["lr"] for r in found}))
+    left.set(ylabel="validation loss, nats a token", title=what.rpartition(", ")[0], yscale="log")
+    left.legend(fontsize=7)
+    right.set(xscale="log", yscale="log", xlabel="rank", ylabel="best learning rate",
+              title="the rate with the lowest loss", ylim=(1.5e-5, 3e-2))
+    right.set_xticks(ranks, ranks)
+    right.set_xticks([], minor=True)
+    right.legend()
+    keep(figure, "study_rates")
+
+
+
+def landscape():
+    """The plane of examples/landscape.py: the real one if it was measured, else the small one."""
+    import json
+
+    from bench.pictures import FIGURES
+    from examples.landscape import picture
+    path = next((p for p in (studies.RESULTS / f"landscape{end}.json" for end in ("", "_tiny"))
+                 if p.exists()), None)
+    if path:
+        picture(json.loads(path.read_text()), FIGURES / "landscape.png")
