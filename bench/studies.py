@@ -12,33 +12,22 @@
     svd        power iterations of the SVD                                                (4)
 
 The landscape (3) is examples/landscape.py. STUDIES is in order of importance. A run that stands in
-several studies is the same job in each.
+several studies is the same job in each. `learnt` needs a text that is not the task's, GENERAL.
 """
-
 import json
 import statistics
 from itertools import product
 
 from bench.plot import RESULTS
 
-FULL = {
-    "ckpt": "smollm2",
-    "data": "shared/data/gsm8k/train.jsonl",
-    "batch": 32,
-    "steps": 100,
-    "rank": 32,
-    "seed": 0,
-}
-TINY = {
-    "ckpt": "tiny",
-    "data": "checkpoints/tiny/train.jsonl",
-    "batch": 16,
-    "steps": 30,
-    "rank": 16,
-    "seed": 0,
-}
+FULL = {"ckpt": "smollm2", "data": "gsm8k/train.jsonl", "batch": 32, "micro_batch": 32,
+        "steps": 100, "rank": 32, "seed": 0, "graphs": True}
+TINY = {"ckpt": "tiny", "data": "checkpoints/tiny/train.jsonl", "batch": 16, "micro_batch": 16,
+        "steps": 30, "rank": 16, "seed": 0}
+GENERAL = "runs/text/persuasion.txt"                        # any English book
 RATES = [2e-5, 1e-4, 3e-4, 1e-3, 3e-3, 8e-3, 2e-2]
-TOKENS = {"smollm2": 214, "tiny": 100}  # of an example, about
+FOUR_BITS = ["qpissa", "loftq", "qlora", "lq_lora"]
+TOKENS = {"smollm2": 214, "tiny": 100}                      # of an example, about
 
 
 def grid(base, **axes):
@@ -52,11 +41,10 @@ def file_of(name, tiny):
 
 
 def rows_of(name, tiny=False):
-    """The rows of a study that did not fail, or []."""
+    """The rows of a study that did not fail, each with its job's values among the others; or []."""
     path = file_of(name, tiny)
-    if not path.exists():
-        return []
-    return [r for line in path.read_text().splitlines() if "failed" not in (r := json.loads(line))]
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    return [{**r["job"], **r} for r in rows if "failed" not in r]
 
 
 def losses_at(rows, **wanted):
@@ -85,89 +73,60 @@ def rates(tiny):
 
 
 def seeds(tiny):
-    """Two more seeds at each best rate of `rates` and its two neighbours. ValueError without it."""
+    """Two more seeds at each best rate of `rates` and its neighbours. ValueError without it."""
     first, jobs = rates(tiny), []
     rows = [r for r in rows_of("rates", tiny) if r["seed"] == 0]
     tried = sorted({j["lr"] for j in first})
     for method, rank in dict.fromkeys((j["method"], j["rank"]) for j in first):
         i = tried.index(best_rate(rows, method=method, rank=rank))
-        jobs += grid(
-            {**(TINY if tiny else FULL), "method": method, "rank": rank},
-            lr=tried[max(0, i - 1) : i + 2],
-            seed=[1, 2],
-        )
+        jobs += grid({**(TINY if tiny else FULL), "method": method, "rank": rank},
+                     lr=tried[max(0, i - 1):i + 2], seed=[1, 2])
     return jobs
 
 
 def quantised(tiny):
     """Methods in four bits: rates at each rank, then turns at rank 64."""
-    kinds = ["qpissa", "loftq", "qlora", "lq_lora"]
+    base = {**(TINY if tiny else FULL), "quant_iters": 5}
     if tiny:
-        return grid(
-            {**TINY, "quant_iters": 5}, method=kinds, rank=[16], lr=[3e-4, 1e-3, 4e-3]
-        ) + grid(TINY, method=["qpissa", "loftq"], rank=[16], lr=[1e-3], quant_iters=[1, 10])
-    measured = {**FULL, "steps": 60, "measure": ["learnt"]}
-    jobs = grid(
-        {**measured, "quant_iters": 5}, rank=[64, 16, 128], method=kinds, lr=[3e-4, 1e-3, 3e-3]
-    )
-    jobs += grid(
-        measured, method=["qpissa", "loftq"], rank=[64], lr=[3e-4, 1e-3, 3e-3], quant_iters=[1, 10]
-    )
-    return jobs + grid(
-        {**measured, "quant_iters": 5}, method=kinds, rank=[64], lr=[3e-4, 1e-3, 3e-3], seed=[1, 2]
-    )
+        return grid(base, method=FOUR_BITS, lr=[3e-4, 1e-3, 4e-3]) + grid(
+            base, method=["qpissa", "loftq"], lr=[1e-3], quant_iters=[1, 10])
+    base |= {"steps": 60, "measure": ["learnt"]}
+    three = [3e-4, 1e-3, 3e-3]
+    return (grid(base, rank=[64, 16, 128], method=FOUR_BITS, lr=three)
+            + grid(base, method=["qpissa", "loftq"], rank=[64], lr=three, quant_iters=[1, 10])
+            + grid(base, method=FOUR_BITS, rank=[64], lr=three, seed=[1, 2]))
 
 
 def learnt(tiny):
     """What every method changes, at rates about its best. full has no rank: that of the others."""
-    base = TINY if tiny else {**FULL, "steps": 229}
-    general = "stories" if tiny else "runs/text/persuasion.txt"
-    base = {**base, "measure": ["learnt", "forgetting"], "general": general}
-    if tiny:
-        return [
-            {**base, "method": m, "lr": lr}
-            for m, lr in (("full", 2.5e-4), ("lora", 4e-3), ("pissa", 1e-3), ("milora", 4e-3))
-        ]
-    rates = {
-        "full": [1e-4, 2e-4, 4e-4],
-        "lora": [1e-3, 3e-3, 8e-3],
-        "pissa": [3e-4, 1e-3, 3e-3],
-        "milora": [1e-3, 3e-3, 8e-3],
-    }
-    return [
-        {**base, "method": m, "lr": lr, "seed": seed}
-        for seed in (0, 1, 2)
-        for m in rates
-        for lr in rates[m]
-    ]
+    base = {**(TINY if tiny else {**FULL, "steps": 229}), "measure": ["learnt", "forgetting"],
+            "general": "stories" if tiny else GENERAL}
+    low = [1e-3] if tiny else [3e-4, 1e-3, 3e-3]
+    high = [4e-3] if tiny else [1e-3, 3e-3, 8e-3]
+    rates = {"full": [2.5e-4] if tiny else [1e-4, 2e-4, 4e-4], "lora": high, "pissa": low,
+             "milora": high}
+    return [{**base, "method": method, "lr": lr, "seed": seed}
+            for seed in ([0] if tiny else [0, 1, 2]) for method in rates for lr in rates[method]]
 
 
 def curves(tiny):
     """Losses and gradient norms after 5, 20, 50, 200 steps; equal rates, and each at its best."""
     if tiny:
         return grid(TINY, method=["pissa", "lora"], lr=[3e-4, 1e-3, 4e-3], seed=[0, 1, 2])
-    return grid(
-        {**FULL, "steps": 200},
-        seed=[0, 1, 2],
-        method=["pissa", "lora"],
-        lr=[2e-5, 3e-4, 1e-3, 3e-3, 8e-3],
-    )
+    return grid({**FULL, "steps": 200}, seed=[0, 1, 2], method=["pissa", "lora"],
+                lr=[2e-5, 3e-4, 1e-3, 3e-3, 8e-3])
 
 
 def length(tiny):
     """Steps at one batch size, and batch sizes over the same examples."""
     kinds = ["pissa", "lora"]
     if tiny:
-        return grid(TINY, method=kinds, steps=[8, 30], lr=[1e-3, 4e-3]) + grid(
-            TINY, method=kinds, batch=[4], lr=[1e-3, 4e-3]
-        )
+        return (grid(TINY, method=kinds, steps=[8, 30], lr=[1e-3, 4e-3])
+                + grid(TINY, method=kinds, batch=[4], lr=[1e-3, 4e-3]))
     rates = [3e-4, 1e-3, 3e-3, 8e-3]
     jobs = grid(FULL, method=kinds, lr=rates, steps=[25, 50, 100, 200, 458])
-    return jobs + [
-        j
-        for batch in (8, 128)
-        for j in grid({**FULL, "batch": batch, "steps": 3200 // batch}, method=kinds, lr=rates)
-    ]
+    return jobs + [job for batch in (8, 128) for job in grid(
+        {**FULL, "batch": batch, "steps": 3200 // batch}, method=kinds, lr=rates)]
 
 
 def svd(tiny):
@@ -193,10 +152,8 @@ def main():
             except ValueError as error:
                 print(f"{name:10s} {'tiny' if tiny else 'full':4s} {error}")
                 continue
-            print(
-                f"{name:10s} {'tiny' if tiny else 'full':4s} {len(jobs):4d} runs "
-                f"{tokens(jobs) / 1e6:6.1f} M tokens"
-            )
+            print(f"{name:10s} {'tiny' if tiny else 'full':4s} {len(jobs):4d} runs "
+                  f"{tokens(jobs) / 1e6:6.1f} M tokens")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ A study is a list of jobs, see bench/studies.py. A job is a dict of train.py's a
     {"ckpt": "smollm2", "data": "gsm8k/train.jsonl", "method": "pissa", "rank": 32, "lr": 1e-3}
 
 and of what is asked beside them: `measure`, names of functions in bench/measures.py, and what
-these want to know. A row is {"job": job} and its figures. Rows are JSON lines in --out, written as
-they come. What is there already is not run again, so a study that was interrupted goes on. All jobs
-on the same data have the same validation examples: a seed changes the method's random numbers and
-the order of the examples.
+these want to know; `graphs`, to train by bench/graphs.py. A row is {"job": job} and its figures.
+Rows are JSON lines in --out, written as they come. What is there already is not run again, so a
+study that was interrupted goes on. All jobs on the same data have the same validation examples: a
+seed changes the method's random numbers and the order of the examples.
 """
 import argparse
 import copy
@@ -35,11 +35,11 @@ import model
 import pissa
 import relatives
 import train
-from bench import NO_STATES, program
+from bench import NO_STATES, graphs, program
 from eval import accuracy
 from support import options
 
-MORE = "measure", "general"                 # what a job holds beside the arguments of train.py
+MORE = "measure", "general", "graphs"       # what a job holds beside the arguments of train.py
 FREE = "lr", "seed", "steps", "epochs"      # compiled networks do not depend on these
 KEPT = {}                                   # what a process reads once: tokenizers, examples, nets
 
@@ -95,7 +95,7 @@ def prepared(net, examples, args):
         return net.requires_grad_(True)
     method = relatives.chosen(args, net, examples, train.loss_sum)
     return pissa.inject(net, args.rank, method, args.targets, args.niter, args.seed,
-                        quant_iters=args.quant_iters, keep_base=False, progress=False,
+                        quant_iters=args.quant_iters, bits=args.bits, progress=False,
                         double_quant=not args.no_double_quant)
 
 
@@ -123,7 +123,8 @@ def run_one(job):
         train.compile_layers(net)
     with tempfile.TemporaryDirectory() as out:
         vars(args).update(NO_STATES, out=Path(out))
-        rows, stopped = train.train(net, examples, args, autocast)
+        with graphs.used(net) if job.get("graphs") and cuda else nullcontext():
+            rows, stopped = train.train(net, examples, args, autocast)
     if stopped:
         raise ValueError(stopped.reason)
     later = rows[min(5, len(rows) // 2):]                    # the first ones compile, and warm up

@@ -17,9 +17,12 @@ def keep(tmp_path, monkeypatch):
 
 
 def row(**values):
-    return {"method": "pissa", "rank": 4, "lr": 1e-3, "seed": 0, "steps": 20, "batch": 2,
+    """A row whose values stand in its job, too, which is where they are looked for."""
+    values = {"method": "pissa", "rank": 4, "lr": 1e-3, "seed": 0, "steps": 20, "batch": 2,
             "val": 1.0, "loss": [float(i) for i in range(20)], "grad_norm": [2.0] * 20,
             "device": "none", "init_seconds": 1.5, "svd_worst": 1e-3, **values}
+    return {"job": values, **{k: values[k] for k in values if k in (
+        "val", "loss", "grad_norm", "device", "init_seconds", "svd_worst", "failed")}}
 
 
 def test_nothing_measured(keep):

@@ -1,0 +1,65 @@
+"""bench/graphs.py: padded batches give the same loss and gradients, and train.train the same net."""
+import pytest
+import torch
+
+import data
+import train
+from bench import graphs
+from conftest import small_net
+
+
+def examples(n=8, longest=40, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, longest, (n,), generator=g).tolist()
+    return [(torch.randint(5, 50, (k,), generator=g).tolist(), 1 + k // 3) for k in lengths]
+
+
+@pytest.fixture
+def net():
+    return small_net().requires_grad_(True)
+
+
+def test_padding_changes_nothing(net, monkeypatch):
+    """Loss and gradients of a padded batch are those of train.loss_sum, in float64."""
+    monkeypatch.setattr(graphs, "TEXT", 64)
+    monkeypatch.setattr(graphs, "LENGTH", 16)
+    (batch,), net = data.micro_batches(examples(), 10**6), net.double()
+    params = list(dict.fromkeys(net.parameters()))
+    tokens, where, labels = graphs.padded(*batch)
+    assert tokens.shape[1] % 16 == 0 and len(where) % 64 == 0 and len(where) > len(batch[2])
+    assert (labels != -100).sum() == (batch[1] != -100).sum()
+    loss, grads = graphs.loss_and_gradients(net, params, tokens, where, labels)
+    expected = train.loss_sum(net, *batch)
+    torch.testing.assert_close(loss, expected.detach())
+    for found, exact in zip(grads, torch.autograd.grad(expected, params), strict=True):
+        torch.testing.assert_close(found, exact)
+
+
+def test_loss_sum_is_replaced_only_inside(net):
+    """Its gradients are scaled like any loss's; what needs no gradient stays plain."""
+    (batch,), plain = data.micro_batches(examples(), 10**6), train.loss_sum
+    (plain(net, *batch) / 7).backward()
+    expected = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    with graphs.used(net):
+        assert train.loss_sum is not plain
+        (train.loss_sum(net, *batch) / 7).backward()
+        with torch.no_grad():
+            assert torch.equal(train.loss_sum(net, *batch), plain(net, *batch))
+    assert train.loss_sum is plain
+    for p, g in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+
+
+def test_an_outdated_graph_is_noticed(net, monkeypatch):
+    """A graph that reads weights that the network has no more."""
+    (batch,) = data.micro_batches(examples(), 10**6)
+
+    def frozen(f, *tensors):
+        once = f(*tensors)
+        return lambda *new: once
+
+    monkeypatch.setattr(graphs, "recorded", frozen)
+    with pytest.raises(RuntimeError, match="a graph's loss"), graphs.used(net):
+        train.loss_sum(net, *batch)
+        net.lm_head.weight.data.normal_()
