@@ -1,4 +1,4 @@
-"""bench/graphs.py: padded batches give the same loss and gradients, and train.train the same net."""
+"""bench/graphs.py: padded batches give the same loss and gradients."""
 import pytest
 import torch
 
