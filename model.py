@@ -129,7 +129,7 @@ class Attention(nn.Module):
         return self.o_proj(y)                                                     # (B, T, D)
 
 
-@faster(fast.SwiGLU.apply)
+@faster(fast.swiglu)
 def swiglu(gate, up, gelu=False):
     """silu(gate) * up, where silu(g) = g sigmoid(g), or gelu(gate) * up (arXiv 2002.05202)."""
     return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up

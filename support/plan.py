@@ -187,8 +187,8 @@ def kept(job, ranks):
         normed = 5
     width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     copied = job.packed and not job.flash                              # out of attention's output
-    # The outputs of norms and SwiGLU. Compiled layers compute them again.
-    outputs = 0 if job.compiled else normed * c.dim + count("down_proj") * c.ffn_dim
+    # Outputs of norms, and of SwiGLU for a weight's gradient. Compiled layers compute them again.
+    outputs = 0 if job.compiled else normed * c.dim + job.full * c.ffn_dim
     numbers = outputs + copied * count("o_proj") * width + 2 * c.ffn_dim + ranks
     # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H), or n and no H K
     norms = c.qk_norm * (e * (width + kv_width) + 4 * (c.n_heads + c.n_kv_heads))   # of q and k
@@ -240,10 +240,10 @@ def memory(job):
     layer += copies // c.n_layers
     # Logits three times: themselves, softmax, its gradient. Then the rows of x that have a label.
     loss = 12 * min(job.labels, max(1, fast.CHUNK // c.vocab_size)) * c.vocab_size + chosen_x
-    # Backward of silu(gate) up has three of its size on top, less the input that down_proj kept.
-    # In the backward of down_proj, a gradient and the unpacked weight may be more.
+    # Backward of silu(gate) up has three of its size on top, less the input that a whole down_proj
+    # kept. In the backward of down_proj, a gradient and the unpacked weight may be more.
     work = e * job.tokens * c.ffn_dim
-    work += max(work * (2 - job.count("down_proj")), e * largest * (job.bits == 4))
+    work += max(work * (2 - job.full), e * largest * (job.bits == 4))
     # A gradient of the head, or the embedding; or the head's copy by autocast, until forward ends.
     head = 4 * c.vocab_size * c.dim * job.full
     weights = {"frozen matrices": sum(frozen_bytes(job, a, b) for a, b, _ in chosen.values()),

@@ -206,7 +206,7 @@ def test_kept_by_compiled_layers(method, gpu, monkeypatch):
     torch._dynamo.reset()
     kept = plan.memory(job)[1]["kept for backward"]
     assert counted == pytest.approx(kept, rel=0.05)                  # the compiler's choice varies
-    assert kept < 0.75 * plan.memory(replace(job, compiled=False))[1]["kept for backward"]
+    assert kept < 0.9 * plan.memory(replace(job, compiled=False))[1]["kept for backward"]
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(False, marks=pytest.mark.long), True])
