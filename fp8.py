@@ -91,7 +91,8 @@ def quantize(W: torch.Tensor) -> "FP8":
     """
     if not W.is_floating_point() or W.ndim != 2 or W.numel() == 0:
         raise ValueError(f"FP8 needs a matrix of floats, not {W.dtype} {tuple(W.shape)}")
-    codes = torch.empty(W.shape, dtype=E4M3, device=W.device)
+    both = torch.empty(2, W.numel(), dtype=E4M3, device=W.device)   # a GPU rounds up every block
+    codes, codes_T = both[0].view(W.shape), both[1].view(W.T.shape)
     scale = torch.empty(len(W), 1, device=W.device, dtype=torch.float32)
     rows = max(1, CHUNK // W.shape[1])
     for part, *made in zip(*(t.split(rows) for t in (W, codes, scale)), strict=True):
@@ -99,7 +100,7 @@ def quantize(W: torch.Tensor) -> "FP8":
             target.copy_(found)
     if not scale.isfinite().all():
         raise ValueError("the matrix holds NaN or Inf")
-    return FP8(codes, scale, W.dtype)
+    return FP8(codes, codes_T.copy_(codes.T), scale, W.dtype)
 
 
 class FP8(nn.Module):
@@ -113,11 +114,9 @@ class FP8(nn.Module):
     nbytes = property(lambda self: sum(p.nbytes for p in self.parameters()), doc="All its bytes.")
     checksum = nf4.NF4.checksum
 
-    def __init__(self, codes, scale, dtype):
+    def __init__(self, codes, codes_T, scale, dtype):
         super().__init__()
-        both = codes.new_empty(2, codes.numel())    # one block: a GPU rounds up what each one takes
-        parts = {"codes": both[0].view_as(codes).copy_(codes),
-                 "codes_T": both[1].view_as(codes.T).copy_(codes.T), "scale": scale}
+        parts = {"codes": codes, "codes_T": codes_T, "scale": scale}
         for name, part in parts.items():
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
         self.dtype = dtype
