@@ -227,6 +227,8 @@ def prepare(net, args, seconds, read=None, examples=()):
     if parallel.SHARDED:
         read, finish = parallel.sharding(net, read, args)
     net.checkpointing = args.checkpointing and not parallel.MESH
+    if args.offload:
+        import_module("support.offload").through_host_memory(net)
     begun = args.resume and resume.newest(args.out)
     if args.method == "full":
         net.requires_grad_(True)

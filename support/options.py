@@ -339,6 +339,8 @@ def add_machine(add):
     add("--no-packing", action="store_true",
         help="compute the padding as well: slower, same results up to rounding")
     add("--checkpointing", action="store_true", help="recompute activations: slower, less memory")
+    add("--offload", action="store_true", help="--checkpointing that keeps what it must in host "
+        "memory: for rows of 10,000 tokens and more; on one GPU, or on each without --shard")
     add("--compile", action="store_true", help="torch.compile, layer by layer: less memory and "
         "a little faster; in four bits and with --checkpointing slower")
     add("--plain", action="store_true", help="run every operation in its plain form, without "
@@ -388,6 +390,9 @@ def for_train(doc):
         p.error("--no-double-quant is for --bits 4: eight bits have one scale a row, in 32 bits")
     if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
         p.error("--method full trains the weights themselves, in float32: no --adapter, no --dtype")
+    if args.offload and (args.plain or args.shard == "yes"):
+        p.error("--offload goes neither with --plain nor with --shard")
+    args.checkpointing |= args.offload
     check_out(p, args)
     if args.adapter and SPEAKS:
         found = given_in(sys.argv[1:])

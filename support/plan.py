@@ -52,7 +52,8 @@ REACHED, REACHED_BY_A_THREAD = {16: 480, 8: 570, 4: 368}, 0.1
 LESS = ("--checkpointing", {"checkpointing": True}), ("--micro-batch 1", {"rows": 1}), (
     "both", {"checkpointing": True, "rows": 1}), (
     "both, --method qpissa", {"checkpointing": True, "rows": 1, "full": False, "bits": 4,
-                              "subtracted": True})
+                              "subtracted": True}), (
+    "--offload", {"checkpointing": True, "offload": True})
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Job:
     gpu: bool = True                        # one that has bfloat16
     cuda: bool = True                       # cuBLAS takes its workspaces, and CUDA its part
     checkpointing: bool = False
+    offload: bool = False                   # its inputs of layers are in host memory
     compiled: bool = False
     accumulate: bool = True                 # more micro-batches than one: they add to gradients
     group: int = fast.GROUP                 # matrices decomposed together, 1 on a CPU
@@ -233,8 +235,9 @@ def memory(job):
                                                  if job.full else pairs)
     # The input x of every layer, the loss's gradient of the last one, RoPE's two tables.
     chosen_x = job.labels * job.x_bytes * c.dim
-    between = (c.n_layers + 1) * x + chosen_x + 8 * c.head_dim * (
-        job.tokens if job.packed else job.length)
+    # --offload: one that is computed with, one on its way, the last.
+    inputs = min(3, c.n_layers + 1) if job.offload else c.n_layers + 1
+    between = inputs * x + chosen_x + 8 * c.head_dim * (job.tokens if job.packed else job.length)
     all_kept = between if job.checkpointing else (    # layer 0's input only to train embeddings
         between + c.n_layers * (layer - x) + copies - x * (not job.full))
     layer += copies // c.n_layers
@@ -317,7 +320,7 @@ def from_arguments(args):
     more = {"dtype": torch.float32 if float32 else torch.bfloat16,
             "rows": min(args.micro_batch, args.batch), "length": args.max_length - 1,
             "packed": not args.no_packing, "gpu": not without, "cuda": not on_cpu,
-            "compiled": args.compile, "checkpointing": args.checkpointing,
+            "compiled": args.compile, "checkpointing": args.checkpointing, "offload": args.offload,
             "accumulate": args.batch > args.micro_batch,
             "group": 1 if on_cpu or args.adapter or args.niter is None else fast.GROUP}
     config = read_config(args.ckpt)

@@ -32,9 +32,9 @@ SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"           # Slurm sends the l
 ASKED, LOCKS = [], []                     # numbers of the signals that came; locks that are held
 # Arguments that change no result, or only by rounding. A run may go on with others.
 FREE = {"out", "resume", "overwrite", "save_every", "keep", "max_hours", "device", "micro_batch",
-        "no_packing", "checkpointing", "compile", "plain", "shard", "gpus", "plan", "steps",
-        "epochs", "adapter", "max_new_tokens", "ckpt", "force_base", "torchrun", "val_every",
-        "tensorboard", "config"}
+        "no_packing", "checkpointing", "offload", "compile", "plain", "shard", "gpus", "plan",
+        "steps", "epochs", "adapter", "max_new_tokens", "ckpt", "force_base", "torchrun",
+        "val_every", "tensorboard", "config"}
 
 
 class Stop(NamedTuple):
