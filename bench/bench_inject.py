@@ -135,6 +135,21 @@ def eigenproblems(args, record):
     G = Z @ Z.mT
     record("eigenproblems of a group, in a batch", {"seconds": seconds_of(
         lambda: torch.linalg.eigh(G))})
+    for dtype in (torch.float32, torch.float64):
+        record(f"the same in {dtype}, by gesvda", {"seconds": seconds_of(
+            lambda dtype=dtype: torch.linalg.svd(G.to(dtype), driver="gesvda" if steps.CUDA else
+                                                 None))})
+    for n in (2, 4, 8, 16) if steps.CUDA else ():
+        streams = [torch.cuda.Stream() for _ in range(n)]
+
+        def solved(part, stream):
+            with torch.cuda.stream(stream):
+                return torch.linalg.eigh(part)
+
+        with ThreadPoolExecutor(n) as pool:
+            torch.cuda.synchronize()
+            record(f"eigenproblems of a group, {n} streams", {"seconds": seconds_of(
+                lambda n=n, streams=streams: list(pool.map(solved, G.chunk(n), streams)))})
     before = torch.get_num_threads()
     for n in (4, 8, 16):
         def on_threads(n=n):
