@@ -510,7 +510,8 @@ PARTS = {"gpus": gpus_table, "faults": faults_table, "demo": demo_table, "svd": 
          "gsm8k": gsm8k_table, "generate": generate_table, "nf4": nf4_table,
          "large": large_table, "quantised-training": quantised_training_table,
          "quant": quant_table, "plan": plan_table, "plan-output": plan_output,
-         "step": step_table, "eight": eight_table, "step-cpu": step_cpu_table, "packing": packing_table,
+         "step": step_table, "eight": eight_table, "step-cpu": step_cpu_table,
+         "packing": packing_table,
          "headline": headline_table, "commits": commits_table, "fast": fast_table,
          "tasks": tasks_table}
 
