@@ -71,7 +71,8 @@ def table(found, seeds, alone):
             "losses": [loss_of(r) for r in again], "before": best["val_before"],
             "accuracies": [r["accuracy"] for r in again], "problems": again[0]["problems"],
             "trained": best["trained"], "init_seconds": once["init_seconds"],
-            "peak_gib": once.get("peak_gib"), "tokens_per_second": once["tokens_per_second"],
+            "peak_gib": once.get("peak_gib"), "planned_gib": once.get("planned_gib"),
+            "tokens_per_second": once["tokens_per_second"],
             "rates": [[r["job"]["lr"], r.get("val")] for r in by_rate]})
     return sorted(rows, key=lambda r: r.get("loss", float("inf")))
 

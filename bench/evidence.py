@@ -135,12 +135,13 @@ def family_table(name):
             r["method"], f"{r['lr']:.3g}",
             f"{r['loss']:.4f} ({', '.join(f'{x:.4f}' for x in r['losses'])})",
             f"{statistics.mean(r['accuracies']):.1%}", f"{r['trained']:,}",
-            f"{r['init_seconds']:.2f} s", f"{r['peak_gib']:.1f} GiB" if r["peak_gib"] else "",
+            f"{r['init_seconds']:.2f} s", f"{r['peak_gib']:.1f} GiB ({r['planned_gib']:.1f})" if (
+                r["peak_gib"]) else "",
             f"{r['tokens_per_second']:,.0f}", ", ".join(
                 f"{lr:.3g}: " + (f"{loss:.3f}" if loss else "failed") for lr, loss in r["rates"])])
     head = ["method", "best rate", "validation loss (two seeds)",
             f"accuracy, {max(r.get('problems', 0) for r in result['rows'])} problems",
-            "trained numbers", "to initialise", "peak memory", "tokens/s",
+            "trained numbers", "to initialise", "peak memory (planned)", "tokens/s",
             "seed 0's loss at every rate"]
     if not any(r.get("peak_gib") for r in result["rows"]):
         head, rows = ([line[:6] + line[7:] for line in part] for part in ([head], rows))

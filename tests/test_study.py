@@ -51,6 +51,8 @@ def test_jobs_run_once(tmp_path):
     with study.workers(path, 2) as run:
         assert len(run([*jobs, {**JOB, "lr": 2e-3}])) == 4
     assert len(path.read_text().splitlines()) == 4
+    examples = study.examples_of("tiny", JOB["data"], None, 0.005, 64)[0]
+    assert 2**24 < study.planned_bytes(study.arguments(JOB), examples) < 2**28
     assert study.run_one(JOB)["loss"] == first["loss"]                  # as without a process
 
 
