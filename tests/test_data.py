@@ -178,15 +178,40 @@ def test_files_of_other_kinds(tmp_path, name, packed):
     assert data.read(path) == [tuple(row.values()) for row in ROWS]
 
 
+PYARROW = "pyarrow is missing, so that no Parquet is read: pip install pyarrow"
+
+
 def test_parquet(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-    chat = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
-    for rows, expected in (ROWS, [tuple(row.values()) for row in ROWS]), (
-            chat, [(chat[0]["messages"][:1], "a")]):
-        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-        assert data.read(tmp_path / "d.parquet") == expected
+    """As pyarrow writes it, in each of its compressions, in several groups and batches of rows."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason=PYARROW)
+    from pyarrow import Table
+    chat = {"messages": [turn("user", "q"), turn("assistant", "a")]}
     path = tmp_path / "d.parquet"
+    for rows, expected in (ROWS, [tuple(row.values()) for row in ROWS]), (
+            [chat], [(chat["messages"][:1], "a")]), (
+            [{"instruction": "i", "input": None, "output": "o", "id": 7}], [("i", "o")]):
+        for compression in "none", "snappy", "gzip", "zstd", "brotli", "lz4":
+            parquet.write_table(Table.from_pylist(rows * 1500), path, row_group_size=700,
+                                compression=compression)
+            assert data.read(path) == expected * 1500
+    path.rename(tmp_path / "of_any_name")
+    assert data.read(tmp_path / "of_any_name") == [("i", "o")] * 1500
+
+
+def test_parquet_errors_say_where(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason=PYARROW)
+    from pyarrow import Table
+    path, rows = tmp_path / "d.parquet", [{"question": "q", "answer": "a"}] * 1001
+    parquet.write_table(Table.from_pylist([*rows, {"question": "q", "answer": ""}]), path)
+    with pytest.raises(ValueError, match="d.parquet: record 1002: field 'answer' is empty"):
+        data.read(path)
+    parquet.write_table(Table.from_pylist([{"question": "q", "answer": 7}]), path)
+    with pytest.raises(ValueError, match="d.parquet: record 1: field 'answer' is not a string"):
+        data.read(path)
+    parquet.write_table(Table.from_pylist(rows[:0], Table.from_pylist(rows).schema), path)
+    with pytest.raises(ValueError, match="d.parquet: no records"):
+        data.read(path)
+    parquet.write_table(Table.from_pylist(rows), path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="d.parquet: damaged Parquet.*copy it again$"):
         data.read(path)
