@@ -15,10 +15,12 @@ import convert
 import data
 import eval as evaluation
 import model
+import tasks
 import train
 from conftest import command, failure, small_net
 from formats import chat
-from support import chats
+from support import chats, options
+from tasks import commonsense
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("jinja2")
@@ -479,6 +481,57 @@ def test_a_run_on_questions(base, tmp_path):
         assert f"protocol strict: {form}, greedy" in command(
             evaluation.main, "--ckpt", base, "--accuracy", rows, "--max-new-tokens", 2, "--device",
             "cpu", "--out", tmp_path / "x.jsonl", *more)
+
+
+@pytest.mark.parametrize("task, protocol", [
+    (task, protocol) for task, known in options.TASKS.items() for protocol in known])
+def test_a_task_in_the_template(task, protocol, pair):
+    """Its instruction is the user's turn; nothing of the paper's template is left."""
+    tok, theirs = pair(*SMALL["chatml"])
+    question = "What is 2 + 3?\n\n### Response: is a heading"
+    record = {"question": question, "problem": question, "text": question, "prompt": question,
+              "instruction": question, "answer": "#### 5", "task_id": 11, "test_list": ["assert f"],
+              **{"humaneval": {"task_id": "a/1", "test": "x", "entry_point": "f"}}.get(task, {}),
+              **({"answer": commonsense.NAMES[task][0]} if task in commonsense.NAMES else {})}
+    prompt = tasks.PAGES[task].problem(record, "d.jsonl:1", task, protocol)["prompt"]
+    assert tasks.prompt_ids(prompt, tok) == tok.encode(prompt, bos=True)
+    chat.use(tok)
+    asked = {"humaneval": f"Create a Python script for this problem:\n{question}",
+             "mbpp": f"{question} Your code should satisfy the following assertion:\n```python\n"
+                     "assert f\n```"}.get(task, question)
+    begin = " Let's think step by step." * (task in ("gsm8k", "math") and protocol == "paper")
+    expected = theirs.apply_chat_template([turn("user", asked)], add_generation_prompt=True,
+                                          tokenize=False) + begin
+    assert tasks.prompt_ids(prompt, tok) == theirs(expected, add_special_tokens=False).input_ids
+
+
+def test_a_task_by_the_command(base, tmp_path):
+    """--chat asks as --accuracy --chat does. An adapter of conversations is asked like that without
+    the flag. A run in another form does not go on."""
+    rows, out = tmp_path / "plain.jsonl", tmp_path / "x.jsonl"
+
+    def said(*more):
+        return command(evaluation.main, "--ckpt", base, "--out", out, "--max-new-tokens", 3,
+                       "--device", "cpu", *more)
+
+    def responses():
+        return [json.loads(line)["response"].strip() for line in open(out)]
+
+    said("--accuracy", rows, "--chat")
+    expected = responses()
+    task = "--task", "gsm8k", "--data", rows
+    assert ("protocol strict of gsm8k: the instruction of data.PROMPT in the chat template, greedy"
+            in said(*task, "--chat")) and responses() == expected
+    assert "gsm8k: data.PROMPT, greedy" in said(*task) and responses() != expected
+    trained(base, "--data", tmp_path / "chat.json", "--lr", 1e-12)
+    assert "in the chat template" in said(*task, "--adapter", tmp_path / "run" / "adapter")
+    assert responses() == expected
+    part = tmp_path / "x.jsonl.part"
+    header = {"task": "gsm8k", "chat template": None}
+    part.write_text(json.dumps(header) + '\n[0, {"correct": true}]\n')
+    with pytest.raises(ValueError, match="begun with other chat template .None, now '{% for m in"):
+        with open(part, "a") as log:
+            tasks.begun(log, part, {**header, "chat template": CHATML}, 9)
 
 
 def test_no_template_is_one_line(tmp_path):
