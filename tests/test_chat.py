@@ -467,6 +467,38 @@ def test_a_run_on_conversations(base, tmp_path):
     assert chats.template_of(tmp_path / "small") == CHATML
 
 
+@pytest.mark.parametrize("kept", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_full_run_on_conversations(base, tmp_path, kept):
+    """Its checkpoint has the template, wherever the base's stands; so have its best one and copies
+    of it in either layout. The command that is printed asks in it."""
+    if kept == "tokenizer_config.json":
+        config = json.loads((base / kept).read_text())
+        config["chat_template"] = (base / "chat_template.jinja").read_text()
+        (base / kept).write_text(json.dumps(config))
+        (base / "chat_template.jinja").unlink()
+    said = trained(base, "--data", tmp_path / "chat.json", "--method", "full", "--val-every", 1)
+    made, use = tmp_path / "run" / "checkpoint", said.partition("use them:\n")[2]
+    assert f"--ckpt {made}" in use and "--chat" in use.split()
+    for layout in "hf", "meta":
+        assert "its training used its chat template: ask it in that one" in command(
+            convert.main, "merge", tmp_path / "run", tmp_path / layout, "--layout", layout)
+    said = command(convert.main, "merge", tmp_path / "run", tmp_path / "x.gguf")
+    assert "its training used its chat template" in said and "Modelfile" not in said
+    for folder in made, tmp_path / "run" / "best", tmp_path / "hf", tmp_path / "meta":
+        assert (folder / kept).read_bytes() == (base / kept).read_bytes()
+        tok = data.Tokenizer(folder)
+        assert tok.template == CHATML
+        chat.use(tok)
+        assert tok.decode(data.prompt_ids("1?", tok)) == tok.decode(data.prompt_ids(
+            [turn("user", "1?")], data.Tokenizer(base)))
+    theirs = transformers.AutoTokenizer.from_pretrained(made)
+    assert theirs.apply_chat_template(TWO, tokenize=False) == chat.render(TWO, tok)
+    said = trained(base, "--data", tmp_path / "plain.jsonl", "--method", "full", "--overwrite")
+    assert "--chat" not in said
+    said = command(convert.main, "merge", tmp_path / "run", tmp_path / "y.gguf")
+    assert "used the paper's prompt: ask it" in said and "Modelfile" in said
+
+
 def test_a_run_on_questions(base, tmp_path):
     """The paper's prompt, unless --chat is given; accuracy says the form."""
     rows = tmp_path / "plain.jsonl"
