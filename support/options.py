@@ -517,7 +517,8 @@ def eval_parser(doc):
         "--task, too; as is done without this for an adapter that was trained in one")
     add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
     add("--task", choices=list(TASKS), metavar="NAME", help="a benchmark: " + ", ".join(TASKS))
-    add("--data", metavar="JSONL", help="the problems of --task, as their authors publish them")
+    add("--data", metavar="FILE", help="the problems of --task, as their authors publish them: "
+        "JSON lines, a JSON array (or these as .gz) or parquet")
     add("--allow-code", action="store_true", help="let humaneval and mbpp run the programs that "
         "the model writes, each in a process of its own with limits: a guard against accidents, "
         "no sandbox")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import model
-from formats import jsonl
+from formats import records
 from support import files, predictions
 from tasks import commonsense, gsm8k, humaneval, math, mbpp
 
@@ -30,9 +30,10 @@ PAGES = {"gsm8k": gsm8k, "math": math, "humaneval": humaneval, "mbpp": mbpp,
 
 
 def read(task, path, protocol):
-    """The problems of a jsonl file, a list of dicts. ValueError names the line that is none."""
+    """The problems of a file, a list of dicts: JSON lines, or what else data.read takes. ValueError
+    names the line that is none."""
     page, found, others = PAGES[task], [], 0
-    for where, record in jsonl.records(path):
+    for where, record in records.rows(path):
         problem = page.problem(record, where, task, protocol)
         others += problem is None
         if problem:
@@ -57,12 +58,17 @@ def describe(task, protocol, max_new_tokens, problems, path, chat=False):
 
 
 def prompt_ids(prompt, tok):
-    """The ids of a page's prompt. In the chat template its instruction is the user's turn, and what
-    follows "### Response:" begins the answer."""
+    """The ids of a page's prompt. In the chat template its instruction is the user's turn."""
     if not tok.in_chat:
         return tok.encode(prompt, bos=True)
+    asked, begin = turn(prompt)
+    return data.prompt_ids(asked, tok, begin)
+
+
+def turn(prompt):
+    """(instruction, the first words of its answer) of a page's prompt."""
     asked, _, begin = prompt.rpartition("\n\n### Response:")
-    return data.prompt_ids(asked.partition("### Instruction:\n")[2], tok, begin)
+    return asked.partition("### Instruction:\n")[2], begin
 
 
 def evaluate(net, tok, task, problems, *, max_new_tokens, batch=64, done=(), log=None):
@@ -88,6 +94,8 @@ def evaluate(net, tok, task, problems, *, max_new_tokens, batch=64, done=(), log
             for i, text, score in zip(now, texts, scores, strict=True):
                 about = {k: problems[i][k] for k in ("id", "prompt", "reference")
                          if k in problems[i]}
+                if tok.in_chat:
+                    about["prompt"] = turn(problems[i]["prompt"])[0]
                 rows[i] = {**about, "response": text, **score}
                 if log:
                     print(json.dumps([i, rows[i]], ensure_ascii=False), file=log, flush=True)

@@ -17,6 +17,7 @@ import eval as evaluation
 import model
 import tasks
 import train
+from bench import bench_tasks
 from conftest import command, failure, small_net
 from formats import chat
 from support import chats, options
@@ -563,10 +564,18 @@ def test_a_task_by_the_command(base, tmp_path):
     task = "--task", "gsm8k", "--data", rows
     assert ("protocol strict of gsm8k: the instruction of data.PROMPT in the chat template, greedy"
             in said(*task, "--chat")) and responses() == expected
+    assert json.loads(out.read_text().splitlines()[3])["prompt"] == "3 + 1?"
     assert "gsm8k: data.PROMPT, greedy" in said(*task) and responses() != expected
     trained(base, "--data", tmp_path / "chat.json", "--lr", 1e-12)
     assert "in the chat template" in said(*task, "--adapter", tmp_path / "run" / "adapter")
     assert responses() == expected
+    (tmp_path / "gsm8k").mkdir()
+    rows.rename(tmp_path / "gsm8k" / "test.jsonl")
+    command(bench_tasks.main, "--ckpt", base, "--chat", "--folder", tmp_path, "--tokens", 2,
+            "--device", "cpu", "--out", tmp_path / "result.json")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["model"] == "base, in chat" and len(result["rows"]) == 2 and all(
+        "in the chat template" in row["how"] for row in result["rows"])
     part = tmp_path / "x.jsonl.part"
     header = {"task": "gsm8k", "chat template": None}
     part.write_text(json.dumps(header) + '\n[0, {"correct": true}]\n')
