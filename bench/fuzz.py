@@ -1,6 +1,6 @@
 """Damaged inputs: each should work as it says, or be refused in one line that names the file.
 
-    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 19 kinds, 8 min
+    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 19 kinds, 10 min
     python -m bench.fuzz --kinds gguf state --cases 50          # of some kinds
 
 A case is a function of (kind, number). It runs in a process of its own, forked from this one, with
