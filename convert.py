@@ -210,7 +210,7 @@ def merge(args):
     config, tensors = model.open_checkpoint(source)
     saved = where and adapter.read_adapter(where, args.force_base)
     pairs, sums = saved.pairs if saved else {}, {}
-    stored = saved and chats.template_of(where)
+    stored = None if alone else chats.trained_in(where, args.run, source)
     if config.tied and "lm_head" in pairs:        # one matrix with two uses; only one is changed
         config = replace(config, tied=False)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -240,7 +240,7 @@ def merge(args):
     if sums and adapter.codes(sums) != saved.facts["codes"]:
         print("note:", adapter.ROUNDED_ELSEWHERE.format(where))
     changed = "" if alone else f"{len(pairs)} of "
-    chats.say_training(tokenizer.chat_template(source) if saved else None, stored)
+    chats.say_training(None if alone else tokenizer.chat_template(source), stored)
     say_written(args.out, f"{changed}{len(tensors)} tensors{'' if alone else ' changed'}, layout "
                           f"{layout}, {dtype_name(stated)}")
 

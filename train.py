@@ -356,7 +356,7 @@ def fine_tune(args):
                      describe("strict", args.max_new_tokens, chat=tok.in_chat))
     if quantised:
         print(f"note: {adapter.EXPORTED}; convert.py merge writes the latter")
-    report.weights_written(directory, args, [data.as_text(prompt) for prompt, _ in val_texts])
+    report.weights_written(directory, args, val_texts, tok.in_chat)
     resume.finish(args)
 
 

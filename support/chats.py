@@ -4,8 +4,9 @@ from itertools import groupby
 
 import data
 import model
-from formats import chat, peft
+from formats import chat, hf, peft
 from formats.jsonl import printable
+from formats.tokenizer import chat_template
 
 WIDTH = 80
 
@@ -29,6 +30,14 @@ def template_of(adapter):
     if not isinstance(found, (str, type(None))):
         raise ValueError(f"{adapter}/{peft.FACTS}: chat_template is not a text")
     return found
+
+
+def trained_in(adapter, run, checkpoint):
+    """The chat template of an adapter's training. Or, if that is None, of a run of --method full
+    that wrote the checkpoint: its args.json has a day only if it was asked in a template."""
+    if adapter:
+        return template_of(adapter)
+    return chat_template(checkpoint) if hf.read_json(run / "args.json").get("date") else None
 
 
 def note(net, tok):

@@ -513,11 +513,12 @@ def eval_parser(doc):
     add("--force-base", action="store_true", help=FORCE_BASE)
     add("--prompt", help="an instruction to answer")
     add("--interactive", action="store_true", help="ask one question after another")
-    add("--chat", action="store_true", help="ask in the model's chat template, as is done without "
-        "this for an adapter that was trained in one")
+    add("--chat", action="store_true", help="ask in the model's chat template, the instructions of "
+        "--task, too; as is done without this for an adapter that was trained in one")
     add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
     add("--task", choices=list(TASKS), metavar="NAME", help="a benchmark: " + ", ".join(TASKS))
-    add("--data", metavar="JSONL", help="the problems of --task, as their authors publish them")
+    add("--data", metavar="FILE", help="the problems of --task, as their authors publish them: "
+        "JSON lines, a JSON array (or these as .gz) or parquet")
     add("--allow-code", action="store_true", help="let humaneval and mbpp run the programs that "
         "the model writes, each in a process of its own with limits: a guard against accidents, "
         "no sandbox")
@@ -572,7 +573,7 @@ def check_task(p, args):
     if bool(args.task) != bool(args.data):
         p.error(f"--task {args.task} needs --data, the file of its problems" if args.task else
                 "--data needs --task, which says what its problems are")
-    more = [f"--{name}" for name in ("accuracy", "chat", "fields", "stop") if getattr(args, name)]
+    more = [f"--{name}" for name in ("accuracy", "fields", "stop") if getattr(args, name)]
     if args.task and more:
         p.error(f"--task stands without {' and '.join(more)}: it has a rule of its own")
     if args.protocol not in (None, *known):

@@ -138,12 +138,14 @@ def test_starts_at_the_largest_of_a_method_of_ones_own():
     assert not any(report.starts_at_the_largest(m) for _, m in pissa.layers(net))
 
 
-@pytest.mark.parametrize("method, words", [
-    ("pissa", ["--ckpt", "my models/x", "--adapter", "runs of $HOME/adapter"]),
-    ("full", ["--ckpt", "runs of $HOME/adapter"])])
-def test_printed_commands_can_be_pasted(capsys, method, words):
+@pytest.mark.parametrize("method, chat, words", [
+    ("pissa", True, ["--ckpt", "my models/x", "--adapter", "runs of $HOME/adapter"]),
+    ("full", False, ["--ckpt", "runs of $HOME/adapter"]),
+    ("full", True, ["--ckpt", "runs of $HOME/adapter", "--chat"])])
+def test_printed_commands_can_be_pasted(capsys, method, chat, words):
     args = Namespace(method=method, ckpt="my models/x", out=Path("nowhere"))
-    report.weights_written("runs of $HOME/adapter", args, ["", "What's 1 + 1?"])
+    texts = [("", "text"), ("What's 1 + 1?", "2")]
+    report.weights_written("runs of $HOME/adapter", args, texts, chat)
     line = capsys.readouterr().out.partition("use them:\n")[2].replace("\\\n", "")
     assert shlex.split(line) == ["python", "eval.py", *words, "--prompt", "What's 1 + 1?"]
 
@@ -181,7 +183,8 @@ def test_summary_of_what_others_wrote(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "--- \\x1b[2Jq\nbefore: a\nafter:  \\x9b\n" in text
     assert "\n1 steps in 0 s, 0 s in all\n" in text
-    report.weights_written("d", argparse.Namespace(method="full", out=tmp_path), before["answers"])
+    report.weights_written("d", argparse.Namespace(method="full", out=tmp_path),
+                           before["answers"].items(), False)
     assert "\x1b" not in capsys.readouterr().out
 
 

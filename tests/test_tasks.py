@@ -1,10 +1,13 @@
 """tasks/: prompts, rules and scores against the authors' and against reference solutions; programs
 that misbehave; the command, its predictions and how it goes on."""
+import gzip
 import io
 import json
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 from contextlib import redirect_stderr
 from functools import partial
@@ -360,6 +363,21 @@ def test_a_program_has_a_directory_of_its_own(tmp_path):
     assert there == "[]" and not os.path.exists(cwd) and cwd != os.getcwd()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups")
+def test_what_a_program_has_started_ends_with_it():
+    """Its group is killed: no process is left that could hold the pipe open."""
+    read, write = os.pipe()
+    starts = "import subprocess, sys; subprocess.Popen(['sleep', '99']); print(flush=True)"
+    child = subprocess.Popen([sys.executable, "-c", f"{starts}; sys.stdin.read()"],
+                             stdin=subprocess.PIPE, stdout=write, start_new_session=True)
+    os.close(write)
+    assert os.read(read, 9) == b"\n"                            # now both of them are there
+    begin = time.monotonic()
+    programs.end(child)
+    assert os.read(read, 9) == b"" and time.monotonic() - begin < 9
+    os.close(read), child.stdin.close()
+
+
 def test_tests_cannot_be_hidden():
     """A program cannot swallow its tests, define check or leave early in another thread."""
     problem = of("humaneval")
@@ -425,6 +443,30 @@ def test_read(task, tmp_path):
     path = written(tmp_path, RECORDS[task], "", RECORDS[task])
     one, two = tasks.read(task, path, next(iter(options.TASKS[task])))
     assert one["prompt"] == two["prompt"] and {"id", "prompt"} <= one.keys()
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_read_what_is_published(task, tmp_path):
+    """HumanEval is a .gz, the sets of LLM-Adapters are JSON arrays, the hub has parquet."""
+    expected = tasks.read(task, written(tmp_path, *[RECORDS[task]] * 3), "paper")
+    (tmp_path / "p.json").write_text(json.dumps([RECORDS[task]] * 3, indent=1))
+    for name in "p.json", "p.jsonl":
+        packed = tmp_path / f"{name}.gz"
+        packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        assert tasks.read(task, packed, "paper") == expected
+    assert tasks.read(task, tmp_path / "p.json", "paper") == expected
+    (tmp_path / "p.json").write_text(json.dumps([RECORDS[task], {"a": 1}]))
+    with pytest.raises(ValueError, match="p.json: record 2: no field "):
+        tasks.read(task, tmp_path / "p.json", "paper")
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_read_parquet(task, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is missing")
+    from pyarrow import Table
+    parquet.write_table(Table.from_pylist([RECORDS[task]] * 3), tmp_path / "p.parquet")
+    assert tasks.read(task, tmp_path / "p.parquet", "paper") == tasks.read(
+        task, written(tmp_path, *[RECORDS[task]] * 3), "paper")
 
 
 def test_mbpp_has_a_test_set(tmp_path, capsys):
