@@ -1,4 +1,5 @@
 """eval.py's conversation: questions from the keyboard, and answers that appear as they come."""
+import math
 import sys
 from contextlib import nullcontext, suppress
 
@@ -14,7 +15,7 @@ def answer(complete, net, tok, args, both, prompt):
     """
     report.spelled("the prompt", [prompt], tok)
     how = {k: getattr(args, k) for k in ("max_new_tokens", "stop", "temperature", "top_k", "top_p",
-                                         "seed")}
+                                         "seed")} | {"bar_after": math.inf}    # the text shows it
     for adapted in (False, True) if both else (True,):
         if both:
             print(f"--- with {args.adapter}" if adapted else "--- base")

@@ -434,6 +434,18 @@ def test_ascii_terminal(tmp_path):
     assert score.startswith("accuracy 0.0% (0.0% to 79.3% with 95 % confidence) by protocol")
 
 
+def test_no_bar_beside_a_text_that_appears(net, monkeypatch):
+    """Of an answer that takes long, either the text is seen or the bar, never both in one line."""
+    bars = []
+    monkeypatch.setattr(model, "tqdm", lambda steps, name, delay, **_: (
+        bars.append((name, delay)), steps)[1])
+    command("--prompt", "Tom had 12 pens.", "--max-new-tokens", 2)
+    assert [delay for name, delay in bars if name == "generate"] == [math.inf]
+    del bars[:]
+    model.generate(net, [[1, 2]], 2)
+    assert bars == [("generate", 2)]
+
+
 @pytest.mark.long
 def test_prompt_samples(net, tok):
     """--top-k 1 is greedy at any temperature; --stop ends the answer."""
