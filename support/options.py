@@ -10,13 +10,17 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from datetime import date
 from pathlib import Path
 
+import formats
 import relatives
+from formats.jsonl import printable
 from support import streams
 
 SPEAKS = os.environ.get("RANK", "0") == "0"             # of several processes, one shows progress
@@ -111,10 +115,37 @@ def begin(parse, doc):
     line says it, and Ctrl-C ends the program with one line."""
     streams.guard()
     BEGUN[:] = [parse(doc)]
+    check_files(**vars(BEGUN[0]))
     if SPEAKS:
         print(f"{Path(sys.argv[0]).name}: loading torch ...", file=sys.stderr, flush=True)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)                        # until report.run takes it back
+
+
+def check_files(resume=False, plan=False, **args):
+    """End the program if something that it is to read is not there, in the words that would come
+    later. A run that goes on may be finished, and a plan needs no data."""
+    checks = {"ckpt": formats.find, "base": formats.find, "adapter": formats.adapter_config}
+    if not plan:
+        files = "data", "val_data", "test_data", "accuracy", "ppl", "model"
+        checks |= dict.fromkeys(files, lambda path: open(path).close())
+    try:
+        for name in checks if not resume else ():
+            if args.get(name):
+                checks[name](args[name])
+    except (OSError, ValueError) as e:
+        named = isinstance(e, OSError) and e.filename
+        text = f"{e.filename}: {e.strerror.lower()}" if named else str(e)
+        sys.exit(last_words(f"{Path(sys.argv[0]).name}: {printable(text, keep='')}"))
+
+
+def last_words(line):
+    """A line that ends a program. A terminal gets it in lines of its width, broken at spaces."""
+    if not sys.stderr.isatty():
+        return line
+    width = max(20, shutil.get_terminal_size().columns - 1)
+    return textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False,
+                         break_long_words=False)
 
 
 def begun(parse, doc):

@@ -644,9 +644,26 @@ def test_a_mistake_is_one_line_on_stderr():
     run = subprocess.run([sys.executable, "eval.py", "--ckpt", "llama9-7b", "--prompt", "Hi"],
                          cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ""
-    loading, line = run.stderr.splitlines()
-    assert loading == "eval.py: loading torch ..."
+    line, = run.stderr.splitlines()                              # before torch is loaded
     assert line.startswith("eval.py: no checkpoint llama9-7b") and "consolidated.00.pth" in line
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("argv, words", [
+    (["eval.py", "--prompt", "Hi", "--adapter", "{tmp}"],
+     "{tmp}/adapter_config.json is missing: {tmp} is not an adapter"),
+    (["eval.py", "--accuracy", "{tmp}/none.jsonl"], "{tmp}/none.jsonl: no such file or directory"),
+    (["train.py", "--test-data", "{tmp}/none.jsonl", "--out", "{tmp}/x"],
+     "{tmp}/none.jsonl: no such file or directory"),
+    (["convert.py", "merge", "{tmp}", "{tmp}/x", "--ckpt", "llama9-7b"], "no checkpoint llama9-7b"),
+    (["convert.py", "compress", "{tmp}/a", "{tmp}/x"], "{tmp}/a is not an adapter"),
+    (["convert.py", "gguf", "{tmp}/a.gguf", "{tmp}/x"], "{tmp}/a.gguf: no such file or directory")])
+def test_what_is_not_there_is_told_before_torch_is_loaded(tmp_path, argv, words):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')")
+    argv, words = [a.format(tmp=tmp_path) for a in argv], words.format(tmp=tmp_path)
+    run = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert run.returncode == 1 and run.stderr.startswith(f"{argv[0]}: ") and words in run.stderr
 
 
 @pytest.mark.parametrize("argv, message", [
