@@ -24,7 +24,7 @@ import torch
 
 import adapter
 from formats.jsonl import write_lines
-from support import parallel, report
+from support import options, parallel, report
 from support.files import check_room, empty, lock, named, replaced, restored
 
 BEGIN = time.monotonic()
@@ -141,6 +141,23 @@ def finish(args):
     if not parallel.RANK:
         keep(args.out, 1)
         shutil.rmtree(previous(args.out), ignore_errors=True)
+
+
+@contextmanager
+def told(args):
+    """Ctrl-C outside of `signals_noted` is told whether anything was learnt, and where it is."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        there = args.out / ("checkpoint" if args.method == "full" else "adapter")
+        if LOCKS and there.exists():
+            text = f"what was learnt is in {there}; the same command with --resume measures it"
+        elif args.resume and (path := newest(args.out)):
+            text = f"nothing was learnt since {path}, with which --resume goes on"
+        else:
+            text = options.NOTHING
+        e.saved = getattr(e, "saved", f"; {text}")
+        raise
 
 
 def asked(reason):

@@ -272,6 +272,35 @@ def test_signals(start, tmp_path, name, code):
     assert str(out / "adapter") in err and adapter.read_adapter(out / "adapter")
 
 
+def test_ctrl_c_outside_of_training_tells_what_is_saved(flags, tmp_path, monkeypatch):
+    """Before the first step nothing is, and after the last one all is."""
+    out, measure = tmp_path / "run", train.evaluate
+    def interrupted(*args):
+        if args[-1] == when:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    for when, more, told in (
+            ("before", (), f"; {options.NOTHING}"), ("after", (), f"; what was learnt is in {out}/"
+             "adapter; the same command with --resume measures it")):
+        resume.release()
+        with pytest.raises(KeyboardInterrupt) as e:
+            command(train.main, *flags, "--out", out, "--steps", 2, *more)
+        assert e.value.saved == told and out.exists() == (when == "after")
+    resume.release()
+    when = None
+    command(train.main, *flags, "--out", out, "--steps", 2, "--resume")
+    assert (out / "summary.json").exists()
+    monkeypatch.setattr(train, "load", lambda *args: signal.raise_signal(signal.SIGINT))
+    (out / "summary.json").unlink()
+    resume.release()
+    with pytest.raises(KeyboardInterrupt) as e:
+        command(train.main, "--out", out, "--steps", 3, "--resume")
+    assert e.value.saved == f"; nothing was learnt since {out}/states/00000002, with which " \
+        "--resume goes on"
+
+
 @pytest.mark.slow
 def test_nohup_goes_on(start, tmp_path):
     out = tmp_path / "run"
