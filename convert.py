@@ -1,11 +1,11 @@
 """Checkpoints and adapters from one form into another; nothing is trained.
 
-    python convert.py merge runs/llama2-7b-pissa runs/merged        # base + adapter: a checkpoint
-    python convert.py merge runs/demo runs/demo.gguf                # the same for llama.cpp, Ollama
-    python convert.py compress runs/demo/adapter runs/small         # rank 2r -> r, at what cost
-    python convert.py hf checkpoints/tiny runs/tiny-hf              # Meta's layout for transformers
+    python convert.py merge runs/demo runs/merged         # a whole checkpoint
+    python convert.py merge runs/demo runs/demo.gguf      # for llama.cpp
+    python convert.py compress runs/demo/adapter runs/small     # rank 2r -> r
+    python convert.py hf checkpoints/tiny runs/tiny-hf    # for transformers
     python convert.py gguf SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
-    python convert.py decompose llama2-7b runs/residual             # the authors' published layout
+    python convert.py decompose llama2-7b runs/residual   # the authors' layout
 
 merge writes the whole fine-tuned model, for programs that cannot read adapters. compress halves an
 adapter. hf writes a base as PEFT and vLLM read it. gguf turns a file of llama.cpp into a checkpoint

@@ -1,10 +1,10 @@
 """Use a model: complete a prompt, measure accuracy on problems, measure perplexity on text.
 
-    python eval.py --ckpt tiny --adapter runs/demo/adapter --prompt "Tom has 3 pens. ..."
-    python eval.py --ckpt tiny --adapter runs/demo/adapter --accuracy checkpoints/tiny/test.jsonl
     python eval.py --ckpt tiny --adapter runs/demo/adapter --interactive
+    python eval.py --ckpt tiny --adapter runs/demo/adapter --prompt "Tom ..."
+    python eval.py --ckpt tiny --accuracy checkpoints/tiny/test.jsonl
     python eval.py --ckpt tiny --ppl some_text.txt
-    python eval.py --ckpt smollm2 --task math --data math/test.jsonl        # tasks/ has them all
+    python eval.py --ckpt smollm2 --task math --data math/test.jsonl
 
 With an adapter, --prompt and --interactive show the base model's answer beside the adapted one. An
 adapter of weights in four bits is shown alone, since its base may be too large. If --accuracy or

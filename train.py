@@ -1,11 +1,11 @@
 """Fine-tune a LLaMA with PiSSA.
 
-    python train.py                                        # the demo: a tiny model, two CPU cores
-    python train.py --ckpt llama2-7b --rank 64             # Meta's raw weights, a GPU
-    python train.py --ckpt llama2-7b --data my.jsonl --lr 2e-5 --batch 128 --micro-batch 8
+    python train.py                              # the demo, on two CPU cores
+    python train.py --ckpt llama2-7b --rank 64   # Meta's raw weights, a GPU
+    python train.py --ckpt llama2-7b --data my.jsonl --batch 128
 
-    python train.py --resume --out runs/llama2-7b-pissa    # go on with a run that was interrupted
-    torchrun --nproc-per-node 8 train.py --ckpt llama2-7b  # several GPUs
+    python train.py --resume --out runs/demo     # go on after an interruption
+    torchrun --nproc-per-node 8 train.py --ckpt llama2-7b     # several GPUs
 
 The defaults are the paper's (arXiv 2404.02948). A run leaves in --out: adapter/ (a PEFT LoRA; a
 checkpoint/ for --method full), log.jsonl (a line per step), val.jsonl (the measurements before and
@@ -336,7 +336,7 @@ def fine_tune(args):
     with resume.signals_noted():
         rows, stopped = train(net, examples, args, autocast, val)
         if not rows:
-            report.stop(stopped, "nothing was learnt yet, nothing is saved")
+            report.stop(stopped, options.NOTHING)
         by_signal = stopped and stopped.code != 1
         loss = rows[-1]["loss"] if by_signal else validation_loss(net, val, args, autocast)
         if not (math.isfinite(loss) and resume.finite(net)):
@@ -367,10 +367,7 @@ def main():
     if args.plan:
         from support import plan
         return plan.show(args)                                 # before anything is read
-    if args.plain:
-        with fast.off():
-            fine_tune(args)
-    else:
+    with fast.off() if args.plain else nullcontext(), resume.told(args):
         fine_tune(args)
     parallel.end()
 

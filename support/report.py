@@ -44,7 +44,7 @@ def run(main, name):
 
 def leave(line, code):
     """End the program with a line on stderr."""
-    line = printable(line, keep="")
+    line = options.last_words(printable(line, keep=""))
     if code == 1:
         sys.exit(line)
     print(line, file=sys.stderr)

