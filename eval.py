@@ -31,7 +31,7 @@ import model
 import pissa
 import tasks
 from formats import jsonl
-from formats.jsonl import write_lines
+from formats.jsonl import filled, write_lines
 from support import ask, chats, predictions, report
 from support.files import named
 
@@ -156,8 +156,8 @@ def resume(part, header, count):
     lines = part.read_text("utf-8", "replace").split("\n")[:-1] if part.exists() else []
     same = lines[:1] == [json.dumps(header, ensure_ascii=False)]
     if lines:
-        print(f"going on: {len(lines) - 1} of {count} are done" if same else
-              f"starting anew: {part} is of another model, protocol or set of problems")
+        print(filled(f"going on: {len(lines) - 1} of {count} are done" if same else
+                     f"starting anew: {part} is of another model, protocol or set of problems"))
     try:
         done = predictions.checked(map(json.loads, lines[1:]), count) if same else {}
     except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
@@ -179,7 +179,7 @@ def content_hash(net, directory, asked):
 def show_accuracy(net, tok, examples, args):
     """--accuracy: the protocol, the score with its 95 % interval, and a file of predictions."""
     how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
-    print(describe(**how, chat=tok.in_chat))
+    print(filled(describe(**how, chat=tok.in_chat)))
     out, part = predictions.places(args, Path(args.accuracy).stem, args.protocol)
     asked = [(data.prompt_ids(prompt, tok), reference) for prompt, reference in examples]
     header = {"ckpt": args.ckpt, "adapter": args.adapter, **how,
@@ -229,8 +229,8 @@ def main():
     if args.ppl:
         length = args.length or min(512, net.config.max_seq_len or 512)
         ppl, n, windows = perplexity(net, tok, text, length, args.stride)
-        print(f"perplexity {ppl:.4f} per token ({n:,} tokens, {windows:,} windows of {length}, "
-              f"stride {args.stride or length})")
+        print(filled(f"perplexity {ppl:.4f} per token ({n:,} tokens, {windows:,} windows of "
+                     f"{length}, stride {args.stride or length})"))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import relatives
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, complete, describe, load_model, positions
 from fast import faster
+from formats.jsonl import filled
 from support import chats, parallel, progress, report, resume
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -209,7 +210,7 @@ def read_data(args, tok):
         train, val = data.split(examples, args.val_fraction, args.seed)
     if not val:
         val = train[:32]
-        print("no validation examples: the validation loss below is that of 32 training examples")
+        print("no validation examples: the loss below is that of 32 training examples")
     encoded = report.encoded("data", args.data, train, tok, args.max_length)
     where = args.val_data or args.data
     encoded_val = report.encoded("validation", where, val, tok, args.max_length)
@@ -238,7 +239,7 @@ def prepare(net, args, seconds, read=None, examples=()):
                 "method", "rank", "niter", "quant_iters") if key in net.pissa})
             args.no_double_quant = not net.pissa.get("double_quant", True)
             args.bits = 8 if net.pissa["bits"] == 8 else 4
-        print(f"going on with {where}: {args.method}, rank {args.rank}")
+        print(filled(f"going on with {where}: {args.method}, rank {args.rank}"))
     else:
         method = relatives.chosen(args, net, examples, loss_sum)
         if parallel.WORLD > 1:
@@ -355,7 +356,7 @@ def fine_tune(args):
     report.summarise(rows, before, after, args, seconds, device,
                      describe("strict", args.max_new_tokens, chat=tok.in_chat))
     if quantised:
-        print(f"note: {adapter.EXPORTED}; convert.py merge writes the latter")
+        print(filled(f"note: {adapter.EXPORTED}; convert.py merge writes the latter"))
     report.weights_written(directory, args, [data.as_text(prompt) for prompt, _ in val_texts])
     resume.finish(args)
 

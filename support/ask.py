@@ -4,7 +4,7 @@ import sys
 from contextlib import nullcontext, suppress
 
 import pissa
-from formats.jsonl import printable
+from formats.jsonl import filled, printable
 from support import report
 
 
@@ -54,14 +54,14 @@ def session(answer, template):
 
     template: the text around every question, which is shown at the start.
     """
-    print("every question is asked in this template, the one of training, and stands alone:\n\n"
-          f"{template}\n\nan empty line, Ctrl-D or Ctrl-C ends this")
+    print("every question stands alone, in this template, the one of training:\n\n"
+          + filled(template, "") + "\n\nan empty line, Ctrl-D or Ctrl-C ends this")
     try:
         for question in questions():
             try:
                 answer(question)
             except ValueError as e:                      # too long, for example: ask another one
-                print(printable(str(e), keep=""))
+                print(filled(printable(str(e), keep="")))
     except KeyboardInterrupt as e:
         if e.args:                                       # SIGTERM, for example
             raise

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import formats
 import relatives
-from formats.jsonl import printable
+from formats.jsonl import filled, printable
 from support import streams
 
 SPEAKS = os.environ.get("RANK", "0") == "0"             # of several processes, one shows progress
@@ -118,8 +118,8 @@ def begin(parse, doc):
     """parse(doc), before torch is loaded. That takes seconds, so --help and mistakes come first, a
     line says it, and Ctrl-C ends the program with one line."""
     streams.guard()
-    BEGUN[:] = [parse(doc)]
-    check_files(**vars(BEGUN[0]))
+    check_files(**vars(args := parse(doc)))
+    BEGUN[:] = [args]
     if SPEAKS:
         print(f"{Path(sys.argv[0]).name}: loading torch ...", file=sys.stderr, flush=True)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -450,7 +450,8 @@ def for_train(doc):
     if args.adapter and SPEAKS:
         found = given_in(sys.argv[1:])
         if ignored := [f"--{n.replace('_', '-')}" for n in OF_THE_ADAPTER if n in found]:
-            print(f"note: {', '.join(ignored)}: not used, since {args.adapter} brings its own")
+            print(filled(f"note: {', '.join(ignored)}: not used, since {args.adapter} brings its "
+                         "own"))
     return args
 
 
@@ -505,6 +506,15 @@ def json_object(path):
     except (ValueError, RecursionError):
         return None
     return found if type(found) is dict else None
+
+
+def base_of(adapter):
+    """The base of an adapter, by its run or by PEFT's config; the word BASE if neither names it."""
+    for path, key in ((adapter.parent / "args.json", "ckpt"),
+                      (adapter / "adapter_config.json", "base_model_name_or_path")):
+        if path.is_file() and type(name := (json_object(path) or {}).get(key)) is str and name:
+            return name
+    return "BASE"
 
 
 def as_before(p, before, args):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 import adapter
-from formats.jsonl import write_lines
+from formats.jsonl import filled, write_lines
 from support import options, parallel, report
 from support.files import check_room, empty, lock, named, replaced, restored
 
@@ -230,7 +230,7 @@ class Run:
                 if value.shape != shape else parallel.put(
                     torch.empty_like(p), parallel.from_parts(p, [m[key] for m in of_parts]))
                 for key, value in of_parts[0].items()}
-        print(f"going on with {path}, after step {self.at} of {self.steps}")
+        print(filled(f"going on with {path}, after step {self.at} of {self.steps}"))
 
     def wishes(self):
         """[1 if this process wants to stop, 1 if it wants a state to be written]."""

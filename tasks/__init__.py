@@ -36,7 +36,8 @@ def read(task, path, protocol):
         if problem:
             found.append({"id": len(found), **problem})
     if others:
-        print(f"note: {path}: {others} problems outside the test set of {task} are left out")
+        print(jsonl.filled(f"note: {path}: {others} problems outside the test set of {task} are "
+                           "left out"))
     if not found:
         raise ValueError(f"{path}: no problems of {task}; give one JSON object per line")
     return found
@@ -98,7 +99,8 @@ def show(net, tok, problems, args, weights):
     weights: a hash of the model and its adapter. Predictions are appended to OUT.part as they come.
     A run that was interrupted goes on there.
     """
-    print(describe(args.task, args.protocol, args.max_new_tokens, problems, args.data))
+    print(jsonl.filled(describe(args.task, args.protocol, args.max_new_tokens, problems,
+                                args.data)))
     out, part = predictions.places(args, args.task, args.protocol)
     header = {key: getattr(args, key) for key in ("task", "protocol", "max_new_tokens", "data",
                                                   "limit", "ckpt", "adapter")}

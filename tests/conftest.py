@@ -161,6 +161,11 @@ def command(main, *argv):
     return out.getvalue()
 
 
+def joined(text):
+    """A text that is printed in lines of 79 columns, as one line."""
+    return " ".join(text.split())
+
+
 def failure(script, *argv):
     """What a failing script writes as its last words, as the shell would show them."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e, \

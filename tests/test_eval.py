@@ -19,7 +19,7 @@ import data
 import eval as evaluation
 import model
 import pissa
-from conftest import ROOT, TINY, hugging_face
+from conftest import ROOT, TINY, hugging_face, joined
 from conftest import command as run_command
 from conftest import failure as run_failure
 from formats import meta_write
@@ -362,7 +362,8 @@ def test_interactive(net, tok, saved, monkeypatch, end):
     typed(monkeypatch, *prompts, end)
     printed = command(*flags, "--interactive")
     first, *answers = printed.split("\n> ")
-    assert data.PROMPT in first and "Ctrl-D" in first
+    assert joined(data.PROMPT) in joined(first) and "Ctrl-D" in first
+    assert max(map(len, first.splitlines())) < 80
     assert [a.strip("\n") for a in answers] == [
         *(command(*flags, "--prompt", p).strip("\n") for p in prompts), ""]
     assert "--- base\n" in answers[0] and f"--- with {saved}\n" in answers[0]
@@ -372,7 +373,8 @@ def test_interactive_goes_on_after_a_prompt_that_is_too_long(monkeypatch):
     """And it obeys SIGTERM, which run() makes a KeyboardInterrupt with a number."""
     typed(monkeypatch, "long " * 999, "Hi", "")
     printed = command("--interactive", "--max-new-tokens", 2)
-    assert "has 1,0" in printed and "leave it out" in printed and printed.count("\n> ") == 3
+    assert "has 1,0" in joined(printed) and "leave it out" in joined(printed)
+    assert printed.count("\n> ") == 3
     typed(monkeypatch, KeyboardInterrupt(15))
     with pytest.raises(KeyboardInterrupt):
         command("--interactive")
@@ -417,7 +419,7 @@ def test_control_characters_are_shown_and_do_nothing(monkeypatch):
     """What a model says is printed, and no terminal obeys it."""
     answer_with(monkeypatch, {"Hi </s>": "caf\u00e9\x1b[2J\r\u202e\tso\nit is"})
     assert command("--prompt", "Hi </s>") == (
-        "note: the prompt: texts that spell control tokens, such as '</s>': 1; they are plain "
+        "note: the prompt: texts that spell control tokens, such as '</s>': 1; they are\n  plain "
         "characters here, never the tokens\ncaf\u00e9\\x1b[2J\\r\\u202e\tso\nit is\n")
 
 
@@ -429,9 +431,8 @@ def test_ascii_terminal(tmp_path):
         [sys.executable, "eval.py", "--accuracy", tmp_path / "d.jsonl", "--out", tmp_path / "p",
          "--max-new-tokens", "2"], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    note, _, score = run.stdout.splitlines()
-    assert run.returncode == 0 and "columns that are not used: caf\\xe9;" in note
-    assert score.startswith("accuracy 0.0% (0.0% to 79.3% with 95 % confidence) by protocol")
+    assert run.returncode == 0 and "columns that are not used: caf\\xe9;" in joined(run.stdout)
+    assert "\naccuracy 0.0% (0.0% to 79.3% with 95 % confidence) by protocol" in run.stdout
 
 
 def test_no_bar_beside_a_text_that_appears(net, monkeypatch):
@@ -473,9 +474,10 @@ def test_accuracy_command(tmp_path, monkeypatch, flag, protocol, expected):
     answer_with(monkeypatch, answers)
     printed = command(flag, TINY / "test.jsonl", "--limit", 20, "--max-new-tokens", 33,
                       "--protocol", protocol, "--out", tmp_path / "p.jsonl")
-    assert printed.splitlines()[0] == expected
+    assert joined(printed).startswith(expected + " accuracy ")
+    assert max(map(len, printed.replace(str(tmp_path), "").splitlines())) < 80
     score, low, high = re.search(r"accuracy (\S+)% \((\S+)% to (\S+)%", printed).groups()
-    assert float(score) == 85.0 and f"by protocol {protocol}: 17 of 20 problems" in printed
+    assert float(score) == 85.0 and f"by protocol {protocol}: 17 of 20 problems" in joined(printed)
     assert (float(low), float(high)) == (64.0, 94.8)                 # by Wilson, of 17 in 20
     rows = read_lines(tmp_path / "p.jsonl")
     assert [r["prompt"] for r in rows] == [p for p, _ in EXAMPLES]
@@ -493,7 +495,7 @@ def test_accuracy_options(tmp_path, monkeypatch, argv, tokens, stop):
     printed = command("--accuracy", TINY / "test.jsonl", "--limit", 1, *argv, "--out",
                       tmp_path / "p.jsonl")
     assert (calls[0][1]["max_new_tokens"], calls[0][1]["stop"]) == (tokens, stop)
-    assert f"at most {tokens} new tokens{f', stop at {stop}' if stop else ''};" in printed
+    assert f"at most {tokens} new tokens{f', stop at {stop}' if stop else ''};" in joined(printed)
 
 
 @pytest.mark.long
@@ -628,9 +630,9 @@ def test_going_on_or_starting_anew(tmp_path, monkeypatch, base, saved, change, m
     if change:
         change(base, tmp_path / "adapter")
     asked = die(monkeypatch, 0, lambda net, prompts, *args, **options: [[6]] * len(prompts))
-    printed = command(*flags, *more).splitlines()
-    assert len(printed) == 3
-    assert printed[1].startswith("starting anew: " if anew else "going on: 6 of 10 are done")
+    printed = command(*flags, *more)
+    assert len(re.findall(r"^\S", printed, re.M)) == 3                 # the rest are longer lines
+    assert ("\nstarting anew:" if anew else "\ngoing on: 6 of 10 are done\n") in printed
     rows = read_lines(tmp_path / "p.jsonl")
     assert sum(map(len, asked)) == (len(rows) if anew else 4)
     assert len({row["response"] for row in rows}) == (1 if anew else 2)

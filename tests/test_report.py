@@ -214,7 +214,7 @@ def test_counts_of_a_set_of_data(capsys):
     assert capsys.readouterr().out == (
         "validation: v.jsonl, 3 examples\n  0 truncated to 4 tokens, 1 dropped (prompts that leave "
         "nothing to learn)\nnote: validation: v.jsonl: texts that spell control tokens, such as "
-        "'</s>': 1; they are plain characters here, never the tokens\n")
+        "'</s>': 1;\n  they are plain characters here, never the tokens\n")
     with pytest.raises(ValueError, match="^v.jsonl: validation: no example left; raise --max"):
         report.encoded("validation", "v.jsonl", examples[2:], FewNames(), 4)
     capsys.readouterr()
@@ -398,8 +398,8 @@ def test_no_reader_is_there_at_the_start(monkeypatch):
     for name in "stdout", "stderr":
         monkeypatch.setattr(sys, name, Closed())
     monkeypatch.setattr(options.signal, "signal", lambda *args: None)
-    options.begin(lambda doc: print("the demo") or doc, "the arguments")
-    assert options.begun(None, "") == "the arguments"
+    options.begin(lambda doc: print("the demo") or doc, args := Namespace())
+    assert options.begun(None, "") is args
 
 
 @pytest.mark.parametrize("argv, told", [
