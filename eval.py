@@ -18,6 +18,7 @@ if __name__ == "__main__":                                          # before tor
 import hashlib
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -56,12 +57,13 @@ def positions(net):
 
 
 def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=(), watch=None,
-             **sampling):
+             cut=None, **sampling):
     """Responses (str) to instructions, in the paper's template or in the model's chat template
     (see data.prompt_ids), up to the first text of `stop`.
 
     begin: the first words of every response, not repeated in it. sampling: see model.generate.
-    watch: a function that gets the text of a response after each token.
+    watch: a function that gets the text of a response after each token. cut: a set that gets the
+    indices of the responses that max_new_tokens has ended.
     """
     ids = [data.prompt_ids(p, tok, begin) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))    # like lengths: little padding
@@ -81,8 +83,12 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
         rows = order[start:start + batch]
         new = model.generate(net, [ids[i] for i in rows], max_new_tokens, eos=tok.stops, stop=ended,
                              **sampling)
-        for i, text in zip(rows, map(tok.decode, new), strict=True):
-            out[i] = text[:min((text.find(s) for s in stop if s in text), default=None)].strip()
+        for i, made in zip(rows, new, strict=True):
+            text = tok.decode(made)
+            end = min((text.find(s) for s in stop if s in text), default=None)
+            out[i] = text[:end].strip()
+            if cut is not None and end is None and len(made) >= max_new_tokens:
+                cut.add(i)
     return out
 
 
@@ -101,13 +107,14 @@ def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch
     todo = sorted(set(range(len(examples))) - set(rows), key=lambda i: (len(examples[i][0]), i))
     bar = tqdm(range(0, len(todo), batch), desc=desc, unit="batch", leave=False)
     for start in bar:
-        now = todo[start:start + batch]
+        now, cut = todo[start:start + batch], set()
         texts = complete(net, tok, [examples[i][0] for i in now], max_new_tokens=max_new_tokens,
-                         batch=batch, begin=begin, stop=stop)
-        for i, text in zip(now, texts, strict=True):
+                         batch=batch, begin=begin, stop=stop, cut=cut)
+        for n, (i, text) in enumerate(zip(now, texts, strict=True)):
             answer, reference = read(text), answers[i]
             rows[i] = {"prompt": examples[i][0], "response": text, "answer": answer,
-                       "reference": reference, "correct": data.same_answer(answer, reference)}
+                       "reference": reference, "correct": data.same_answer(answer, reference),
+                       **({"cut": True} if n in cut else {})}
             if log:
                 print(json.dumps([i, rows[i]], ensure_ascii=False), file=log, flush=True)
         bar.set_postfix_str(f"{sum(r['correct'] for r in rows.values()) / len(rows):.1%} right",
@@ -213,6 +220,7 @@ def main():
         adapter.load(net, args.adapter, read=read, keep_base=keep_base,
                      force_base=args.force_base)
 
+    print(f"eval.py: reading {args.ckpt} ...", file=sys.stderr, flush=True)
     net = load_model(args.ckpt, tok, args.device, prepare=adapt if quantised else None)
     if args.adapter and not quantised:
         adapt(net)

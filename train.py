@@ -182,6 +182,8 @@ def train(net, examples, args, autocast, val=()):
 
 def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     """{"loss": validation loss, "answers": {prompt: answer} for two prompts, "accuracy": share}."""
+    print(f"measuring {when} training: validation loss of {len(val)} examples"
+          + f", accuracy of {len(test)} problems" * bool(test), flush=True)
     n, loss = args.max_new_tokens, validation_loss(net, val, args, autocast)
     if when == "before" and not math.isfinite(loss):           # the first step would blame --lr
         raise ValueError(f"{args.adapter or args.ckpt}: the validation loss is {loss} before the "
@@ -195,9 +197,11 @@ def evaluate(net, tok, val, val_texts, test, args, autocast, when):
         mine = parallel.share(test)
         _, rows = accuracy(net, tok, mine, max_new_tokens=n, desc=f"accuracy {when}") if mine else (
             0, [])
-        right = [row["correct"] for row in parallel.union(rows)]
+        rows = parallel.union(rows)
+    right, cut = [row["correct"] for row in rows], sum(row.get("cut", False) for row in rows)
     return {"loss": loss, "answers": dict(answers),
-            "accuracy": sum(right) / len(right) if right else None, "problems": len(right)}
+            "accuracy": sum(right) / len(right) if right else None, "problems": len(right),
+            "cut": cut}
 
 
 def read_data(args, tok):
@@ -328,6 +332,7 @@ def fine_tune(args):
     if args.compile and not parallel.MESH:
         compile_layers(net)
     if not full and not prepared and not earlier:
+        print("measuring the validation loss again, now of W_res + A B", flush=True)
         loss = validation_loss(net, val, args, autocast)
         print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
         if not (args.adapter or quantised) and abs(loss - before["loss"]) > 0.02 * before["loss"]:
@@ -355,6 +360,7 @@ def fine_tune(args):
     seconds["all"] = time.perf_counter() - begin
     report.summarise(rows, before, after, args, seconds, device,
                      describe("strict", args.max_new_tokens, chat=tok.in_chat))
+    report.say_cut(after["cut"])
     if quantised:
         print(filled(f"note: {adapter.EXPORTED}; convert.py merge writes the latter"))
     report.weights_written(directory, args, [data.as_text(prompt) for prompt, _ in val_texts])

@@ -16,11 +16,16 @@ def answer(complete, net, tok, args, both, prompt):
     report.spelled("the prompt", [prompt], tok)
     how = {k: getattr(args, k) for k in ("max_new_tokens", "stop", "temperature", "top_k", "top_p",
                                          "seed")} | {"bar_after": math.inf}    # the text shows it
+    cut = set()
     for adapted in (False, True) if both else (True,):
         if both:
             print(f"--- with {args.adapter}" if adapted else "--- base")
         with nullcontext() if adapted else pissa.disabled(net):
-            streamed(lambda watch: complete([prompt], watch=watch, **how)[0], args.stop)
+            streamed(lambda watch: complete([prompt], watch=watch, cut=cut, **how)[0], args.stop)
+            if cut:
+                cut.clear()
+                print(f"(cut after {args.max_new_tokens} tokens; --max-new-tokens allows more)",
+                      file=sys.stderr, flush=True)
 
 
 def streamed(complete, stop=()):

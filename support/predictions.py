@@ -30,3 +30,4 @@ def finish(out, part, rows, by):
     low, high = report.wilson(right / n, n)
     print(filled(f"accuracy {right / n:.1%} ({low:.1%} to {high:.1%} with 95 % confidence) by "
                  f"protocol {by}: {right} of {n} problems; predictions in {out}"))
+    report.say_cut(sum(row.get("cut", False) for row in rows))

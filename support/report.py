@@ -307,6 +307,13 @@ def finished(args):
     return True
 
 
+def say_cut(count):
+    """Print a note if so many answers reached --max-new-tokens."""
+    if count:
+        print(filled(f"note: {count} answers reached --max-new-tokens and were cut there; more "
+                     "tokens may let them end"))
+
+
 def wilson(share, n):
     """(lowest, highest): the 95 % interval of a share that was measured on n (Wilson 1927)."""
     z = 1.959964

@@ -386,7 +386,8 @@ def test_interactive_reads_a_pipe():
     run = subprocess.run([sys.executable, "eval.py", "--interactive", "--max-new-tokens", "2"],
                          cwd=ROOT, capture_output=True, input=b"What is 2 + \xff3?")
     assert run.returncode == 0 and run.stdout.count(b"\n> ") == 2
-    assert run.stderr == b"eval.py: loading torch ...\n"
+    assert run.stderr == (b"eval.py: loading torch ...\neval.py: reading tiny ...\n"
+                          b"(cut after 2 tokens; --max-new-tokens allows more)\n")
 
 
 @pytest.mark.parametrize("text, stop, expected", [
@@ -433,6 +434,27 @@ def test_ascii_terminal(tmp_path):
         env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert run.returncode == 0 and "columns that are not used: caf\\xe9;" in joined(run.stdout)
     assert "\naccuracy 0.0% (0.0% to 79.3% with 95 % confidence) by protocol" in run.stdout
+
+
+def test_a_cut_answer_is_told(net, tok, monkeypatch, capsys, tmp_path):
+    """An answer that ends by itself, or by a stop text, is not called cut."""
+    eos = next(iter(tok.stops))
+    for said, cut in ([5, 6, 7], {0}), ([5, 6, eos], set()), ([5, eos, 5], set()):
+        say(monkeypatch, said)
+        found = set()
+        evaluation.complete(net, tok, ["?"], max_new_tokens=3, cut=found)
+        assert found == cut
+    say(monkeypatch, [5, 6, 7])
+    evaluation.complete(net, tok, ["?"], max_new_tokens=3, stop=[tok.decode([6])], cut=found)
+    assert not found
+    say(monkeypatch, [5, 6, 7])
+    assert "cut" not in command("--prompt", "Hi", "--max-new-tokens", 3)
+    assert "(cut after 3 tokens; --max-new-tokens allows more)\n" in capsys.readouterr().err
+    say(monkeypatch, [5, 6], [5, eos], [5, 7])
+    printed = command("--accuracy", TINY / "test.jsonl", "--limit", 3, "--max-new-tokens", 2,
+                      "--out", tmp_path / "p.jsonl")
+    assert "note: 2 answers reached --max-new-tokens and were cut there" in printed
+    assert [row.get("cut", False) for row in read_lines(tmp_path / "p.jsonl")].count(True) == 2
 
 
 def test_no_bar_beside_a_text_that_appears(net, monkeypatch):
