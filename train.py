@@ -258,6 +258,15 @@ def prepare(net, args, seconds, read=None, examples=()):
     seconds["init"] = time.perf_counter() - begin
 
 
+def check_start(net, val, args, autocast, base_loss):
+    """Print the validation loss of an injected model. ValueError if it is not the base model's."""
+    print("measuring the validation loss again, now of W_res + A B", flush=True)
+    loss = validation_loss(net, val, args, autocast)
+    print(f"step 0: validation loss {loss:.4f}, the base model's {base_loss:.4f}")
+    if not (args.adapter or report.quantised(net)) and abs(loss - base_loss) > 0.02 * base_loss:
+        raise ValueError("the injected model is not the base model: the loss differs at step 0")
+
+
 def load(args, tok, seconds):
     """(network, whether it is prepared, too). It is, if it may be too large for memory: then its
     layers are quantised, or spread over several processes, while they are read."""
@@ -332,11 +341,7 @@ def fine_tune(args):
     if args.compile and not parallel.MESH:
         compile_layers(net)
     if not full and not prepared and not earlier:
-        print("measuring the validation loss again, now of W_res + A B", flush=True)
-        loss = validation_loss(net, val, args, autocast)
-        print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
-        if not (args.adapter or quantised) and abs(loss - before["loss"]) > 0.02 * before["loss"]:
-            raise ValueError("the injected model is not the base model: the loss differs at step 0")
+        check_start(net, val, args, autocast, before["loss"])
     chats.note(net, tok)
     resume.claim(args, net, before)
     with resume.signals_noted():
@@ -360,7 +365,6 @@ def fine_tune(args):
     seconds["all"] = time.perf_counter() - begin
     report.summarise(rows, before, after, args, seconds, device,
                      describe("strict", args.max_new_tokens, chat=tok.in_chat))
-    report.say_cut(after["cut"])
     if quantised:
         print(filled(f"note: {adapter.EXPORTED}; convert.py merge writes the latter"))
     report.weights_written(directory, args, [data.as_text(prompt) for prompt, _ in val_texts])

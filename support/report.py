@@ -291,6 +291,7 @@ def summarise(rows, before, after, args, seconds, device, accuracy_by):
         write_lines(args.out / "val.jsonl", [*measured.values(), last])
         write_json(args.out / "summary.json", summary)
     print(summary_text(summary, args))
+    say_cut(after.get("cut"))
 
 
 def finished(args):
