@@ -182,8 +182,8 @@ def train(net, examples, args, autocast, val=()):
 
 def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     """{"loss": validation loss, "answers": {prompt: answer} for two prompts, "accuracy": share}."""
-    print(f"measuring {when} training: validation loss of {len(val)} examples"
-          + f", accuracy of {len(test)} problems" * bool(test), flush=True)
+    print(filled(f"{when} training: measuring the loss on {len(val)} examples"
+                 + f", answering {len(test)} problems" * bool(test)))
     n, loss = args.max_new_tokens, validation_loss(net, val, args, autocast)
     if when == "before" and not math.isfinite(loss):           # the first step would blame --lr
         raise ValueError(f"{args.adapter or args.ckpt}: the validation loss is {loss} before the "
@@ -260,7 +260,7 @@ def prepare(net, args, seconds, read=None, examples=()):
 
 def check_start(net, val, args, autocast, base_loss):
     """Print the validation loss of an injected model. ValueError if it is not the base model's."""
-    print("measuring the validation loss again, now of W_res + A B", flush=True)
+    print("measuring the validation loss again, now of W_res + A B")
     loss = validation_loss(net, val, args, autocast)
     print(f"step 0: validation loss {loss:.4f}, the base model's {base_loss:.4f}")
     if not (args.adapter or report.quantised(net)) and abs(loss - base_loss) > 0.02 * base_loss:

@@ -236,6 +236,30 @@ def test_summary_of_what_others_wrote(capsys, tmp_path):
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_questions_are_broken_at_spaces(tmp_path):
+    """In lines that fit 80 columns; a word that does not, such as a path, stays whole."""
+    args = Namespace(out=tmp_path, epochs=1, steps=1, test_data="t" * 90)
+    question = "How many " + "gloves " * 20 + "p" * 90 + " are left?"
+    before, after = ({"loss": 1.0, "accuracy": 0.5, "problems": 4, "answers": {question: text}}
+                     for text in ("so " * 200, "x\n#### 1"))
+    text = report.summary_text({"seconds": {"train": 1.0, "all": 2.0}, "before": before,
+                                "after": after, "tokens_per_second": 1.0, "steps": 1,
+                                "peak_gpu_bytes": 0, "accuracy_by": "by hand " * 20}, args)
+    long = [line.strip() for line in text.splitlines() if len(line) > 79]
+    assert long == ["p" * 90, f"({'t' * 90})"]
+    assert " ".join(text.split()).startswith(f"--- {question} before: so ")
+    assert text.count("so ") < 70 and "so ...\nafter:  x\n#### 1\n" in text
+
+
+def test_stdout_and_stderr_in_one_file_keep_their_order(tmp_path):
+    program = ("import sys; from support import report\n"
+               "def main():\n    for i in range(3): print(i); print(i, file=sys.stderr)\n"
+               "report.run(main, 'eval.py')")
+    with open(tmp_path / "log", "w") as file:
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=file, stderr=file)
+    assert (tmp_path / "log").read_text().split() == list("001122")
+
+
 def test_a_stream_of_few_characters(monkeypatch):
     """What it lacks is spelled out, and what follows is not lost."""
     stream = io.TextIOWrapper(io.BytesIO(), "ascii")
