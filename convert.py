@@ -141,9 +141,9 @@ def say_written(out, what):
     """Print what was written, its size, and the command that uses it."""
     files = [out] if out.is_file() else [f for p in CHECKPOINT_FILES for f in out.glob(p)]
     size = sum(f.stat().st_size for f in files) / 1e9
-    print(filled(f"{what}, {size:,.2f} GB in {out}" + "; use it:" * out.is_dir()))
+    print(filled(f"{what}, {size:,.2f} GB in {out}"))
     if out.is_dir():
-        print(options.pasted(["python", "eval.py", "--ckpt", out, "--prompt", "your question"]))
+        print(options.use_it("--ckpt", out))
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -284,9 +284,8 @@ def compress(args):
         print(filled(f"note: {adapter.EXPORTED}"))
     print(filled(f"{len(errors)} matrices at rank {rank} in {args.out}; relative error of Delta W "
                  f"(Frobenius) {lost / max(whole, 1e-30):.2%}, worst {worst} "
-                 f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}; use it:"))
-    print(options.pasted(["python", "eval.py", "--ckpt", options.base_of(args.adapter),
-                          "--adapter", args.out, "--prompt", "your question"]))
+                 f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}"))
+    print(options.use_it("--ckpt", options.base_of(args.adapter), "--adapter", args.out))
 
 
 def main():

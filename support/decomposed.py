@@ -86,6 +86,7 @@ def write(check_out, write_checkpoint, args):
         path = tmp / INIT / "adapter_config.json"      # they are in the file, not to be made again
         text = {**json.loads(path.read_text()), "init_lora_weights": True}
         write_text(path, json.dumps(text, indent=2) + "\n")
-    print(filled(f"{len(pairs)} matrices at rank {args.rank} in {args.out / INIT}; train them:"))
+    print(filled(f"{len(pairs)} matrices at rank {args.rank} in {args.out / INIT}"))
+    print("train them:")
     print(options.pasted(["python", "train.py", "--ckpt", args.out, "--adapter", args.out / INIT,
                           "--data", "FILE"]))

@@ -208,6 +208,11 @@ def pasted(words):
     return " \\\n".join(lines)
 
 
+def use_it(*model):
+    """What is printed last of a model: the command that asks it. model: --ckpt ..., in words."""
+    return "use it:\n" + pasted(["python", "eval.py", *model, "--prompt", "your question"])
+
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """Prose in lines of the terminal's width. What is indented, as commands are, stays as it is."""
 

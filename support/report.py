@@ -4,9 +4,11 @@ Nothing here changes a weight. train.py, eval.py and convert.py read better with
 """
 import json
 import math
+import os
 import signal
 import sys
 import traceback
+import warnings
 
 import torch
 
@@ -16,11 +18,14 @@ from formats.jsonl import filled, printable, write_lines
 from support import options, parallel, progress, streams
 from support.files import write_text, written
 
+FORMAT_WARNING, HERE = warnings.formatwarning, os.path.dirname(os.path.dirname(__file__))
+
 
 def run(main, name):
     """main(). An error that is no bug of ours ends the program with one line and exit code 1. A
     signal ends it with one line and 128 + its number. A closed output does not end it."""
     streams.guard()
+    warnings.formatwarning = plain_warning
     if signal.getsignal(signal.SIGINT) is options.end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (getattr(signal, n, None) for n in ("SIGTERM", "SIGHUP", "SIGUSR1")):
@@ -39,6 +44,13 @@ def run(main, name):
         if isinstance(e, KeyboardInterrupt):
             code = 128 + (e.args[0] if e.args else signal.SIGINT)
         leave(f"{name}: {line}" + getattr(e, "saved", ""), code)
+
+
+def plain_warning(message, category, *where):
+    """A warning of ours, for people; those of others, with the line of code that they are about."""
+    if category is not UserWarning or not str(where[0]).startswith(HERE):
+        return FORMAT_WARNING(message, category, *where)
+    return filled(f"warning: {message}") + "\n"
 
 
 def leave(line, code):

@@ -236,6 +236,13 @@ def test_summary_of_what_others_wrote(capsys, tmp_path):
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_a_warning_of_ours_is_a_plain_line():
+    ours, other = (report.plain_warning("a b " * 30, UserWarning, file, 7, None) for file in (
+        report.__file__, "/lib/torch/x.py"))
+    assert ours.startswith("warning: a b ") and max(map(len, ours.splitlines())) < 80
+    assert other.startswith("/lib/torch/x.py:7: UserWarning: a b ")
+
+
 def test_questions_are_broken_at_spaces(tmp_path):
     """In lines that fit 80 columns; a word that does not, such as a path, stays whole."""
     args = Namespace(out=tmp_path, epochs=1, steps=1, test_data="t" * 90)
