@@ -438,6 +438,8 @@ def for_train(doc):
                 + (f"The last run in runs/ is {runs[0].parent}: --resume --out {runs[0].parent} "
                    "goes on with it. " if runs else "")
                 + f"To begin one in {args.out}: add --ckpt with the model")
+    if args.resume and not before and SPEAKS:
+        print(filled(f"--resume: no run has begun in {args.out}, so it begins now"))
     args.torchrun = launch
     check_ranges(p, args, rank=AT_LEAST_1, batch=AT_LEAST_1, micro_batch=AT_LEAST_1,
                  max_length=(2, 10**9), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, 1000),

@@ -317,6 +317,9 @@ def finished(args):
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
     print(f"{args.out} is finished:\n{text}")
+    say_cut(summary["after"].get("cut"))
+    weights_written(args.out / ("checkpoint" if args.method == "full" else "adapter"), args,
+                    summary["before"]["answers"])
     return True
 
 

@@ -116,6 +116,7 @@ def test_resume_alone_takes_the_arguments_of_the_run(flags, whole, tmp_path, mon
         path.mkdir()
     text = command(train.main, "--resume", "--out", tmp_path / "run")
     assert "is finished" in text and "validation loss" in text and "step 0" not in text
+    assert f"\nweights: {tmp_path}/run/adapter\n" in text and "use them:\n  python eval.py" in text
     assert not any(path.exists() for path in left)
 
 
