@@ -96,7 +96,7 @@ def measured(args):
         try:
             row = json.loads(path.read_text("utf-8").splitlines()[0])
             return {**{k: row[k] for k in ("loss", "answers", "accuracy")},
-                    "problems": row.get("problems")}
+                    "problems": row.get("problems"), "cut": row.get("cut", 0)}
         except (ValueError, RecursionError, LookupError, TypeError) as e:
             raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
     return None

@@ -173,7 +173,8 @@ def failure(script, *argv):
         patch.setattr(sys, "argv", [script, *map(str, argv)])
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert e.value.code not in (0, None), "it should have failed"
-    code, text = e.value.code, re.split(r"loading torch \.\.\.\n|/s\]\n", err.getvalue())[-1]
+    code, text = e.value.code, re.split(r"(?:loading|reading) \S+ \.\.\.\n|/s\]\n",
+                                         err.getvalue())[-1]
     return code if isinstance(code, str) else text.strip()
 
 

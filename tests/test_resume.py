@@ -517,7 +517,8 @@ def test_damaged_state(whole, tmp_path, change):
                          ids=lambda content: content[:9])
 def test_damaged_results(whole, tmp_path, content):
     shutil.copytree(whole, tmp_path / "run")
-    args = Namespace(out=tmp_path / "run", resume=True, epochs=1, steps=STEPS, test_data=None)
+    args = Namespace(out=tmp_path / "run", resume=True, epochs=1, steps=STEPS, test_data=None,
+                     method="pissa", ckpt="tiny")
     content = content if type(content) is bytes else content.encode()
     for name, read in ("val.jsonl", resume.measured), ("summary.json", report.finished):
         assert read(args)
