@@ -40,8 +40,8 @@ def examples(path, fields=None):
     if not found:
         raise ValueError(f"{path}: no records; give one JSON object per line")
     if unused:
-        print(f"note: {path}: columns that are not used: {jsonl.columns(unused)}; say which to "
-              'use with fields="prompt,response"')
+        print(jsonl.filled(f"note: {path}: columns that are not used: {jsonl.columns(unused)}; say "
+                           'which to use with fields="prompt,response"'))
     return found
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import model
-from formats import records
+from formats import jsonl, records
 from support import files, predictions
 from tasks import commonsense, gsm8k, humaneval, math, mbpp
 
@@ -39,7 +39,8 @@ def read(task, path, protocol):
         if problem:
             found.append({"id": len(found), **problem})
     if others:
-        print(f"note: {path}: {others} problems outside the test set of {task} are left out")
+        print(jsonl.filled(f"note: {path}: {others} problems outside the test set of {task} are "
+                           "left out"))
     if not found:
         raise ValueError(f"{path}: no problems of {task}; give one JSON object per line")
     return found
@@ -121,7 +122,8 @@ def show(net, tok, problems, args, weights):
     weights: a hash of the model and its adapter. Predictions are appended to OUT.part as they come.
     A run that was interrupted goes on there.
     """
-    print(describe(args.task, args.protocol, args.max_new_tokens, problems, args.data, tok.in_chat))
+    print(jsonl.filled(describe(args.task, args.protocol, args.max_new_tokens, problems, args.data,
+                                tok.in_chat)))
     out, part = predictions.places(args, args.task, args.protocol)
     header = {key: getattr(args, key) for key in ("task", "protocol", "max_new_tokens", "data",
                                                   "limit", "ckpt", "adapter")}

@@ -18,7 +18,7 @@ import model
 import tasks
 import train
 from bench import bench_tasks
-from conftest import command, failure, small_net
+from conftest import command, failure, joined, small_net
 from formats import chat
 from support import chats, options
 from tasks import commonsense
@@ -515,8 +515,8 @@ def test_a_run_on_questions(base, tmp_path):
     said = trained(base, "--data", rows, "--test-data", rows)
     assert "Below is an instruction" in said and "data.PROMPT" in said
     assert chats.template_of(tmp_path / "run" / "adapter") is None
-    assert "used the paper's prompt: ask it" in command(convert.main, "merge", tmp_path / "run",
-                                                        tmp_path / "merged")
+    assert "used the paper's prompt: ask it" in joined(command(
+        convert.main, "merge", tmp_path / "run", tmp_path / "merged"))
     said = trained(base, "--data", rows, "--chat", "--test-data", rows, "--overwrite")
     assert "Below is" not in said and "protocol strict: the chat template, greedy" in said
     for more, form in ((), "data.PROMPT"), (("--chat",), "the chat template"):

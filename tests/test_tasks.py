@@ -20,7 +20,7 @@ import model
 import tasks
 from bench import bench_tasks, plot
 from bench.bench_tasks import FILES
-from conftest import SHARED, TINY
+from conftest import SHARED, TINY, joined
 from conftest import command as run_command
 from conftest import failure as run_failure
 from support import options
@@ -472,7 +472,7 @@ def test_read_parquet(task, tmp_path):
 def test_mbpp_has_a_test_set(tmp_path, capsys):
     path = written(tmp_path, *({**RECORDS["mbpp"], "task_id": i} for i in (10, 11, 510, 511)))
     assert [p["id"] for p in tasks.read("mbpp", path, "paper")] == [11, 510]
-    assert "2 problems outside the test set of mbpp are left out" in capsys.readouterr().out
+    assert "2 problems outside the test set of mbpp are left out" in joined(capsys.readouterr().out)
     with pytest.raises(ValueError, match="no problems of mbpp"):
         tasks.read("mbpp", written(tmp_path, {**RECORDS["mbpp"], "task_id": 3}), "paper")
 
@@ -590,11 +590,11 @@ def test_command(monkeypatch, tmp_path):
     """The protocol, the score with its interval, a row a problem, nothing else left behind."""
     answer_with(monkeypatch, solve)
     path, out = written(tmp_path, *SUMS), tmp_path / "new" / "out.jsonl"
-    first, last = command("--task", "gsm8k", "--data", path, "--out", out).splitlines()
-    assert first == (f"protocol strict of gsm8k: data.PROMPT, greedy, at most 256 new tokens; "
-                     f"{data.RULE} must equal the reference; 6 problems of {path}")
-    assert last == ("accuracy 83.3% (43.6% to 97.0% with 95 % confidence) by protocol strict of "
-                    f"gsm8k: 5 of 6 problems; predictions in {out}")
+    printed = command("--task", "gsm8k", "--data", path, "--out", out)
+    assert joined(printed) == (
+        f"protocol strict of gsm8k: data.PROMPT, greedy, at most 256 new tokens; {data.RULE} must "
+        f"equal the reference; 6 problems of {path} accuracy 83.3% (43.6% to 97.0% with 95 % "
+        f"confidence) by protocol strict of gsm8k: 5 of 6 problems; predictions in {out}")
     assert [json.loads(line)["correct"] for line in out.read_text().split("\n")[:-1]] == [
         True, True, True, False, True, True]
     assert os.listdir(out.parent) == ["out.jsonl"]
@@ -604,8 +604,8 @@ def test_command_names_its_file(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     answer_with(monkeypatch, lambda prompt: "The answer is: 5")
     path = written(tmp_path, RECORDS["math"], RECORDS["math"])
-    said = command("--ckpt", TINY, "--task", "math", "--data", path, "--limit", 1, "--protocol",
-                   "paper")
+    said = joined(command("--ckpt", TINY, "--task", "math", "--data", path, "--limit", 1,
+                          "--protocol", "paper"))
     name = "predictions-tiny-math-paper-first1.jsonl"
     assert f"0 of 1 problems; predictions in runs/{name}" in said and (
         "data.PROMPT + \" Let's think step by step.\", greedy, at most 1024" in said)
