@@ -367,7 +367,8 @@ def fine_tune(args):
                      describe("strict", args.max_new_tokens, chat=tok.in_chat))
     if quantised:
         print(filled(f"note: {adapter.EXPORTED}; convert.py merge writes the latter"))
-    report.weights_written(directory, args, val_texts, tok.in_chat)
+    prompts = [data.as_text(prompt) for prompt, _ in val_texts]
+    report.weights_written(directory, args, prompts, tok.in_chat)
     resume.finish(args)
 
 

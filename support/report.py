@@ -319,7 +319,8 @@ def finished(args):
     print(f"{args.out} is finished:\n{text}")
     say_cut(summary["after"].get("cut"))
     weights_written(args.out / ("checkpoint" if args.method == "full" else "adapter"), args,
-                    summary["before"]["answers"])
+                    summary["before"]["answers"], bool(
+                        getattr(args, "date", None)))                 # a day is for templates
     return True
 
 
@@ -368,16 +369,15 @@ def summary_text(summary, args):
     return "\n".join(lines)
 
 
-def weights_written(directory, args, texts, chat):
+def weights_written(directory, args, prompts, chat):
     """Print which files there are, and the command that uses the weights.
 
-    texts: (prompt, response) of the validation. chat: whether they were asked in the chat template.
+    prompts: texts of the validation. chat: whether they were asked in the chat template.
     An adapter holds that template. A checkpoint holds the model's, which may not have been used.
     """
     use = ["--ckpt", directory, *["--chat"] * chat] if args.method == "full" else [
         "--ckpt", args.ckpt, "--adapter", directory]
-    prompts = (printable(data.as_text(prompt)) for prompt, _ in texts)
-    short = [p for p in prompts if 0 < len(p) <= 62]
+    short = [p for p in map(printable, prompts) if 0 < len(p) <= 62]
     use += ["--prompt", min(short, key=len)] if short else ["--interactive"]
     others = [n for n in ("loss.png", "log.jsonl", "val.jsonl", "summary.json")
               if (args.out / n).exists()]

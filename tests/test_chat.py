@@ -490,9 +490,9 @@ def test_a_full_run_on_conversations(base, tmp_path, kept):
     made, use = tmp_path / "run" / "checkpoint", said.partition("use them:\n")[2]
     assert f"--ckpt {made}" in use and "--chat" in use.split()
     for layout in "hf", "meta":
-        assert "its training used its chat template: ask it in that one" in command(
-            convert.main, "merge", tmp_path / "run", tmp_path / layout, "--layout", layout)
-    said = command(convert.main, "merge", tmp_path / "run", tmp_path / "x.gguf")
+        assert "its training used its chat template: ask it in that one" in joined(command(
+            convert.main, "merge", tmp_path / "run", tmp_path / layout, "--layout", layout))
+    said = joined(command(convert.main, "merge", tmp_path / "run", tmp_path / "x.gguf"))
     assert "its training used its chat template" in said and "Modelfile" not in said
     for folder in made, tmp_path / "run" / "best", tmp_path / "hf", tmp_path / "meta":
         assert (folder / kept).read_bytes() == (base / kept).read_bytes()
@@ -505,7 +505,7 @@ def test_a_full_run_on_conversations(base, tmp_path, kept):
     assert theirs.apply_chat_template(TWO, tokenize=False) == chat.render(TWO, tok)
     said = trained(base, "--data", tmp_path / "plain.jsonl", "--method", "full", "--overwrite")
     assert "--chat" not in said
-    said = command(convert.main, "merge", tmp_path / "run", tmp_path / "y.gguf")
+    said = joined(command(convert.main, "merge", tmp_path / "run", tmp_path / "y.gguf"))
     assert "used the paper's prompt: ask it" in said and "Modelfile" in said
 
 
@@ -553,8 +553,8 @@ def test_a_task_by_the_command(base, tmp_path):
     rows, out = tmp_path / "plain.jsonl", tmp_path / "x.jsonl"
 
     def said(*more):
-        return command(evaluation.main, "--ckpt", base, "--out", out, "--max-new-tokens", 3,
-                       "--device", "cpu", *more)
+        return joined(command(evaluation.main, "--ckpt", base, "--out", out, "--max-new-tokens", 3,
+                              "--device", "cpu", *more))
 
     def responses():
         return [json.loads(line)["response"].strip() for line in open(out)]

@@ -287,9 +287,9 @@ def test_run_of_whole_weights(tmp_path, tokens):
     (tmp_path / "args.json").write_text(json.dumps({"ckpt": "gone", "method": "full"}))
     write_base(tmp_path / "checkpoint", "meta", small_net().bfloat16())
     text = command("merge", tmp_path, tmp_path / "out", "--layout", "hf", "--dtype", "float32")
-    said, last = text.splitlines()[:2]
-    assert "has a chat template, but its training used the paper's prompt" in said
-    assert last.startswith("0 of 21 tensors changed, layout hf, float32, ")
+    text = joined(text)
+    assert "has a chat template, but its training used the paper's prompt" in text
+    assert "0 of 21 tensors changed, layout hf, float32, " in text
     assert_logits_equal(model.load(tmp_path / "out", "cpu", torch.float32)(tokens),
                         small_net().bfloat16().float()(tokens), 1e-6)
     assert "is not empty" in failure("merge", tmp_path, tmp_path / "checkpoint")

@@ -195,8 +195,7 @@ def test_starts_at_the_largest_of_a_method_of_ones_own():
     ("full", True, ["--ckpt", "runs of $HOME/adapter", "--chat"])])
 def test_printed_commands_can_be_pasted(capsys, method, chat, words):
     args = Namespace(method=method, ckpt="my models/x", out=Path("nowhere"))
-    texts = [("", "text"), ("What's 1 + 1?", "2")]
-    report.weights_written("runs of $HOME/adapter", args, texts, chat)
+    report.weights_written("runs of $HOME/adapter", args, ["", "What's 1 + 1?"], chat)
     line = capsys.readouterr().out.partition("use them:\n")[2].replace("\\\n", "")
     assert shlex.split(line) == ["python", "eval.py", *words, "--prompt", "What's 1 + 1?"]
 
@@ -235,7 +234,7 @@ def test_summary_of_what_others_wrote(capsys, tmp_path):
     assert "--- \\x1b[2Jq\nbefore: a\nafter:  \\x9b\n" in text
     assert "\n1 steps in 0 s, 0 s in all\n" in text
     report.weights_written("d", argparse.Namespace(method="full", out=tmp_path),
-                           before["answers"].items(), False)
+                           before["answers"], False)
     assert "\x1b" not in capsys.readouterr().out
 
 

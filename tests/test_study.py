@@ -68,7 +68,7 @@ def searching(best):
 
 
 @pytest.mark.parametrize("best, rates", [
-    (2, [1, 2, 4, 8]), (8, [1, 2, 4, 8, 16]), (32, [1, 2, 4, 8, 16, 32]),
+    (2, [1, 2, 4, 8]), (8, [1, 2, 4, 8, 16]), (64, [1, 2, 4, 8, 16, 32, 64]),
     (0.5, [0.5, 1, 2, 4, 8, 0.25])])
 def test_the_search_goes_on_at_an_edge(best, rates):
     run, _ = searching(best)
