@@ -233,6 +233,9 @@ def unlikely(net, examples, args, steps):
             yield (f"--lr {args.lr:g} suits LoRA, whose B starts at 0; {args.method} starts at "
                    "the largest singular values and wants less: PiSSA's paper uses 2e-5, see "
                    "also arXiv 2602.04998")
+    if args.bits == 8 and not args.compile and str(args.device).startswith("cuda"):
+        yield ("--bits 8 without --compile: short rows then take longer than in 16 bits. Measured "
+               "on 7B, 8 x 512 tokens: 316 ms, 243 in 16 bits; with --compile 177 and 239")
     longest, positions = max(len(ids) for ids, _ in examples), net.config.max_seq_len
     if 0 < positions < longest:
         yield (f"the longest example has {longest} tokens, and the model was trained for "
@@ -318,9 +321,9 @@ def finished(args):
         raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
     print(f"{args.out} is finished:\n{text}")
     say_cut(summary["after"].get("cut"))
+    in_chat = bool(getattr(args, "date", None))             # a run in a chat template keeps the day
     weights_written(args.out / ("checkpoint" if args.method == "full" else "adapter"), args,
-                    summary["before"]["answers"], bool(
-                        getattr(args, "date", None)))                 # a day is for templates
+                    summary["before"]["answers"], in_chat)
     return True
 
 

@@ -364,6 +364,18 @@ def test_notes_before_the_first_step(capsys, argv, noted):
     assert len(notes) == bool(noted) and (not noted or f"note: {noted}" in notes[0])
 
 
+def test_note_on_eight_bits(capsys):
+    """On a GPU, where they are for speed; its figures are those of the result file."""
+    flags = "--method", "qlora", "--bits", 8, "--rank", 2, "--steps", 2
+    note = advice(capsys, *flags, "--device", "cuda")[1]
+    result = json.loads((ROOT / "bench/results/step_eight_h100.json").read_text())
+    for how in "", ", compiled":
+        for bits in "8 bits", "16 bits":
+            assert f"{1e3 * result[bits]['8 x 512' + how]['step_seconds']:.0f}" in note
+    assert len(advice(capsys, *flags, "--device", "cuda", "--compile")) == 1
+    assert len(advice(capsys, *flags, "--device", "cpu")) == 1
+
+
 def test_note_on_the_rank(capsys):
     """Both shares are those of networks with these ranks."""
     note = advice(capsys, "--method", "lora", "--rank", 16, "--steps", 2)[1]
