@@ -204,7 +204,7 @@ def compress(directory: str | Path, out: str | Path, rank: int | None = None) ->
     largest = max(A.shape[1] for A, _ in saved.pairs.values())
     if not 1 <= (r := largest // 2 if rank is None else rank) <= largest:
         raise ValueError(f"{directory}: cannot compress rank {largest} to {r}")
-    for name, (M, N) in saved.pairs.items():
+    for name, (M, N) in tqdm(saved.pairs.items(), "compress", unit="matrix", leave=False):
         r = max(1, M.shape[1] // 2) if rank is None else min(rank, M.shape[1])
         (QM, RM), (QN, RN) = torch.linalg.qr(M.double()), torch.linalg.qr(N.T.double())
         U, S, Vh = torch.linalg.svd(RM @ RN.T)

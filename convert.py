@@ -1,17 +1,16 @@
 """Checkpoints and adapters from one form into another; nothing is trained.
 
-    python convert.py merge runs/llama2-7b-pissa runs/merged        # base + adapter: a checkpoint
-    python convert.py merge runs/demo runs/demo.gguf                # the same for llama.cpp, Ollama
-    python convert.py compress runs/demo/adapter runs/small         # rank 2r -> r, at what cost
-    python convert.py hf checkpoints/tiny runs/tiny-hf              # Meta's layout for transformers
+    python convert.py merge runs/demo runs/merged         # a whole checkpoint
+    python convert.py merge runs/demo runs/demo.gguf      # for llama.cpp
+    python convert.py compress runs/demo/adapter runs/small     # rank 2r -> r
+    python convert.py hf checkpoints/tiny runs/tiny-hf    # for transformers
     python convert.py gguf SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2
-    python convert.py decompose llama2-7b runs/residual             # the authors' published layout
+    python convert.py decompose llama2-7b runs/residual   # the authors' layout
 
 merge writes the whole fine-tuned model, for programs that cannot read adapters. compress halves an
 adapter. hf writes a base as PEFT and vLLM read it. gguf turns a file of llama.cpp into a checkpoint
 that can be trained. decompose writes W_res, and A and B as its adapter. `python convert.py merge
---help` says more, and so do the others. Weights are read one at a time. The output appears when it
-is complete, or not at all.
+--help` says more, and so do the others. The output appears when it is complete, or not at all.
 """
 from support import options
 
@@ -20,7 +19,6 @@ if __name__ == "__main__":                                          # before tor
 
 import json
 import math
-import shlex
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -33,6 +31,7 @@ import data
 import model
 import pissa
 from formats import CHECKPOINT_FILES, gguf, gguf_write, hf, meta_write, peft, tokenizer
+from formats.jsonl import filled
 from support import chats, decomposed
 from support.files import check_room, replaced
 from support.report import run
@@ -105,8 +104,7 @@ def dtype_name(dtype):
 
 
 def check_out(out, layout=None):
-    """ValueError unless `out` is a new directory, or an empty one; for "gguf", a new file. No file
-    is ever replaced."""
+    """ValueError unless `out` is a new or an empty directory, or for "gguf" a new file."""
     if layout == "gguf":
         if out.suffix != ".gguf" or out.exists() or out.is_symlink():
             raise ValueError(f"{out}{' is there already' if out.suffix == '.gguf' else ''}: name "
@@ -135,16 +133,17 @@ def say_template(out, config, stored):
     if stored:
         return
     template = data.PROMPT.format(instruction="{{ .Prompt }}")
-    print("ask it in the template that it was trained with; for Ollama this is a Modelfile:\n\n"
+    print("ask it in the template of its training; for Ollama this is a Modelfile:\n\n"
           f'FROM ./{out.name}\nTEMPLATE """{template}"""\n')
 
 
 def say_written(out, what):
-    """Print the last lines: what was written, its size, and the command that uses it."""
+    """Print what was written, its size, and the command that uses it."""
     files = [out] if out.is_file() else [f for p in CHECKPOINT_FILES for f in out.glob(p)]
-    print(f"{what}, {sum(f.stat().st_size for f in files) / 1e9:,.2f} GB in {out}" + (
-        "" if out.is_file() else f"; use it:\n  python eval.py --ckpt {shlex.quote(str(out))} "
-                                 "--prompt 'your question'"))
+    size = sum(f.stat().st_size for f in files) / 1e9
+    print(filled(f"{what}, {size:,.2f} GB in {out}"))
+    if out.is_dir():
+        print(options.use_it("--ckpt", out))
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -210,7 +209,7 @@ def merge(args):
     config, tensors = model.open_checkpoint(source)
     saved = where and adapter.read_adapter(where, args.force_base)
     pairs, sums = saved.pairs if saved else {}, {}
-    stored = saved and chats.template_of(where)
+    stored = None if alone else chats.trained_in(where, args.run, source)
     if config.tied and "lm_head" in pairs:        # one matrix with two uses; only one is changed
         config = replace(config, tied=False)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -238,9 +237,9 @@ def merge(args):
     else:
         write_checkpoint(args.out, source, config, merged(), stated, layout)
     if sums and adapter.codes(sums) != saved.facts["codes"]:
-        print("note:", adapter.ROUNDED_ELSEWHERE.format(where))
+        print(filled(f"note: {adapter.ROUNDED_ELSEWHERE.format(where)}"))
     changed = "" if alone else f"{len(pairs)} of "
-    chats.say_training(tokenizer.chat_template(source) if saved else None, stored)
+    chats.say_training(None if alone else tokenizer.chat_template(source), stored)
     say_written(args.out, f"{changed}{len(tensors)} tensors{'' if alone else ' changed'}, layout "
                           f"{layout}, {dtype_name(stated)}")
 
@@ -282,11 +281,11 @@ def compress(args):
     lost, whole = (math.hypot(*(e[i] for e in errors.values())) for i in (0, 1))
     worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], 1e-30))
     if adapter.is_quantised(args.adapter):
-        print(f"note: {adapter.EXPORTED}")
-    print(f"{len(errors)} matrices at rank {rank} in {args.out}; relative error of Delta W "
-          f"(Frobenius) {lost / max(whole, 1e-30):.2%}, worst {worst} "
-          f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}; use it:\n  python eval.py "
-          f"--ckpt BASE --adapter {shlex.quote(str(args.out))} --prompt 'your question'")
+        print(filled(f"note: {adapter.EXPORTED}"))
+    print(filled(f"{len(errors)} matrices at rank {rank} in {args.out}; relative error of Delta W "
+                 f"(Frobenius) {lost / max(whole, 1e-30):.2%}, worst {worst} "
+                 f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}"))
+    print(options.use_it("--ckpt", options.base_of(args.adapter), "--adapter", args.out))
 
 
 def main():

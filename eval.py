@@ -1,10 +1,10 @@
 """Use a model: complete a prompt, measure accuracy on problems, measure perplexity on text.
 
-    python eval.py --ckpt tiny --adapter runs/demo/adapter --prompt "Tom has 3 pens. ..."
-    python eval.py --ckpt tiny --adapter runs/demo/adapter --accuracy checkpoints/tiny/test.jsonl
     python eval.py --ckpt tiny --adapter runs/demo/adapter --interactive
+    python eval.py --ckpt tiny --adapter runs/demo/adapter --prompt "Tom ..."
+    python eval.py --ckpt tiny --accuracy checkpoints/tiny/test.jsonl
     python eval.py --ckpt tiny --ppl some_text.txt
-    python eval.py --ckpt smollm2 --task math --data math/test.jsonl        # tasks/ has them all
+    python eval.py --ckpt smollm2 --task math --data math/test.jsonl
 
 With an adapter, --prompt and --interactive show the base model's answer beside the adapted one. An
 adapter of weights in four bits is shown alone, since its base may be too large. If --accuracy or
@@ -18,6 +18,7 @@ if __name__ == "__main__":                                          # before tor
 import hashlib
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import model
 import pissa
 import tasks
 from formats import jsonl
-from formats.jsonl import write_lines
+from formats.jsonl import filled, write_lines
 from support import ask, chats, predictions, report
 from support.files import named
 
@@ -56,12 +57,13 @@ def positions(net):
 
 
 def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=(), watch=None,
-             **sampling):
+             cut=None, **sampling):
     """Responses (str) to instructions, in the paper's template or in the model's chat template
     (see data.prompt_ids), up to the first text of `stop`.
 
     begin: the first words of every response, not repeated in it. sampling: see model.generate.
-    watch: a function that gets the text of a response after each token.
+    watch: a function that gets the text of a response after each token. cut: a set that gets the
+    indices of the responses that max_new_tokens has ended.
     """
     ids = [data.prompt_ids(p, tok, begin) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))    # like lengths: little padding
@@ -81,8 +83,12 @@ def complete(net, tok, prompts, *, max_new_tokens=128, batch=64, begin="", stop=
         rows = order[start:start + batch]
         new = model.generate(net, [ids[i] for i in rows], max_new_tokens, eos=tok.stops, stop=ended,
                              **sampling)
-        for i, text in zip(rows, map(tok.decode, new), strict=True):
-            out[i] = text[:min((text.find(s) for s in stop if s in text), default=None)].strip()
+        for i, made in zip(rows, new, strict=True):
+            text = tok.decode(made)
+            end = min((text.find(s) for s in stop if s in text), default=None)
+            out[i] = text[:end].strip()
+            if cut is not None and end is None and len(made) >= max_new_tokens:
+                cut.add(i)
     return out
 
 
@@ -101,13 +107,14 @@ def accuracy(net, tok, examples, *, protocol="strict", max_new_tokens=128, batch
     todo = sorted(set(range(len(examples))) - set(rows), key=lambda i: (len(examples[i][0]), i))
     bar = tqdm(range(0, len(todo), batch), desc=desc, unit="batch", leave=False)
     for start in bar:
-        now = todo[start:start + batch]
+        now, cut = todo[start:start + batch], set()
         texts = complete(net, tok, [examples[i][0] for i in now], max_new_tokens=max_new_tokens,
-                         batch=batch, begin=begin, stop=stop)
-        for i, text in zip(now, texts, strict=True):
+                         batch=batch, begin=begin, stop=stop, cut=cut)
+        for n, (i, text) in enumerate(zip(now, texts, strict=True)):
             answer, reference = read(text), answers[i]
             rows[i] = {"prompt": examples[i][0], "response": text, "answer": answer,
-                       "reference": reference, "correct": data.same_answer(answer, reference)}
+                       "reference": reference, "correct": data.same_answer(answer, reference),
+                       **({"cut": True} if n in cut else {})}
             if log:
                 print(json.dumps([i, rows[i]], ensure_ascii=False), file=log, flush=True)
         bar.set_postfix_str(f"{sum(r['correct'] for r in rows.values()) / len(rows):.1%} right",
@@ -156,8 +163,8 @@ def resume(part, header, count):
     lines = part.read_text("utf-8", "replace").split("\n")[:-1] if part.exists() else []
     same = lines[:1] == [json.dumps(header, ensure_ascii=False)]
     if lines:
-        print(f"going on: {len(lines) - 1} of {count} are done" if same else
-              f"starting anew: {part} is of another model, protocol or set of problems")
+        print(filled(f"going on: {len(lines) - 1} of {count} are done" if same else
+                     f"starting anew: {part} is of another model, protocol or set of problems"))
     try:
         done = predictions.checked(map(json.loads, lines[1:]), count) if same else {}
     except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
@@ -179,7 +186,7 @@ def content_hash(net, directory, asked):
 def show_accuracy(net, tok, examples, args):
     """--accuracy: the protocol, the score with its 95 % interval, and a file of predictions."""
     how = {key: getattr(args, key) for key in ("protocol", "max_new_tokens", "stop")}
-    print(describe(**how, chat=tok.in_chat))
+    print(filled(describe(**how, chat=tok.in_chat)))
     out, part = predictions.places(args, Path(args.accuracy).stem, args.protocol)
     asked = [(data.prompt_ids(prompt, tok), reference) for prompt, reference in examples]
     header = {"ckpt": args.ckpt, "adapter": args.adapter, **how,
@@ -213,6 +220,7 @@ def main():
         adapter.load(net, args.adapter, read=read, keep_base=keep_base,
                      force_base=args.force_base)
 
+    print(f"eval.py: reading {args.ckpt} ...", file=sys.stderr, flush=True)
     net = load_model(args.ckpt, tok, args.device, prepare=adapt if quantised else None)
     if args.adapter and not quantised:
         adapt(net)
@@ -229,8 +237,8 @@ def main():
     if args.ppl:
         length = args.length or min(512, net.config.max_seq_len or 512)
         ppl, n, windows = perplexity(net, tok, text, length, args.stride)
-        print(f"perplexity {ppl:.4f} per token ({n:,} tokens, {windows:,} windows of {length}, "
-              f"stride {args.stride or length})")
+        print(filled(f"perplexity {ppl:.4f} per token ({n:,} tokens, {windows:,} windows of "
+                     f"{length}, stride {args.stride or length})"))
 
 
 if __name__ == "__main__":

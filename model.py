@@ -278,14 +278,14 @@ def init_weights(net, seed=0, std=0.02):
 
 @torch.inference_mode()
 def generate(net: Llama, prompts: list[list[int]], max_new_tokens: int = 64, *, temperature=0.0,
-             top_k=0, top_p=1.0, eos=(), stop=None, seed=0) -> list[list[int]]:
+             top_k=0, top_p=1.0, eos=(), stop=None, seed=0, bar_after=2) -> list[list[int]]:
     """Continue token lists; returns the new ids of each, without the EOS that ended it.
 
     prompts: non-empty lists of ids, of any lengths: one batch, padded on the left.
     temperature 0 is greedy; otherwise sample from softmax(logits / temperature), restricted to the
     top_k most likely tokens (0: all), and of these to the smallest set whose probability reaches
     top_p (Holtzman et al., arXiv 1904.09751). eos: an id, or several: each ends a row.
-    stop: a function of a row's new ids, asked after each of them; True ends the row.
+    stop: a function of a row's new ids, asked after each; True ends the row. bar_after: seconds.
     """
     assert prompts and all(prompts), "every prompt needs at least one token (the BOS)"
     for name, value, good, expected in (
@@ -308,7 +308,7 @@ def generate(net: Llama, prompts: list[list[int]], max_new_tokens: int = 64, *, 
 
     logits = step(tokens, 0)
     step = recorded(step, tokens[:, :1], cache[0].shape[3] - 1)
-    for i in tqdm(range(max_new_tokens), "generate", unit="token", delay=2, leave=False):
+    for i in tqdm(range(max_new_tokens), "generate", unit="token", delay=bar_after, leave=False):
         logits = step(tokens, T + i - 1) if i else logits
         tokens = sample(logits, temperature, top_k, top_p, generator)             # (B, 1)
         for b, t in enumerate(tokens[:, 0].tolist()):

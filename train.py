@@ -1,11 +1,11 @@
 """Fine-tune a LLaMA with PiSSA.
 
-    python train.py                                        # the demo: a tiny model, two CPU cores
-    python train.py --ckpt llama2-7b --rank 64             # Meta's raw weights, a GPU
-    python train.py --ckpt llama2-7b --data my.jsonl --lr 2e-5 --batch 128 --micro-batch 8
+    python train.py                              # the demo, on two CPU cores
+    python train.py --ckpt llama2-7b --rank 64   # Meta's raw weights, a GPU
+    python train.py --ckpt llama2-7b --data my.jsonl --batch 128
 
-    python train.py --resume --out runs/llama2-7b-pissa    # go on with a run that was interrupted
-    torchrun --nproc-per-node 8 train.py --ckpt llama2-7b  # several GPUs
+    python train.py --resume --out runs/demo     # go on after an interruption
+    torchrun --nproc-per-node 8 train.py --ckpt llama2-7b     # several GPUs
 
 The defaults are the paper's (arXiv 2404.02948). A run leaves in --out: adapter/ (a PEFT LoRA; a
 checkpoint/ for --method full), log.jsonl (a line per step), val.jsonl (the measurements before and
@@ -38,6 +38,7 @@ import relatives
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, complete, describe, load_model, positions
 from fast import faster
+from formats.jsonl import filled
 from support import chats, parallel, progress, report, resume
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -181,6 +182,8 @@ def train(net, examples, args, autocast, val=()):
 
 def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     """{"loss": validation loss, "answers": {prompt: answer} for two prompts, "accuracy": share}."""
+    print(filled(f"{when} training: measuring the loss on {len(val)} examples"
+                 + f", answering {len(test)} problems" * bool(test)))
     n, loss = args.max_new_tokens, validation_loss(net, val, args, autocast)
     if when == "before" and not math.isfinite(loss):           # the first step would blame --lr
         raise ValueError(f"{args.adapter or args.ckpt}: the validation loss is {loss} before the "
@@ -194,9 +197,11 @@ def evaluate(net, tok, val, val_texts, test, args, autocast, when):
         mine = parallel.share(test)
         _, rows = accuracy(net, tok, mine, max_new_tokens=n, desc=f"accuracy {when}") if mine else (
             0, [])
-        right = [row["correct"] for row in parallel.union(rows)]
+        rows = parallel.union(rows)
+    right, cut = [row["correct"] for row in rows], sum(row.get("cut", False) for row in rows)
     return {"loss": loss, "answers": dict(answers),
-            "accuracy": sum(right) / len(right) if right else None, "problems": len(right)}
+            "accuracy": sum(right) / len(right) if right else None, "problems": len(right),
+            "cut": cut}
 
 
 def read_data(args, tok):
@@ -209,7 +214,7 @@ def read_data(args, tok):
         train, val = data.split(examples, args.val_fraction, args.seed)
     if not val:
         val = train[:32]
-        print("no validation examples: the validation loss below is that of 32 training examples")
+        print("no validation examples: the loss below is that of 32 training examples")
     encoded = report.encoded("data", args.data, train, tok, args.max_length)
     where = args.val_data or args.data
     encoded_val = report.encoded("validation", where, val, tok, args.max_length)
@@ -240,7 +245,7 @@ def prepare(net, args, seconds, read=None, examples=()):
                 "method", "rank", "niter", "quant_iters") if key in net.pissa})
             args.no_double_quant = not net.pissa.get("double_quant", True)
             args.bits = 8 if net.pissa["bits"] == 8 else 4
-        print(f"going on with {where}: {args.method}, rank {args.rank}")
+        print(filled(f"going on with {where}: {args.method}, rank {args.rank}"))
     else:
         method = relatives.chosen(args, net, examples, loss_sum)
         if parallel.WORLD > 1:
@@ -253,6 +258,15 @@ def prepare(net, args, seconds, read=None, examples=()):
     if finish:
         finish()
     seconds["init"] = time.perf_counter() - begin
+
+
+def check_start(net, val, args, autocast, base_loss):
+    """Print the validation loss of an injected model. ValueError if it is not the base model's."""
+    print("measuring the validation loss again, now of W_res + A B")
+    loss = validation_loss(net, val, args, autocast)
+    print(f"step 0: validation loss {loss:.4f}, the base model's {base_loss:.4f}")
+    if not (args.adapter or report.quantised(net)) and abs(loss - base_loss) > 0.02 * base_loss:
+        raise ValueError("the injected model is not the base model: the loss differs at step 0")
 
 
 def load(args, tok, seconds):
@@ -329,16 +343,13 @@ def fine_tune(args):
     if args.compile and not parallel.MESH:
         compile_layers(net)
     if not full and not prepared and not earlier:
-        loss = validation_loss(net, val, args, autocast)
-        print(f"step 0: validation loss {loss:.4f}, the base model's {before['loss']:.4f}")
-        if not (args.adapter or quantised) and abs(loss - before["loss"]) > 0.02 * before["loss"]:
-            raise ValueError("the injected model is not the base model: the loss differs at step 0")
+        check_start(net, val, args, autocast, before["loss"])
     chats.note(net, tok)
     resume.claim(args, net, before)
     with resume.signals_noted():
         rows, stopped = train(net, examples, args, autocast, val)
         if not rows:
-            report.stop(stopped, "nothing was learnt yet, nothing is saved")
+            report.stop(stopped, options.NOTHING)
         by_signal = stopped and stopped.code != 1
         loss = rows[-1]["loss"] if by_signal else validation_loss(net, val, args, autocast)
         if not (math.isfinite(loss) and resume.finite(net)):
@@ -357,8 +368,9 @@ def fine_tune(args):
     report.summarise(rows, before, after, args, seconds, device,
                      describe("strict", args.max_new_tokens, chat=tok.in_chat))
     if quantised:
-        print(f"note: {adapter.EXPORTED}; convert.py merge writes the latter")
-    report.weights_written(directory, args, [data.as_text(prompt) for prompt, _ in val_texts])
+        print(filled(f"note: {adapter.EXPORTED}; convert.py merge writes the latter"))
+    prompts = [data.as_text(prompt) for prompt, _ in val_texts]
+    report.weights_written(directory, args, prompts, tok.in_chat)
     resume.finish(args)
 
 
@@ -369,10 +381,7 @@ def main():
     if args.plan:
         from support import plan
         return plan.show(args)                                 # before anything is read
-    if args.plain:
-        with fast.off():
-            fine_tune(args)
-    else:
+    with fast.off() if args.plain else nullcontext(), resume.told(args):
         fine_tune(args)
     parallel.end()
 

@@ -198,9 +198,10 @@ def unsloth(args, part):
             p.data = p.data.float()
 
     def setup(checkpointing, compiled):
-        for m in net.modules():
-            if hasattr(m, "gradient_checkpointing"):
-                m.gradient_checkpointing = "unsloth" if checkpointing else False
+        if checkpointing:                                      # their own, through host memory
+            importlib.import_module("unsloth.models._utils").apply_unsloth_gradient_checkpointing(
+                "unsloth", 16384, DTYPE)
+            net.gradient_checkpointing_enable()
 
     shapes = {name: shape for name, shape in SHAPES.items() if not shape[3]}
     steps_of(args, part, net.train(), labelled_loss, shapes, setup)

@@ -6,7 +6,7 @@
     python -m bench.bench_family --tiny --methods yours=1e-3 --out ...          # adds a row
 
 1. Seed 0: every method at four learning rates. If the best is the first or the last of them, half
-   or twice as much, too, twice at most.
+   or twice as much, too, three times at most.
 2. Seeds 1 and 2 at the rate that seed 0 chose. The table shows these two, so a lucky choice of
    the rate does not count. Their accuracy is that of eval.py on all test problems.
 3. Alone on its GPU, a few steps without CUDA graphs, as train.py does them: seconds to initialise,
@@ -41,7 +41,7 @@ def loss_of(row):
 def searched(run, base, methods):
     """{name: [rows of seed 0, by rate]}: four rates, and more while the best one is at an edge."""
     rates = {name: [lowest * 2**i for i in range(4)] for name, lowest in methods.items()}
-    for _ in range(3):
+    for _ in range(4):
         flat = [(name, lr) for name, lrs in rates.items() for lr in sorted(lrs)]
         rows = run([job_of(name, base, lr=lr) for name, lr in flat])
         found = {name: [r for (n, _), r in zip(flat, rows) if n == name] for name in methods}
@@ -49,7 +49,7 @@ def searched(run, base, methods):
         for name, by_rate in found.items():
             best = min(range(len(by_rate)), key=lambda i: loss_of(by_rate[i]))
             low, high = min(rates[name]), max(rates[name])
-            if len(by_rate) < 6 and best in (0, len(by_rate) - 1):
+            if len(by_rate) < 7 and best in (0, len(by_rate) - 1):
                 rates[name].append(low / 2 if best == 0 else high * 2)
                 more = True
         if not more:
@@ -71,7 +71,8 @@ def table(found, seeds, alone):
             "losses": [loss_of(r) for r in again], "before": best["val_before"],
             "accuracies": [r["accuracy"] for r in again], "problems": again[0]["problems"],
             "trained": best["trained"], "init_seconds": once["init_seconds"],
-            "peak_gib": once.get("peak_gib"), "tokens_per_second": once["tokens_per_second"],
+            "peak_gib": once.get("peak_gib"), "planned_gib": once.get("planned_gib"),
+            "tokens_per_second": once["tokens_per_second"],
             "rates": [[r["job"]["lr"], r.get("val")] for r in by_rate]})
     return sorted(rows, key=lambda r: r.get("loss", float("inf")))
 

@@ -3,6 +3,7 @@
     python -m bench.bench_tasks --ckpt smollm2 --allow-code --out bench/results/tasks_h100.json
     python -m bench.bench_tasks --ckpt tiny --limit 4 --tokens 16 --allow-code       # a trial
     python -m bench.bench_tasks --ckpt smollm2 --adapter lora=runs/a/adapter ... --allow-code
+    python -m bench.bench_tasks --ckpt smollm2 --chat --allow-code --out .../tasks_chat_h100.json
 
 All tasks in one process: the base model, then each adapter on it. --folder holds gsm8k/test.jsonl,
 math/test.jsonl, humaneval/HumanEval.jsonl, mbpp/mbpp.jsonl and commonsense/NAME.jsonl. A task that
@@ -24,6 +25,7 @@ import eval as evaluation
 import model
 import tasks
 from bench import program, report, stamped
+from formats import chat
 from support import options
 
 FILES = {"gsm8k": "gsm8k/test", "math": "math/test", "humaneval": "humaneval/HumanEval",
@@ -42,7 +44,8 @@ def measured(net, tok, task, protocol, path, args):
             "answered": sum(bool(row["answer"]) for row in rows),
             "out_of_time": sum(row.get("why") == "out of time" for row in rows),
             "seconds": round(time.perf_counter() - begin, 1),
-            "how": tasks.describe(task, protocol, most, problems, path.relative_to(args.folder))}
+            "how": tasks.describe(task, protocol, most, problems, path.relative_to(args.folder),
+                                  tok.in_chat)}
 
 
 def main():
@@ -58,12 +61,15 @@ def main():
                    "more: few answers of small models are longer, and all wait for the longest")
     p.add_argument("--batch", type=int, default=512)
     p.add_argument("--allow-code", action="store_true", help="run programs that the model writes")
+    p.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     p.add_argument("--device")
     p.add_argument("--dtype", choices=options.DTYPES, help="default: bfloat16 on a GPU")
     p.add_argument("--out")
     args, rows, begin = p.parse_args(), [], time.perf_counter()
     base = evaluation.load_model(args.ckpt, tok := data.Tokenizer(model.find(args.ckpt)),
                                  args.device, args.dtype).requires_grad_(False)
+    if args.chat:
+        chat.use(tok)
     for name, folder in [("base", None), *(word.split("=", 1) for word in args.adapter)]:
         net = adapter.load(copy.deepcopy(base), folder) if folder else base
         for task in args.tasks:
@@ -78,7 +84,8 @@ def main():
                     row = {"task": task, "protocol": protocol, "error": str(e)}
                 rows.append({"model": name, **row})
                 print(json.dumps(rows[-1]), flush=True)
-                result = {"bench": "tasks", "model": model.find(args.ckpt).name, "rows": rows,
+                result = {"bench": "tasks", "rows": rows,
+                          "model": model.find(args.ckpt).name + ", in chat" * args.chat,
                           "dtype": str(base.lm_head.weight.dtype).removeprefix("torch."),
                           "seconds": round(time.perf_counter() - begin)}
                 stamped(result, args.out)

@@ -135,12 +135,13 @@ def family_table(name):
             r["method"], f"{r['lr']:.3g}",
             f"{r['loss']:.4f} ({', '.join(f'{x:.4f}' for x in r['losses'])})",
             f"{statistics.mean(r['accuracies']):.1%}", f"{r['trained']:,}",
-            f"{r['init_seconds']:.2f} s", f"{r['peak_gib']:.1f} GiB" if r["peak_gib"] else "",
+            f"{r['init_seconds']:.2f} s", f"{r['peak_gib']:.1f} GiB ({r['planned_gib']:.1f})" if (
+                r["peak_gib"]) else "",
             f"{r['tokens_per_second']:,.0f}", ", ".join(
                 f"{lr:.3g}: " + (f"{loss:.3f}" if loss else "failed") for lr, loss in r["rates"])])
     head = ["method", "best rate", "validation loss (two seeds)",
             f"accuracy, {max(r.get('problems', 0) for r in result['rows'])} problems",
-            "trained numbers", "to initialise", "peak memory", "tokens/s",
+            "trained numbers", "to initialise", "peak memory (planned)", "tokens/s",
             "seed 0's loss at every rate"]
     if not any(r.get("peak_gib") for r in result["rows"]):
         head, rows = ([line[:6] + line[7:] for line in part] for part in ([head], rows))
@@ -159,25 +160,28 @@ PARTS = {"family": partial(family_table, "family_gpu"),
 
 
 def study_rates():
-    """Left: loss against the rate at every rank. Right: the best rate against the rank."""
+    """Above, a heat map of each method's loss. Below, loss against the rate at every rank, and the
+    best rate against the rank."""
     from bench.pictures import BLUE, NAMES, RED, keep, panels, plain_rates
     found, what, _ = rows("rates", "seeds")
     if not found:
         return
-    figure, (left, right) = panels(1, 2)
-    ranks = sorted({r["rank"] for r in found})
-    for method, colour in ("pissa", RED), ("lora", BLUE):
+    figure, (above, (left, right)) = panels(2, 2)
+    ranks, every = sorted({r["rank"] for r in found}), [r["val"] for r in found]
+    for axes, method, colour in zip(above, ("pissa", "lora"), (RED, BLUE), strict=True):
         mark, style = MARKS[method]
-        there = [k for k in ranks if studies.losses_at(found, method=method, rank=k)]
-        best = [studies.best_rate(found, method=method, rank=k) for k in there]
-        for i, rank in enumerate(there):
-            at = studies.losses_at(found, method=method, rank=rank)
+        grid = {k: studies.losses_at(found, method=method, rank=k) for k in ranks}
+        best = {k: studies.best_rate(found, method=method, rank=k) for k in ranks if grid[k]}
+        heat(axes, grid, best, min(every), max(every))
+        axes.set_title(f"{NAMES[method]}: validation loss")
+        for i, (rank, at) in enumerate(grid.items()):
             left.plot(list(at), [statistics.mean(v) for v in at.values()], style, marker=mark,
                       color=colour, markersize=4, alpha=(i + 2) / (len(ranks) + 1),
                       linewidth=0.8 + 0.5 * i, label=f"{NAMES[method]}, rank {rank}")
             left.fill_between(list(at), [min(v) for v in at.values()],
                               [max(v) for v in at.values()], color=colour, alpha=0.25, linewidth=0)
-        right.plot(there, best, style, marker=mark, color=colour, label=NAMES[method])
+        right.plot(list(best), list(best.values()), style, marker=mark, color=colour,
+                   label=NAMES[method])
     plain_rates(left, sorted({r["lr"] for r in found}))
     left.set(ylabel="validation loss, nats a token", title=what.rpartition(", ")[0], yscale="log")
     left.legend(fontsize=7)
@@ -188,6 +192,29 @@ def study_rates():
     right.legend()
     keep(figure, "study_rates")
 
+
+def heat(axes, grid, best, least, most):
+    """{rank: {rate: losses}} as a map, dark where the loss is low; a frame at each rank's best.
+    least, most: what is black, and what is white."""
+    from math import log
+    rates = sorted({lr for at in grid.values() for lr in at})
+    cells = [[statistics.mean(at[lr]) if lr in at else float("nan") for lr in rates]
+             for at in grid.values()]
+    axes.imshow([[log(x) for x in line] for line in cells], cmap="Greys_r", aspect="auto",
+                vmin=log(least), vmax=log(most))
+    for y, (rank, line) in enumerate(zip(grid, cells, strict=True)):
+        for x, loss in enumerate(line):
+            dark = log(loss) < (log(least) + log(most)) / 2
+            axes.text(x, y, f"{loss:.3f}" if loss < 10 else f"{loss:.0f}", ha="center", va="center",
+                      fontsize=7, color="white" if dark else "black",
+                      weight="bold" if rates[x] == best.get(rank) else "normal")
+            if rates[x] == best.get(rank):
+                axes.plot(*zip(*((x + a, y + b) for a, b in ((-.47, -.44), (.47, -.44), (.47, .44),
+                                                             (-.47, .44), (-.47, -.44)))), "-",
+                          color="#e0a030", linewidth=2)
+    axes.set_xticks(range(len(rates)), [f"{r:.3g}".replace("e-0", "e-") for r in rates], fontsize=7)
+    axes.set_yticks(range(len(grid)), list(grid))
+    axes.set(xlabel="learning rate", ylabel="rank")
 
 
 def landscape():

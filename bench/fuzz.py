@@ -1,6 +1,6 @@
 """Damaged inputs: each should work as it says, or be refused in one line that names the file.
 
-    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 18 kinds, 20 min
+    python -m bench.fuzz --out bench/results/fuzz_cpu.json      # 300 of each of 19 kinds, 10 min
     python -m bench.fuzz --kinds gguf state --cases 50          # of some kinds
 
 A case is a function of (kind, number). It runs in a process of its own, forked from this one, with
@@ -9,6 +9,7 @@ logits with transformers and PEFT, tensors with what was written. Faults are cou
 traceback, hang, memory, crash, unclear (no line, or not of this file), wrong (not what it says).
 """
 import argparse
+import contextlib
 import copy
 import gzip
 import json
@@ -190,6 +191,13 @@ def write_records(folder):
     for name, content in ("l.jsonl.gz", lines), ("c.csv.gz", contents["d.csv"]), (
             "a.json.gz", contents["d.json"]):
         (folder / name).write_bytes(gzip.compress(content.encode()))
+    kinds = {}
+    with contextlib.suppress(ImportError):                # without pyarrow, there is no such kind
+        from pyarrow import Table, parquet
+        parquet.write_table(Table.from_pylist(rows), folder / "d.parquet")
+        parquet.write_table(Table.from_pylist([{"messages": row["messages"]} for row in talk[::3]]),
+                            folder / "chat.parquet", compression="zstd")
+        kinds["parquet"] = (read_records, folder / "d.parquet", folder / "chat.parquet")
     template = ("{{ bos_token }}{% for m in messages %}\n[{{ m.role | upper }}] {{ m.content }}"
                 "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
                 "{% if add_generation_prompt %}\n[ASSISTANT] {% endif %}")
@@ -199,7 +207,7 @@ def write_records(folder):
     (folder / "own" / "chat_template.jinja").write_text(template)
     (folder / "config" / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}))
-    return {"csv": (read_records, folder / "d.csv"),
+    return {**kinds, "csv": (read_records, folder / "d.csv"),
             "json array": (read_records, folder / "d.json"),
             "conversations": (read_records, folder / "chat.jsonl"),
             "gz": (read_records, *(folder / name for name in ("l.jsonl.gz", "c.csv.gz",

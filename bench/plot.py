@@ -154,6 +154,23 @@ def step_table():
             *first.values())) + source(result)
 
 
+def eight_table():
+    """A step in eight bits, in sixteen, and the peers': milliseconds and memory of every shape."""
+    result = read("step_eight_h100")
+    names = {"16 bits": "ours, 16 bits", "8 bits": "ours, 8 bits", "PEFT, Liger": "PEFT, Liger",
+             "unsloth": "unsloth", "torchtune": "torchtune (A, B in bfloat16)"}
+    shapes = [k for k, v in result["16 bits"].items() if "step_seconds" in v]
+
+    def cell(figures):
+        if not figures:
+            return ""
+        return f"{1e3 * figures['step_seconds']:.1f} ms, {figures['peak_gib']:.1f} GiB" if (
+            "step_seconds" in figures) else "failed"
+
+    return table(["", *shapes], [[name, *(cell(result[part].get(shape)) for shape in shapes)]
+                                 for part, name in names.items()]) + source(result)
+
+
 def step_cpu_table():
     """The same of SmolLM2-135M's shape, in float32."""
     result = read("step_cpu")
@@ -493,7 +510,8 @@ PARTS = {"gpus": gpus_table, "faults": faults_table, "demo": demo_table, "svd": 
          "gsm8k": gsm8k_table, "generate": generate_table, "nf4": nf4_table,
          "large": large_table, "quantised-training": quantised_training_table,
          "quant": quant_table, "plan": plan_table, "plan-output": plan_output,
-         "step": step_table, "step-cpu": step_cpu_table, "packing": packing_table,
+         "step": step_table, "eight": eight_table, "step-cpu": step_cpu_table,
+         "packing": packing_table,
          "headline": headline_table, "commits": commits_table, "fast": fast_table,
          "tasks": tasks_table}
 

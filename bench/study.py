@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -37,7 +38,7 @@ import relatives
 import train
 from bench import NO_STATES, graphs, program
 from eval import accuracy
-from support import options
+from support import options, plan
 
 MORE = "measure", "general", "graphs"       # what a job holds beside the arguments of train.py
 FREE = "lr", "seed", "steps", "epochs"      # compiled networks do not depend on these
@@ -99,6 +100,17 @@ def prepared(net, examples, args):
                         double_quant=not args.no_double_quant)
 
 
+def planned_bytes(args, examples):
+    """What --plan would say of the largest of the micro-batches that are trained on."""
+    steps = args.steps or args.epochs * -(-len(examples) // args.batch)
+    parts = [part for _, parts, _ in train.all_batches(examples, args, range(steps))
+             for part in parts]
+    tokens, labels, where_text = max(parts, key=lambda part: len(part[2]))
+    job = replace(plan.from_arguments(args)[0], rows=len(tokens), length=tokens.shape[1],
+                  text=len(where_text), learnt=int((labels != -100).sum()))
+    return plan.estimate_of(job)["peak"]
+
+
 def run_one(job):
     """The row of a job. Raises what train.py would raise; ValueError if the loss is not finite."""
     args = arguments(job)
@@ -132,6 +144,7 @@ def run_one(job):
             "tokens_per_second": sum(r["tokens"] for r in later) / sum(r["seconds"] for r in later)}
     if cuda:
         row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        row["planned_gib"] = planned_bytes(args, examples) / 2**30
     row |= {"val": train.validation_loss(net, val, args, autocast),
             "loss": [round(r["loss"], 4) for r in rows],
             "grad_norm": [round(r["grad_norm"], 4) for r in rows]}

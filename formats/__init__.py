@@ -53,6 +53,16 @@ def find(ckpt):
     raise FileNotFoundError(f"{found[0]} is no checkpoint: {holds}")
 
 
+def adapter_config(directory):
+    """The path of an adapter's adapter_config.json. FileNotFoundError if there is none."""
+    path = restored(directory) / "adapter_config.json"
+    if not path.is_file():
+        inner = Path(directory) / "adapter"
+        hint = f"; perhaps {inner} is meant" if (inner / path.name).is_file() else ""
+        raise FileNotFoundError(f"{path} is missing: {directory} is not an adapter{hint}")
+    return path
+
+
 # ----------------------------------------------------------------------------- Hugging Face's cache
 
 def cache():

@@ -18,6 +18,7 @@ from functools import cache, partial
 import torch
 
 from formats import CHECKPOINT_FILES
+from formats.jsonl import filled
 from formats.meta import check_heads, check_names, check_number, mapped
 from support.files import read_json, replaced
 
@@ -158,7 +159,7 @@ def no_rope(p, path):
 def say(text):
     """Print a line on stderr: once, and by one of several processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(filled(text), file=sys.stderr)
 
 
 def rope(p, path):

@@ -2,6 +2,7 @@
 what makes jsonl of it."""
 import json
 import re
+import textwrap
 
 from support.files import written
 
@@ -28,6 +29,13 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]
 def printable(text, keep="\n\t"):
     """A text of others, harmless for a terminal: an escape is shown as \\x1b."""
     return CONTROL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
+
+
+def filled(text, indent="  "):
+    """A text for people in lines of at most 79 columns. A longer line goes on after `indent`. It is
+    broken at spaces only, so a long path stays whole."""
+    return "\n".join(textwrap.fill(line, 79, subsequent_indent=indent, break_long_words=False,
+                                   break_on_hyphens=False) for line in text.splitlines())
 
 
 def records(path, opened=None):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from formats import adapter_config
 from support.files import read_json, restored
 
 WEIGHTS, FACTS = "adapter_model", "pissa.json"               # WEIGHTS.safetensors or .bin
@@ -49,11 +50,7 @@ BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 def read_config(directory):
     """The dict of adapter_config.json. FileNotFoundError or ValueError names the file."""
-    path = Path(directory) / "adapter_config.json"
-    if not path.is_file():
-        inner = Path(directory) / "adapter"
-        hint = f"; perhaps {inner} is meant" if (inner / path.name).is_file() else ""
-        raise FileNotFoundError(f"{path} is missing: {directory} is not an adapter{hint}")
+    path = adapter_config(directory)
     config = {"r": 8, **read_json(path)}                               # as PEFT has it
     wrong = [f"{key} is {config.get(key)!r:.60}" for key, right in (
         ("peft_type", config.get("peft_type") == "LORA"), ("r", is_rank(config["r"])),

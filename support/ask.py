@@ -1,9 +1,10 @@
 """eval.py's conversation: questions from the keyboard, and answers that appear as they come."""
+import math
 import sys
 from contextlib import nullcontext, suppress
 
 import pissa
-from formats.jsonl import printable
+from formats.jsonl import filled, printable
 from support import report
 
 
@@ -14,12 +15,17 @@ def answer(complete, net, tok, args, both, prompt):
     """
     report.spelled("the prompt", [prompt], tok)
     how = {k: getattr(args, k) for k in ("max_new_tokens", "stop", "temperature", "top_k", "top_p",
-                                         "seed")}
+                                         "seed")} | {"bar_after": math.inf}    # the text shows it
+    cut = set()
     for adapted in (False, True) if both else (True,):
         if both:
             print(f"--- with {args.adapter}" if adapted else "--- base")
         with nullcontext() if adapted else pissa.disabled(net):
-            streamed(lambda watch: complete([prompt], watch=watch, **how)[0], args.stop)
+            streamed(lambda watch: complete([prompt], watch=watch, cut=cut, **how)[0], args.stop)
+            if cut:
+                cut.clear()
+                print(f"(cut after {args.max_new_tokens} tokens; --max-new-tokens allows more)",
+                      file=sys.stderr, flush=True)
 
 
 def streamed(complete, stop=()):
@@ -53,14 +59,14 @@ def session(answer, template):
 
     template: the text around every question, which is shown at the start.
     """
-    print("every question is asked in this template, the one of training, and stands alone:\n\n"
-          f"{template}\n\nan empty line, Ctrl-D or Ctrl-C ends this")
+    print("every question stands alone, in this template, the one of training:\n\n"
+          + filled(template, "") + "\n\nan empty line, Ctrl-D or Ctrl-C ends this")
     try:
         for question in questions():
             try:
                 answer(question)
             except ValueError as e:                      # too long, for example: ask another one
-                print(printable(str(e), keep=""))
+                print(filled(printable(str(e), keep="")))
     except KeyboardInterrupt as e:
         if e.args:                                       # SIGTERM, for example
             raise

@@ -4,8 +4,9 @@ from itertools import groupby
 
 import data
 import model
-from formats import chat, peft
-from formats.jsonl import printable
+from formats import chat, hf, peft
+from formats.jsonl import filled, printable
+from formats.tokenizer import chat_template
 
 WIDTH = 80
 
@@ -18,8 +19,8 @@ def tokenizer(args):
     stored = template_of(args.adapter) if args.adapter else None
     if args.chat or stored:
         chat.use(tok, stored)
-        print("asked in the chat template " + (f"that {args.adapter} was trained in" if stored else
-                                               "of the model"))
+        print(filled("asked in the chat template " + (
+            f"that {args.adapter} was trained in" if stored else "of the model")))
     return tok
 
 
@@ -29,6 +30,14 @@ def template_of(adapter):
     if not isinstance(found, (str, type(None))):
         raise ValueError(f"{adapter}/{peft.FACTS}: chat_template is not a text")
     return found
+
+
+def trained_in(adapter, run, checkpoint):
+    """The chat template of an adapter's training. Or, if that is None, of a run of --method full
+    that wrote the checkpoint: its args.json has a day only if it was asked in a template."""
+    if adapter:
+        return template_of(adapter)
+    return chat_template(checkpoint) if hf.read_json(run / "args.json").get("date") else None
 
 
 def note(net, tok):
@@ -89,9 +98,9 @@ def shown(ids, n_prompt, tok):
 def say_training(template, stored):
     """Print how to ask a merged model. template: its own; stored: that of its training, or None."""
     if stored:
-        print("note: its training used " + ("its chat template" if stored == template else
-                                        "a chat template that is not the model's")
-                + ": ask it in that one (eval.py --chat)")
+        print(filled("note: its training used " + (
+            "its chat template" if stored == template else "a chat template that is not the "
+            "model's") + ": ask it in that one (eval.py --chat)"))
     elif template:
-        print("note: the model has a chat template, but its training used the paper's prompt: ask "
-              "it in that one, as eval.py does without --chat")
+        print(filled("note: the model has a chat template, but its training used the paper's "
+                     "prompt: ask it in that one, as eval.py does without --chat"))

@@ -15,7 +15,6 @@ can tell PEFT which base is meant.
 """
 import json
 import math
-import shlex
 
 import torch
 from torch import nn
@@ -26,7 +25,9 @@ import model
 import nf4
 import pissa
 from formats import hf, peft
+from formats.jsonl import filled
 from formats.meta import check_finite
+from support import options
 from support.files import check_room, replaced, write_text
 
 INIT = "pissa_init"                                                # the authors' name
@@ -85,6 +86,7 @@ def write(check_out, write_checkpoint, args):
         path = tmp / INIT / "adapter_config.json"      # they are in the file, not to be made again
         text = {**json.loads(path.read_text()), "init_lora_weights": True}
         write_text(path, json.dumps(text, indent=2) + "\n")
-    out = shlex.quote(str(args.out))
-    print(f"{len(pairs)} matrices at rank {args.rank} in {args.out / INIT}; train them:\n"
-          f"  python train.py --ckpt {out} --adapter {out}/{INIT} --data FILE")
+    print(filled(f"{len(pairs)} matrices at rank {args.rank} in {args.out / INIT}"))
+    print("train them:")
+    print(options.pasted(["python", "train.py", "--ckpt", args.out, "--adapter", args.out / INIT,
+                          "--data", "FILE"]))

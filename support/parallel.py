@@ -23,6 +23,7 @@ import adapter
 import model
 import pissa
 import relatives
+from formats.jsonl import filled
 
 RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -79,9 +80,9 @@ def choose(wish, peak):
     peak = peak() + 2**29                                                        # and CUDA itself
     there = torch.cuda.get_device_properties(0).total_memory
     SHARDED = peak > there
-    print(f"{WORLD} processes: with a copy of the model, each takes about {peak / 2**30:.1f} GiB, "
-          f"and a GPU has {there / 2**30:.1f}. So " + (
-              "the weights are spread over all of them" if SHARDED else "each has a copy"))
+    print(filled(f"{WORLD} processes: with a copy of the model, each takes about "
+                 f"{peak / 2**30:.1f} GiB, and a GPU has {there / 2**30:.1f}. So " + (
+                     "the weights are spread over all of them" if SHARDED else "each has a copy")))
 
 
 def end(code=0):

@@ -1,7 +1,7 @@
 """The file of predictions that --accuracy and --task of eval.py write."""
 from pathlib import Path
 
-from formats.jsonl import write_lines
+from formats.jsonl import filled, write_lines
 from support import report
 
 
@@ -28,5 +28,6 @@ def finish(out, part, rows, by):
     part.unlink()
     n, right = len(rows), sum(row["correct"] for row in rows)
     low, high = report.wilson(right / n, n)
-    print(f"accuracy {right / n:.1%} ({low:.1%} to {high:.1%} with 95 % confidence) by protocol "
-          f"{by}: {right} of {n} problems; predictions in {out}")
+    print(filled(f"accuracy {right / n:.1%} ({low:.1%} to {high:.1%} with 95 % confidence) by "
+                 f"protocol {by}: {right} of {n} problems; predictions in {out}"))
+    report.say_cut(sum(row.get("cut", False) for row in rows))

@@ -4,24 +4,28 @@ Nothing here changes a weight. train.py, eval.py and convert.py read better with
 """
 import json
 import math
+import os
 import signal
 import sys
-import textwrap
 import traceback
+import warnings
 
 import torch
 
 import data
 import pissa
-from formats.jsonl import printable, write_lines
+from formats.jsonl import filled, printable, write_lines
 from support import options, parallel, progress, streams
 from support.files import write_text, written
+
+FORMAT_WARNING, HERE = warnings.formatwarning, os.path.dirname(os.path.dirname(__file__))
 
 
 def run(main, name):
     """main(). An error that is no bug of ours ends the program with one line and exit code 1. A
     signal ends it with one line and 128 + its number. A closed output does not end it."""
     streams.guard()
+    warnings.formatwarning = plain_warning
     if signal.getsignal(signal.SIGINT) is options.end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (getattr(signal, n, None) for n in ("SIGTERM", "SIGHUP", "SIGUSR1")):
@@ -42,9 +46,16 @@ def run(main, name):
         leave(f"{name}: {line}" + getattr(e, "saved", ""), code)
 
 
+def plain_warning(message, category, *where):
+    """A warning of ours, for people; those of others, with the line of code that they are about."""
+    if category is not UserWarning or not str(where[0]).startswith(HERE):
+        return FORMAT_WARNING(message, category, *where)
+    return filled(f"warning: {message}") + "\n"
+
+
 def leave(line, code):
     """End the program with a line on stderr."""
-    line = printable(line, keep="")
+    line = options.last_words(printable(line, keep=""))
     if code == 1:
         sys.exit(line)
     print(line, file=sys.stderr)
@@ -95,8 +106,8 @@ def encoded(what, path, examples, tok, max_length):
     kept, truncated, dropped = data.encode(examples, tok, max_length)
     print(f"{what}: {path}, {len(kept)} examples")
     if truncated or dropped:
-        print(f"  {truncated} truncated to {max_length} tokens, {dropped} dropped (prompts that "
-              "leave nothing to learn)")
+        print(filled(f"  {truncated} truncated to {max_length} tokens, {dropped} dropped (prompts "
+                     "that leave nothing to learn)"))
     if not kept:
         raise ValueError(f"{path}: {what}: no example left; raise --max-length")
     spelled(f"{what}: {path}", (f"{data.as_text(p)} {r}" for p, r in examples), tok)
@@ -114,8 +125,8 @@ def spelled(where, texts, tok):
     """Print a note if texts spell control tokens, as chats with a template do."""
     found = [m[0] for m in map(tok.control.search, texts) if m]
     if found:
-        print(f"note: {where}: texts that spell control tokens, such as {found[0]!r}: "
-              f"{len(found)}; they are plain characters here, never the tokens")
+        print(filled(f"note: {where}: texts that spell control tokens, such as {found[0]!r}: "
+                     f"{len(found)}; they are plain characters here, never the tokens"))
 
 
 # ---------------------------------------------------------------------------- an injected network
@@ -134,8 +145,8 @@ def loaded(net, args, seconds):
     model = count(net)[1] - sum(p.numel() for _, m in pissa.layers(net)
                                 for n, p in m.named_parameters(recurse=False)
                                 if n not in ("frozen", "bias"))
-    print(f"model: {args.ckpt}, {model:,} parameters, "
-          f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}, read in {seconds:.1f} s")
+    print(filled(f"model: {args.ckpt}, {model:,} parameters, {str(weight.dtype)[6:]} on "
+                 f"{weight.device}, read in {seconds:.1f} s"))
 
 
 def quantised(net):
@@ -187,11 +198,10 @@ def advise(net, examples, args):
     """Print how many steps are to come, and notes on settings that are legal and probably
     unintended."""
     steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
-    print(f"{steps} steps of {args.batch} examples, learning rate {args.lr:g}, "
-          f"{steps * args.batch / len(examples):.2g} times through the data")
+    print(filled(f"{steps} steps of {args.batch} examples, learning rate {args.lr:g}, "
+                 f"{steps * args.batch / len(examples):.2g} times through the data"))
     for text in (*unlikely(net, examples, args, steps), *small_data(examples, args, steps)):
-        print(textwrap.fill(f"note: {text}", 79, subsequent_indent="  ", break_on_hyphens=False,
-                            break_long_words=False))
+        print(filled(f"note: {text}"))
 
 
 def small_data(examples, args, steps):
@@ -223,6 +233,9 @@ def unlikely(net, examples, args, steps):
             yield (f"--lr {args.lr:g} suits LoRA, whose B starts at 0; {args.method} starts at "
                    "the largest singular values and wants less: PiSSA's paper uses 2e-5, see "
                    "also arXiv 2602.04998")
+    if args.bits == 8 and not args.compile and str(args.device).startswith("cuda"):
+        yield ("--bits 8 without --compile: short rows then take longer than in 16 bits. Measured "
+               "on 7B, 8 x 512 tokens: 316 ms, 243 in 16 bits; with --compile 177 and 239")
     longest, positions = max(len(ids) for ids, _ in examples), net.config.max_seq_len
     if 0 < positions < longest:
         yield (f"the longest example has {longest} tokens, and the model was trained for "
@@ -293,6 +306,7 @@ def summarise(rows, before, after, args, seconds, device, accuracy_by):
         write_lines(args.out / "val.jsonl", [*measured.values(), last])
         write_json(args.out / "summary.json", summary)
     print(summary_text(summary, args))
+    say_cut(after.get("cut"))
 
 
 def finished(args):
@@ -306,7 +320,18 @@ def finished(args):
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
     print(f"{args.out} is finished:\n{text}")
+    say_cut(summary["after"].get("cut"))
+    in_chat = bool(getattr(args, "date", None))             # a run in a chat template keeps the day
+    weights_written(args.out / ("checkpoint" if args.method == "full" else "adapter"), args,
+                    summary["before"]["answers"], in_chat)
     return True
+
+
+def say_cut(count):
+    """Print a note if so many answers reached --max-new-tokens."""
+    if count:
+        print(filled(f"note: {count} answers reached --max-new-tokens and were cut there; more "
+                     "tokens may let them end"))
 
 
 def wilson(share, n):
@@ -321,8 +346,9 @@ def summary_text(summary, args):
     """What summary.json holds, in lines for people."""
     seconds, before, after, lines = *(summary[k] for k in ("seconds", "before", "after")), []
     for prompt, answer in before["answers"].items():
-        lines += [printable(f"\n--- {prompt}\nbefore: {answer[:200]}\n"
-                            f"after:  {after['answers'][prompt]}")]
+        short = answer if len(answer) <= 200 else f"{answer[:200].rpartition(' ')[0]} ..."
+        lines += ["", *(filled(printable(text), "        ") for text in (
+            f"--- {prompt}", f"before: {short}", f"after:  {after['answers'][prompt]}"))]
     lines += ["", f"{'':17}{'before':>14}{'after':>14}",
               f"validation loss  {before['loss']:14.4f}{after['loss']:14.4f}"]
     if after["accuracy"] is not None:
@@ -333,11 +359,10 @@ def summary_text(summary, args):
             lines += ["95 % interval    " + "".join(
                 f"{'{:.1f} - {:.1%}'.format(100 * low, high):>14}"
                 for low, high in (wilson(s, n) for s in shares))]
-        lines += [textwrap.fill(f"{summary['accuracy_by']} ({args.test_data})", 79,
-                                subsequent_indent="  ", break_on_hyphens=False)]
+        lines += [filled(f"{summary['accuracy_by']} ({args.test_data})")]
     if best := summary.get("best"):
-        lines += [f"lowest validation loss {best['loss']:.4f} after step {best['step']}: "
-                  f"{args.out / 'best'}"]
+        lines += [filled(f"lowest validation loss {best['loss']:.4f} after step {best['step']}: "
+                         f"{args.out / 'best'}")]
     speed = summary["tokens_per_second"]
     lines += [f"{summary['steps']} steps in {seconds['train']:.0f} s, "
               + (f"{speed:,.0f} tokens/s; " if speed else "") + f"{seconds['all']:.0f} s in all"
@@ -347,9 +372,13 @@ def summary_text(summary, args):
     return "\n".join(lines)
 
 
-def weights_written(directory, args, prompts):
-    """Print which files there are, and the command that uses the weights."""
-    use = ["--ckpt", directory] if args.method == "full" else [
+def weights_written(directory, args, prompts, chat):
+    """Print which files there are, and the command that uses the weights.
+
+    prompts: texts of the validation. chat: whether they were asked in the chat template.
+    An adapter holds that template. A checkpoint holds the model's, which may not have been used.
+    """
+    use = ["--ckpt", directory, *["--chat"] * chat] if args.method == "full" else [
         "--ckpt", args.ckpt, "--adapter", directory]
     short = [p for p in map(printable, prompts) if 0 < len(p) <= 62]
     use += ["--prompt", min(short, key=len)] if short else ["--interactive"]
@@ -368,9 +397,13 @@ def plan(args, job, method, found, less, step):
     trained, total = found["trained"], sum(numbers.values())
     unit, unit_name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
     rank = "" if job.full else f", rank {job.rank}"
-    print(f"{args.ckpt}: {method}{rank}, products in {str(job.dtype).removeprefix('torch.')}, "
-          f"{job.rows} x {job.length} tokens at a time, all of them learnt\n{planned_for(args)}\n\n"
-          f"{'':30}{'parameters':>16}{unit_name:>10}")
+    here = torch.cuda.is_available()
+    if not (args.device or here):
+        print("There is no GPU here. This plan is for an H200; for this machine: --device cpu")
+    where = args.device or ("the GPU that is here" if here else "an H200")
+    print(filled(f"{args.ckpt}: {method}{rank}, on {where}, products in {str(job.dtype)[6:]}, "
+                 f"{job.rows} x {job.length} tokens at a time, all of them learnt"))
+    print(f"\n{'':30}{'parameters':>16}{unit_name:>10}")
     for kind, held in found["held"].items():
         count = f"{numbers[kind]:,}" if kind in numbers else ""
         if held:
@@ -381,25 +414,17 @@ def plan(args, job, method, found, less, step):
           + f",\n{'':15}and some 0.5 GiB that CUDA itself takes" * job.cuda)
     for change, peak in less.items():
         print(f"  {change:29}{peak / unit:.1f} {unit_name}")
-    if job.cuda and torch.cuda.is_available():
+    if job.cuda and here:
         free, there = (b / 2**30 for b in torch.cuda.mem_get_info())
         print(f"this GPU has {there:.1f} GiB, {free:.1f} of them free: it "
               + ("fits" if size / 2**30 < free else "does not fit"))
     forward, attention, backward, again = (found["flops"][k] / 1e9 for k in (
         "forward", "attention", "backward", "recomputation"))
     tflops = (forward + backward + again) * args.batch * job.length / 1e3
-    print(f"\nGFLOPs a token  {forward:.3g} forward ({attention:.2g} of them attention), "
-          f"{backward:.3g} backward" + (f", {again:.3g} forward again" if again else "")
-          + f"\nTFLOPs a step   {tflops:,.1f} for {args.batch} x {job.length} tokens"
-          + f"\nseconds a step  {step}")
-
-
-def planned_for(args):
-    """The device that a plan is for, and how to ask for another."""
-    if args.device:
-        return f"on {args.device}"
-    here = torch.cuda.is_available()
-    return "on the GPU that is here" if here else "as on a GPU; --device cpu plans for here"
+    print(filled(f"\nGFLOPs a token  {forward:.3g} forward ({attention:.2g} of them attention), "
+                 f"{backward:.3g} backward" + (f", {again:.3g} forward again" if again else "")
+                 + f"\nTFLOPs a step   {tflops:,.1f} for {args.batch} x {job.length} tokens"
+                 + f"\nseconds a step  {step}", 16 * " "))
 
 
 def plan_of_gpus(args, whole, spread):

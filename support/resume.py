@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 
 import adapter
-from formats.jsonl import write_lines
-from support import parallel, report
+from formats.jsonl import filled, write_lines
+from support import options, parallel, report
 from support.files import check_room, empty, lock, named, replaced, restored
 
 BEGIN = time.monotonic()
@@ -96,7 +96,7 @@ def measured(args):
         try:
             row = json.loads(path.read_text("utf-8").splitlines()[0])
             return {**{k: row[k] for k in ("loss", "answers", "accuracy")},
-                    "problems": row.get("problems")}
+                    "problems": row.get("problems"), "cut": row.get("cut", 0)}
         except (ValueError, RecursionError, LookupError, TypeError) as e:
             raise ValueError(f"{path} is damaged ({e!r:.80}): remove it") from None
     return None
@@ -141,6 +141,23 @@ def finish(args):
     if not parallel.RANK:
         keep(args.out, 1)
         shutil.rmtree(previous(args.out), ignore_errors=True)
+
+
+@contextmanager
+def told(args):
+    """Ctrl-C outside of `signals_noted` is told whether anything was learnt, and where it is."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        there = args.out / ("checkpoint" if args.method == "full" else "adapter")
+        if LOCKS and there.exists():
+            text = f"what was learnt is in {there}; the same command with --resume measures it"
+        elif args.resume and (path := newest(args.out)):
+            text = f"nothing was learnt since {path}, with which --resume goes on"
+        else:
+            text = options.NOTHING
+        e.saved = getattr(e, "saved", f"; {text}")
+        raise
 
 
 def asked(reason):
@@ -213,7 +230,7 @@ class Run:
                 if value.shape != shape else parallel.put(
                     torch.empty_like(p), parallel.from_parts(p, [m[key] for m in of_parts]))
                 for key, value in of_parts[0].items()}
-        print(f"going on with {path}, after step {self.at} of {self.steps}")
+        print(filled(f"going on with {path}, after step {self.at} of {self.steps}"))
 
     def wishes(self):
         """[1 if this process wants to stop, 1 if it wants a state to be written]."""

@@ -12,8 +12,8 @@ def guard():
     if isinstance(sys.stderr, OpenEnded):
         return
     for stream in (sys.stdout, sys.stderr):           # a terminal of few characters: café, caf\xe9
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):                      # line by line: both in one file, in
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)       # their order
     Errors = OpenEnded if sys.stderr.isatty() else Lines
     sys.stdout, sys.stderr = OpenEnded(sys.stdout), Errors(sys.stderr)
 

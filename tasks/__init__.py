@@ -8,7 +8,8 @@ Every page has
     ended(text, problem)                    True if more text cannot change the score; problem: any
                                             one of the task
 
-Here is what they share: reading, answering in batches, the file of predictions.
+Here is what they share: reading, answering in batches, the file of predictions. With --chat, or an
+adapter that was trained in a chat template, the instruction of the prompt is asked in it.
 """
 import hashlib
 import json
@@ -18,8 +19,9 @@ from functools import partial
 
 from tqdm import tqdm
 
+import data
 import model
-from formats import jsonl
+from formats import jsonl, records
 from support import files, predictions
 from tasks import commonsense, gsm8k, humaneval, math, mbpp
 
@@ -28,26 +30,46 @@ PAGES = {"gsm8k": gsm8k, "math": math, "humaneval": humaneval, "mbpp": mbpp,
 
 
 def read(task, path, protocol):
-    """The problems of a jsonl file, a list of dicts. ValueError names the line that is none."""
+    """The problems of a file, a list of dicts: JSON lines, or what else data.read takes. ValueError
+    names the line that is none."""
     page, found, others = PAGES[task], [], 0
-    for where, record in jsonl.records(path):
+    for where, record in records.rows(path):
         problem = page.problem(record, where, task, protocol)
         others += problem is None
         if problem:
             found.append({"id": len(found), **problem})
     if others:
-        print(f"note: {path}: {others} problems outside the test set of {task} are left out")
+        print(jsonl.filled(f"note: {path}: {others} problems outside the test set of {task} are "
+                           "left out"))
     if not found:
         raise ValueError(f"{path}: no problems of {task}; give one JSON object per line")
     return found
 
 
-def describe(task, protocol, max_new_tokens, problems, path):
+def describe(task, protocol, max_new_tokens, problems, path, chat=False):
     """The line that says how a task is measured."""
     page = PAGES[task]
-    return (f"protocol {protocol} of {task}: {page.SHOWN[protocol]}, greedy, at most "
+    shown = page.SHOWN[protocol]
+    if chat:                          # the name of the page's prompt, and how the answer begins
+        name, plus, begin = shown.partition(" + ")
+        shown = f"the instruction of {name} in the chat template{plus}{begin}"
+    return (f"protocol {protocol} of {task}: {shown}, greedy, at most "
             f"{max_new_tokens} new tokens; {page.RULE[protocol]}; {len(problems)} problems of "
             f"{path}")
+
+
+def prompt_ids(prompt, tok):
+    """The ids of a page's prompt. In the chat template its instruction is the user's turn."""
+    if not tok.in_chat:
+        return tok.encode(prompt, bos=True)
+    asked, begin = turn(prompt)
+    return data.prompt_ids(asked, tok, begin)
+
+
+def turn(prompt):
+    """(instruction, the first words of its answer) of a page's prompt."""
+    asked, _, begin = prompt.rpartition("\n\n### Response:")
+    return asked.partition("### Instruction:\n")[2], begin
 
 
 def evaluate(net, tok, task, problems, *, max_new_tokens, batch=64, done=(), log=None):
@@ -57,7 +79,7 @@ def evaluate(net, tok, task, problems, *, max_new_tokens, batch=64, done=(), log
     the others, batch by batch. A prompt longer than the model's positions: ValueError.
     """
     page, rows = PAGES[task], dict(done)
-    ids = {i: tok.encode(p["prompt"], bos=True) for i, p in enumerate(problems) if i not in rows}
+    ids = {i: prompt_ids(p["prompt"], tok) for i, p in enumerate(problems) if i not in rows}
     todo = sorted(ids, key=lambda i: len(ids[i]))                 # like lengths: little padding
     limit = net.config.max_seq_len or 2**17
     if todo and len(ids[todo[-1]]) > limit:
@@ -73,6 +95,8 @@ def evaluate(net, tok, task, problems, *, max_new_tokens, batch=64, done=(), log
             for i, text, score in zip(now, texts, scores, strict=True):
                 about = {k: problems[i][k] for k in ("id", "prompt", "reference")
                          if k in problems[i]}
+                if tok.in_chat:
+                    about["prompt"] = turn(problems[i]["prompt"])[0]
                 rows[i] = {**about, "response": text, **score}
                 if log:
                     print(json.dumps([i, rows[i]], ensure_ascii=False), file=log, flush=True)
@@ -98,12 +122,14 @@ def show(net, tok, problems, args, weights):
     weights: a hash of the model and its adapter. Predictions are appended to OUT.part as they come.
     A run that was interrupted goes on there.
     """
-    print(describe(args.task, args.protocol, args.max_new_tokens, problems, args.data))
+    print(jsonl.filled(describe(args.task, args.protocol, args.max_new_tokens, problems, args.data,
+                                tok.in_chat)))
     out, part = predictions.places(args, args.task, args.protocol)
     header = {key: getattr(args, key) for key in ("task", "protocol", "max_new_tokens", "data",
                                                   "limit", "ckpt", "adapter")}
     asked = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
-    header |= {"weights": weights, "problems": asked}
+    header |= {"weights": weights, "problems": asked,
+               "chat template": tok.template if tok.in_chat else None}
     out.parent.mkdir(parents=True, exist_ok=True)
     with files.named(part), open(part, "a", encoding="utf-8", newline="") as log:
         held = files.lock(part)

@@ -161,6 +161,11 @@ def command(main, *argv):
     return out.getvalue()
 
 
+def joined(text):
+    """A text that is printed in lines of 79 columns, as one line."""
+    return " ".join(text.split())
+
+
 def failure(script, *argv):
     """What a failing script writes as its last words, as the shell would show them."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e, \
@@ -168,7 +173,8 @@ def failure(script, *argv):
         patch.setattr(sys, "argv", [script, *map(str, argv)])
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert e.value.code not in (0, None), "it should have failed"
-    code, text = e.value.code, re.split(r"loading torch \.\.\.\n|/s\]\n", err.getvalue())[-1]
+    code, text = e.value.code, re.split(r"(?:loading|reading) \S+ \.\.\.\n|/s\]\n",
+                                         err.getvalue())[-1]
     return code if isinstance(code, str) else text.strip()
 
 

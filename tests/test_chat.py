@@ -15,10 +15,13 @@ import convert
 import data
 import eval as evaluation
 import model
+import tasks
 import train
-from conftest import command, failure, small_net
+from bench import bench_tasks
+from conftest import command, failure, joined, small_net
 from formats import chat
-from support import chats
+from support import chats, options
+from tasks import commonsense
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("jinja2")
@@ -54,14 +57,21 @@ FAMILIES = {"llama3_1": LLAMA3, "llama3_2": LLAMA3, "qwen2_5": QWEN, "qwen3": QW
                                      "<|end_of_text|>", "<|end_of_text|>", True)}
 
 
+FLAT = [f"{name}, flat" for name in ("gemma-it", "mistral-instruct", "llama-2-chat", "zephyr",
+                                     "vicuna", "granite-3.0-instruct")]
+
+
 def template_named(name):
-    """(template, control tokens, BOS, EOS, whether it knows a system role)."""
+    """(template, control tokens, BOS, EOS, whether it knows a system role). "flat": as those who
+    wrote these files in many lines say that they are to be used."""
     if name in SMALL:
         return SMALL[name]
+    name, _, flat = name.partition(", ")
     path = TEMPLATES / f"{name}.jinja"
     if not path.is_file():
         pytest.skip(f"PISSA_TEMPLATES names no folder with {path.name}")
-    return path.read_text("utf-8"), *FAMILIES[name]
+    text = path.read_text("utf-8")
+    return text.replace("    ", "").replace("\n", "") if flat else text, *FAMILIES[name]
 
 
 @pytest.fixture(scope="session")
@@ -136,9 +146,11 @@ def reference(theirs, messages, stops):
     turns = [(a, b if whole.startswith(b) else b.removesuffix(eos)) for a, b in turns]
     if not all(whole.startswith(a) and whole.startswith(b) for a, b in turns):
         messages = messages[:answers[-1] + 1]                  # earlier turns are written anew
-        whole = text(messages)
-        turns = [(text(messages[:-1], True), whole)]
-        assert whole.startswith(turns[0][0])
+        whole, before = text(messages), text(messages[:-1], True)
+        if not whole.startswith(before):                       # an answer begins in another way
+            before = before[:max(n for n in range(len(before)) if whole.startswith(before[:n]))]
+            assert before.startswith(text(messages[:-1]))
+        turns = [(before, whole)]
     ids = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
     ends, learnt = ends_of(ids, theirs), [False] * len(ids)
     assert ends[-1] == len(whole.encode())
@@ -164,7 +176,7 @@ def check(tok, theirs, system, n, seed=0):
 
 
 @pytest.mark.filterwarnings("ignore:the chat template writes earlier")
-@pytest.mark.parametrize("name", [*SMALL, *FAMILIES])
+@pytest.mark.parametrize("name", [*SMALL, *FAMILIES, *FLAT])
 def test_ids_and_masks(pair, name):
     made = template_named(name)
     check(*pair(*made), made[-1], 25)
@@ -172,7 +184,7 @@ def test_ids_and_masks(pair, name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the chat template writes earlier")
-@pytest.mark.parametrize("name", [*SMALL, *FAMILIES])
+@pytest.mark.parametrize("name", [*SMALL, *FAMILIES, *FLAT])
 def test_ids_and_masks_of_many(pair, name):
     made = template_named(name)
     check(*pair(*made), made[-1], 200, seed=1)
@@ -465,20 +477,111 @@ def test_a_run_on_conversations(base, tmp_path):
     assert chats.template_of(tmp_path / "small") == CHATML
 
 
+@pytest.mark.parametrize("kept", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_full_run_on_conversations(base, tmp_path, kept):
+    """Its checkpoint has the template, wherever the base's stands; so have its best one and copies
+    of it in either layout. The command that is printed asks in it."""
+    if kept == "tokenizer_config.json":
+        config = json.loads((base / kept).read_text())
+        config["chat_template"] = (base / "chat_template.jinja").read_text()
+        (base / kept).write_text(json.dumps(config))
+        (base / "chat_template.jinja").unlink()
+    said = trained(base, "--data", tmp_path / "chat.json", "--method", "full", "--val-every", 1)
+    made, use = tmp_path / "run" / "checkpoint", said.partition("use them:\n")[2]
+    assert f"--ckpt {made}" in use and "--chat" in use.split()
+    for layout in "hf", "meta":
+        assert "its training used its chat template: ask it in that one" in joined(command(
+            convert.main, "merge", tmp_path / "run", tmp_path / layout, "--layout", layout))
+    said = joined(command(convert.main, "merge", tmp_path / "run", tmp_path / "x.gguf"))
+    assert "its training used its chat template" in said and "Modelfile" not in said
+    for folder in made, tmp_path / "run" / "best", tmp_path / "hf", tmp_path / "meta":
+        assert (folder / kept).read_bytes() == (base / kept).read_bytes()
+        tok = data.Tokenizer(folder)
+        assert tok.template == CHATML
+        chat.use(tok)
+        assert tok.decode(data.prompt_ids("1?", tok)) == tok.decode(data.prompt_ids(
+            [turn("user", "1?")], data.Tokenizer(base)))
+    theirs = transformers.AutoTokenizer.from_pretrained(made)
+    assert theirs.apply_chat_template(TWO, tokenize=False) == chat.render(TWO, tok)
+    said = trained(base, "--data", tmp_path / "plain.jsonl", "--method", "full", "--overwrite")
+    assert "--chat" not in said
+    said = joined(command(convert.main, "merge", tmp_path / "run", tmp_path / "y.gguf"))
+    assert "used the paper's prompt: ask it" in said and "Modelfile" in said
+
+
 def test_a_run_on_questions(base, tmp_path):
     """The paper's prompt, unless --chat is given; accuracy says the form."""
     rows = tmp_path / "plain.jsonl"
     said = trained(base, "--data", rows, "--test-data", rows)
     assert "Below is an instruction" in said and "data.PROMPT" in said
     assert chats.template_of(tmp_path / "run" / "adapter") is None
-    assert "used the paper's prompt: ask it" in command(convert.main, "merge", tmp_path / "run",
-                                                        tmp_path / "merged")
+    assert "used the paper's prompt: ask it" in joined(command(
+        convert.main, "merge", tmp_path / "run", tmp_path / "merged"))
     said = trained(base, "--data", rows, "--chat", "--test-data", rows, "--overwrite")
     assert "Below is" not in said and "protocol strict: the chat template, greedy" in said
     for more, form in ((), "data.PROMPT"), (("--chat",), "the chat template"):
         assert f"protocol strict: {form}, greedy" in command(
             evaluation.main, "--ckpt", base, "--accuracy", rows, "--max-new-tokens", 2, "--device",
             "cpu", "--out", tmp_path / "x.jsonl", *more)
+
+
+@pytest.mark.parametrize("task, protocol", [
+    (task, protocol) for task, known in options.TASKS.items() for protocol in known])
+def test_a_task_in_the_template(task, protocol, pair):
+    """Its instruction is the user's turn; nothing of the paper's template is left."""
+    tok, theirs = pair(*SMALL["chatml"])
+    question = "What is 2 + 3?\n\n### Response: is a heading"
+    record = {"question": question, "problem": question, "text": question, "prompt": question,
+              "instruction": question, "answer": "#### 5", "task_id": 11, "test_list": ["assert f"],
+              **{"humaneval": {"task_id": "a/1", "test": "x", "entry_point": "f"}}.get(task, {}),
+              **({"answer": commonsense.NAMES[task][0]} if task in commonsense.NAMES else {})}
+    prompt = tasks.PAGES[task].problem(record, "d.jsonl:1", task, protocol)["prompt"]
+    assert tasks.prompt_ids(prompt, tok) == tok.encode(prompt, bos=True)
+    chat.use(tok)
+    asked = {"humaneval": f"Create a Python script for this problem:\n{question}",
+             "mbpp": f"{question} Your code should satisfy the following assertion:\n```python\n"
+                     "assert f\n```"}.get(task, question)
+    begin = " Let's think step by step." * (task in ("gsm8k", "math") and protocol == "paper")
+    expected = theirs.apply_chat_template([turn("user", asked)], add_generation_prompt=True,
+                                          tokenize=False) + begin
+    assert tasks.prompt_ids(prompt, tok) == theirs(expected, add_special_tokens=False).input_ids
+
+
+def test_a_task_by_the_command(base, tmp_path):
+    """--chat asks as --accuracy --chat does. An adapter of conversations is asked like that without
+    the flag. A run in another form does not go on."""
+    rows, out = tmp_path / "plain.jsonl", tmp_path / "x.jsonl"
+
+    def said(*more):
+        return joined(command(evaluation.main, "--ckpt", base, "--out", out, "--max-new-tokens", 3,
+                              "--device", "cpu", *more))
+
+    def responses():
+        return [json.loads(line)["response"].strip() for line in open(out)]
+
+    said("--accuracy", rows, "--chat")
+    expected = responses()
+    task = "--task", "gsm8k", "--data", rows
+    assert ("protocol strict of gsm8k: the instruction of data.PROMPT in the chat template, greedy"
+            in said(*task, "--chat")) and responses() == expected
+    assert json.loads(out.read_text().splitlines()[3])["prompt"] == "3 + 1?"
+    assert "gsm8k: data.PROMPT, greedy" in said(*task) and responses() != expected
+    trained(base, "--data", tmp_path / "chat.json", "--lr", 1e-12)
+    assert "in the chat template" in said(*task, "--adapter", tmp_path / "run" / "adapter")
+    assert responses() == expected
+    (tmp_path / "gsm8k").mkdir()
+    rows.rename(tmp_path / "gsm8k" / "test.jsonl")
+    command(bench_tasks.main, "--ckpt", base, "--chat", "--folder", tmp_path, "--tokens", 2,
+            "--device", "cpu", "--out", tmp_path / "result.json")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["model"] == "base, in chat" and len(result["rows"]) == 2 and all(
+        "in the chat template" in row["how"] for row in result["rows"])
+    part = tmp_path / "x.jsonl.part"
+    header = {"task": "gsm8k", "chat template": None}
+    part.write_text(json.dumps(header) + '\n[0, {"correct": true}]\n')
+    with pytest.raises(ValueError, match="begun with other chat template .None, now '{% for m in"):
+        with open(part, "a") as log:
+            tasks.begun(log, part, {**header, "chat template": CHATML}, 9)
 
 
 def test_no_template_is_one_line(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import data
-from conftest import train_tokenizer
+from conftest import joined, train_tokenizer
 from formats import records
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real material, where a checkout has it
@@ -81,7 +81,7 @@ def test_columns_that_are_not_used_are_named_once(tmp_path, capsys):
              "id": None, "\x1b[2J": 1}, {"instruction": "i", "output": "o", "topics": ["x"]}] * 3
     data.read(write(tmp_path / "d.jsonl", *rows))
     assert re.search(r"^note: \S+d.jsonl: columns that are not used: tag, \\x1b\[2J, topics; "
-                     ".*fields=.*\n$", capsys.readouterr().out)
+                     ".*fields=.*$", joined(capsys.readouterr().out))
     data.read(write(tmp_path / "d.jsonl", GOOD))
     assert capsys.readouterr().out == ""
 
@@ -178,15 +178,40 @@ def test_files_of_other_kinds(tmp_path, name, packed):
     assert data.read(path) == [tuple(row.values()) for row in ROWS]
 
 
+PYARROW = "pyarrow is missing, so that no Parquet is read: pip install pyarrow"
+
+
 def test_parquet(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-    chat = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
-    for rows, expected in (ROWS, [tuple(row.values()) for row in ROWS]), (
-            chat, [(chat[0]["messages"][:1], "a")]):
-        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-        assert data.read(tmp_path / "d.parquet") == expected
+    """As pyarrow writes it, in each of its compressions, in several groups and batches of rows."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason=PYARROW)
+    from pyarrow import Table
+    chat = {"messages": [turn("user", "q"), turn("assistant", "a")]}
     path = tmp_path / "d.parquet"
+    for rows, expected in (ROWS, [tuple(row.values()) for row in ROWS]), (
+            [chat], [(chat["messages"][:1], "a")]), (
+            [{"instruction": "i", "input": None, "output": "o", "id": 7}], [("i", "o")]):
+        for compression in "none", "snappy", "gzip", "zstd", "brotli", "lz4":
+            parquet.write_table(Table.from_pylist(rows * 1500), path, row_group_size=700,
+                                compression=compression)
+            assert data.read(path) == expected * 1500
+    path.rename(tmp_path / "of_any_name")
+    assert data.read(tmp_path / "of_any_name") == [("i", "o")] * 1500
+
+
+def test_parquet_errors_say_where(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason=PYARROW)
+    from pyarrow import Table
+    path, rows = tmp_path / "d.parquet", [{"question": "q", "answer": "a"}] * 1001
+    parquet.write_table(Table.from_pylist([*rows, {"question": "q", "answer": ""}]), path)
+    with pytest.raises(ValueError, match="d.parquet: record 1002: field 'answer' is empty"):
+        data.read(path)
+    parquet.write_table(Table.from_pylist([{"question": "q", "answer": 7}]), path)
+    with pytest.raises(ValueError, match="d.parquet: record 1: field 'answer' is not a string"):
+        data.read(path)
+    parquet.write_table(Table.from_pylist(rows[:0], Table.from_pylist(rows).schema), path)
+    with pytest.raises(ValueError, match="d.parquet: no records"):
+        data.read(path)
+    parquet.write_table(Table.from_pylist(rows), path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="d.parquet: damaged Parquet.*copy it again$"):
         data.read(path)
@@ -228,22 +253,49 @@ def test_errors_of_other_kinds(tmp_path, name, content, message):
     assert "\n" not in str(e.value)
 
 
+def packed_often(content, times, path):
+    """Write a .gz of `content`, repeated; returns how many bytes it has."""
+    stream = zlib.compressobj(6, zlib.DEFLATED, 31)
+    path.write_bytes(b"".join(stream.compress(content) for _ in range(times)) + stream.flush())
+    return path.stat().st_size
+
+
 def test_a_gzip_bomb_is_refused_early(tmp_path, monkeypatch):
-    """200 times its size, and never more memory than that."""
-    monkeypatch.setattr(records, "SMALL", 2**20)
-    bomb = zlib.compressobj(9, zlib.DEFLATED, 31)
-    packed = b"".join(bomb.compress(b" " * 2**20) for _ in range(64)) + bomb.flush()
-    (tmp_path / "d.jsonl.gz").write_bytes(packed)
+    """Of spaces, 1029 times its size: little more than SMALL bytes of memory, however large."""
+    monkeypatch.setattr(records, "SMALL", 2**24)
+    size = packed_often(b" " * 2**20, 256, tmp_path / "d.jsonl.gz")
+    assert 2**28 > 1000 * size
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"d.jsonl.gz: unpacks to more than .* bytes; .*gzip -dc"):
+    with pytest.raises(ValueError, match=r"d.jsonl.gz: its first 65,536 .* unpack to .*gzip -dc"):
         data.read(tmp_path / "d.jsonl.gz")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2**20 + 250 * len(packed) < 64 * 2**20
+    assert peak < 3 * 2**26                                      # of 64 KiB: at most 2**26
     monkeypatch.undo()
     text = json.dumps({"text": "a" * 2**20})                     # 1000 times, but small
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     assert data.read(tmp_path / "d.jsonl.gz") == [("", "a" * 2**20)]
+
+
+@pytest.mark.parametrize("lines, ratio", [(1, 290), (40, 290)])
+def test_the_same_chat_again_and_again_is_no_bomb(tmp_path, monkeypatch, lines, ratio):
+    """Equal records, the worst that honest data can be: more than 200 times its size is read."""
+    monkeypatch.setattr(records, "SMALL", 0)
+    chat = {"messages": [turn("user", "What is 2 + 3?"), turn("assistant", "2 + 3 = 5. #### 5")]}
+    if lines > 1:
+        chat["messages"].insert(0, turn("system", "You are a helpful assistant.\n" * lines))
+    line, path = json.dumps(chat).encode() + b"\n", tmp_path / "d.jsonl.gz"
+    times = 10**8 // len(line) // 1000
+    size = packed_often(line * 1000, times, path)
+    assert ratio * size < 1000 * times * len(line) < records.RATIO * size
+    assert records.unpacked(path) == line * 1000 * times
+
+
+def test_a_gzip_with_zeros_behind_it(tmp_path):
+    """Tapes and some tools fill the last block; between the parts zeros may stand, too."""
+    part = packed(b'{"text": "a"}\n')
+    (tmp_path / "d.gz").write_bytes((part + bytes(70_000)) * 2)
+    assert data.read(tmp_path / "d.gz") == [("", "a")] * 2
 
 
 def turn(role, content):

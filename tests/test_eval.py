@@ -19,7 +19,7 @@ import data
 import eval as evaluation
 import model
 import pissa
-from conftest import ROOT, TINY, hugging_face
+from conftest import ROOT, TINY, hugging_face, joined
 from conftest import command as run_command
 from conftest import failure as run_failure
 from formats import meta_write
@@ -362,7 +362,8 @@ def test_interactive(net, tok, saved, monkeypatch, end):
     typed(monkeypatch, *prompts, end)
     printed = command(*flags, "--interactive")
     first, *answers = printed.split("\n> ")
-    assert data.PROMPT in first and "Ctrl-D" in first
+    assert joined(data.PROMPT) in joined(first) and "Ctrl-D" in first
+    assert max(map(len, first.splitlines())) < 80
     assert [a.strip("\n") for a in answers] == [
         *(command(*flags, "--prompt", p).strip("\n") for p in prompts), ""]
     assert "--- base\n" in answers[0] and f"--- with {saved}\n" in answers[0]
@@ -372,7 +373,8 @@ def test_interactive_goes_on_after_a_prompt_that_is_too_long(monkeypatch):
     """And it obeys SIGTERM, which run() makes a KeyboardInterrupt with a number."""
     typed(monkeypatch, "long " * 999, "Hi", "")
     printed = command("--interactive", "--max-new-tokens", 2)
-    assert "has 1,0" in printed and "leave it out" in printed and printed.count("\n> ") == 3
+    assert "has 1,0" in joined(printed) and "leave it out" in joined(printed)
+    assert printed.count("\n> ") == 3
     typed(monkeypatch, KeyboardInterrupt(15))
     with pytest.raises(KeyboardInterrupt):
         command("--interactive")
@@ -384,7 +386,8 @@ def test_interactive_reads_a_pipe():
     run = subprocess.run([sys.executable, "eval.py", "--interactive", "--max-new-tokens", "2"],
                          cwd=ROOT, capture_output=True, input=b"What is 2 + \xff3?")
     assert run.returncode == 0 and run.stdout.count(b"\n> ") == 2
-    assert run.stderr == b"eval.py: loading torch ...\n"
+    assert run.stderr == (b"eval.py: loading torch ...\neval.py: reading tiny ...\n"
+                          b"(cut after 2 tokens; --max-new-tokens allows more)\n")
 
 
 @pytest.mark.parametrize("text, stop, expected", [
@@ -417,7 +420,7 @@ def test_control_characters_are_shown_and_do_nothing(monkeypatch):
     """What a model says is printed, and no terminal obeys it."""
     answer_with(monkeypatch, {"Hi </s>": "caf\u00e9\x1b[2J\r\u202e\tso\nit is"})
     assert command("--prompt", "Hi </s>") == (
-        "note: the prompt: texts that spell control tokens, such as '</s>': 1; they are plain "
+        "note: the prompt: texts that spell control tokens, such as '</s>': 1; they are\n  plain "
         "characters here, never the tokens\ncaf\u00e9\\x1b[2J\\r\\u202e\tso\nit is\n")
 
 
@@ -429,9 +432,41 @@ def test_ascii_terminal(tmp_path):
         [sys.executable, "eval.py", "--accuracy", tmp_path / "d.jsonl", "--out", tmp_path / "p",
          "--max-new-tokens", "2"], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    note, _, score = run.stdout.splitlines()
-    assert run.returncode == 0 and "columns that are not used: caf\\xe9;" in note
-    assert score.startswith("accuracy 0.0% (0.0% to 79.3% with 95 % confidence) by protocol")
+    assert run.returncode == 0 and "columns that are not used: caf\\xe9;" in joined(run.stdout)
+    assert "\naccuracy 0.0% (0.0% to 79.3% with 95 % confidence) by protocol" in run.stdout
+
+
+def test_a_cut_answer_is_told(net, tok, monkeypatch, capsys, tmp_path):
+    """An answer that ends by itself, or by a stop text, is not called cut."""
+    eos = next(iter(tok.stops))
+    for said, cut in ([5, 6, 7], {0}), ([5, 6, eos], set()), ([5, eos, 5], set()):
+        say(monkeypatch, said)
+        found = set()
+        evaluation.complete(net, tok, ["?"], max_new_tokens=3, cut=found)
+        assert found == cut
+    say(monkeypatch, [5, 6, 7])
+    evaluation.complete(net, tok, ["?"], max_new_tokens=3, stop=[tok.decode([6])], cut=found)
+    assert not found
+    say(monkeypatch, [5, 6, 7])
+    assert "cut" not in command("--prompt", "Hi", "--max-new-tokens", 3)
+    assert "(cut after 3 tokens; --max-new-tokens allows more)\n" in capsys.readouterr().err
+    say(monkeypatch, [5, 6], [5, eos], [5, 7])
+    printed = command("--accuracy", TINY / "test.jsonl", "--limit", 3, "--max-new-tokens", 2,
+                      "--out", tmp_path / "p.jsonl")
+    assert "note: 2 answers reached --max-new-tokens and were cut there" in printed
+    assert [row.get("cut", False) for row in read_lines(tmp_path / "p.jsonl")].count(True) == 2
+
+
+def test_no_bar_beside_a_text_that_appears(net, monkeypatch):
+    """Of an answer that takes long, either the text is seen or the bar, never both in one line."""
+    bars = []
+    monkeypatch.setattr(model, "tqdm", lambda steps, name, delay, **_: (
+        bars.append((name, delay)), steps)[1])
+    command("--prompt", "Tom had 12 pens.", "--max-new-tokens", 2)
+    assert [delay for name, delay in bars if name == "generate"] == [math.inf]
+    del bars[:]
+    model.generate(net, [[1, 2]], 2)
+    assert bars == [("generate", 2)]
 
 
 @pytest.mark.long
@@ -461,9 +496,10 @@ def test_accuracy_command(tmp_path, monkeypatch, flag, protocol, expected):
     answer_with(monkeypatch, answers)
     printed = command(flag, TINY / "test.jsonl", "--limit", 20, "--max-new-tokens", 33,
                       "--protocol", protocol, "--out", tmp_path / "p.jsonl")
-    assert printed.splitlines()[0] == expected
+    assert joined(printed).startswith(expected + " accuracy ")
+    assert max(map(len, printed.replace(str(tmp_path), "").splitlines())) < 80
     score, low, high = re.search(r"accuracy (\S+)% \((\S+)% to (\S+)%", printed).groups()
-    assert float(score) == 85.0 and f"by protocol {protocol}: 17 of 20 problems" in printed
+    assert float(score) == 85.0 and f"by protocol {protocol}: 17 of 20 problems" in joined(printed)
     assert (float(low), float(high)) == (64.0, 94.8)                 # by Wilson, of 17 in 20
     rows = read_lines(tmp_path / "p.jsonl")
     assert [r["prompt"] for r in rows] == [p for p, _ in EXAMPLES]
@@ -481,7 +517,7 @@ def test_accuracy_options(tmp_path, monkeypatch, argv, tokens, stop):
     printed = command("--accuracy", TINY / "test.jsonl", "--limit", 1, *argv, "--out",
                       tmp_path / "p.jsonl")
     assert (calls[0][1]["max_new_tokens"], calls[0][1]["stop"]) == (tokens, stop)
-    assert f"at most {tokens} new tokens{f', stop at {stop}' if stop else ''};" in printed
+    assert f"at most {tokens} new tokens{f', stop at {stop}' if stop else ''};" in joined(printed)
 
 
 @pytest.mark.long
@@ -616,9 +652,9 @@ def test_going_on_or_starting_anew(tmp_path, monkeypatch, base, saved, change, m
     if change:
         change(base, tmp_path / "adapter")
     asked = die(monkeypatch, 0, lambda net, prompts, *args, **options: [[6]] * len(prompts))
-    printed = command(*flags, *more).splitlines()
-    assert len(printed) == 3
-    assert printed[1].startswith("starting anew: " if anew else "going on: 6 of 10 are done")
+    printed = command(*flags, *more)
+    assert len(re.findall(r"^\S", printed, re.M)) == 3                 # the rest are longer lines
+    assert ("\nstarting anew:" if anew else "\ngoing on: 6 of 10 are done\n") in printed
     rows = read_lines(tmp_path / "p.jsonl")
     assert sum(map(len, asked)) == (len(rows) if anew else 4)
     assert len({row["response"] for row in rows}) == (1 if anew else 2)
@@ -632,9 +668,26 @@ def test_a_mistake_is_one_line_on_stderr():
     run = subprocess.run([sys.executable, "eval.py", "--ckpt", "llama9-7b", "--prompt", "Hi"],
                          cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and run.stdout == ""
-    loading, line = run.stderr.splitlines()
-    assert loading == "eval.py: loading torch ..."
+    line, = run.stderr.splitlines()                              # before torch is loaded
     assert line.startswith("eval.py: no checkpoint llama9-7b") and "consolidated.00.pth" in line
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("argv, words", [
+    (["eval.py", "--prompt", "Hi", "--adapter", "{tmp}"],
+     "{tmp}/adapter_config.json is missing: {tmp} is not an adapter"),
+    (["eval.py", "--accuracy", "{tmp}/none.jsonl"], "{tmp}/none.jsonl: no such file or directory"),
+    (["train.py", "--test-data", "{tmp}/none.jsonl", "--out", "{tmp}/x"],
+     "{tmp}/none.jsonl: no such file or directory"),
+    (["convert.py", "merge", "{tmp}", "{tmp}/x", "--ckpt", "llama9-7b"], "no checkpoint llama9-7b"),
+    (["convert.py", "compress", "{tmp}/a", "{tmp}/x"], "{tmp}/a is not an adapter"),
+    (["convert.py", "gguf", "{tmp}/a.gguf", "{tmp}/x"], "{tmp}/a.gguf: no such file or directory")])
+def test_what_is_not_there_is_told_before_torch_is_loaded(tmp_path, argv, words):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')")
+    argv, words = [a.format(tmp=tmp_path) for a in argv], words.format(tmp=tmp_path)
+    run = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert run.returncode == 1 and run.stderr.startswith(f"{argv[0]}: ") and words in run.stderr
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -236,9 +236,10 @@ def test_a_sliding_window_bounds_the_context(tmp_path, tokens):
     dict(qkv_bias=True, o_bias=True)], ids=str)
 def test_llama_cpp_computes_the_same(tmp_path, changes):
     """llama.cpp itself (pip install xllamacpp): greedy tokens, and the likeliest ones' logarithms.
-    Its cache has 16 bits."""
+    Its cache has 32 bits here: by default 16, which are off by 1e-3."""
     package = pytest.importorskip("xllamacpp")
     net = small_net(**changes)
+    torch.manual_seed(0)
     for p in net.parameters():
         p.data += 0.3 * torch.randn(p.shape) if p.ndim == 1 else 0
     if not net.config.tied:
@@ -248,6 +249,8 @@ def test_llama_cpp_computes_the_same(tmp_path, changes):
     command(convert.main, "merge", tmp_path, tmp_path / "x.gguf", "--dtype", "float32")
     params = package.CommonParams()
     params.model.path, params.n_ctx, params.warmup = str(tmp_path / "x.gguf"), 256, False
+    params.cache_type_k = params.cache_type_v = package.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = package.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     prompt = [5, 17, 60, 33, 8, 90, 41, 3, 77, 20]
     found = package.Server(params).handle_completions({
         "prompt": prompt, "n_predict": 12, "temperature": 0.0, "n_probs": 20, "ignore_eos": True})
@@ -256,7 +259,7 @@ def test_llama_cpp_computes_the_same(tmp_path, changes):
         expected = net(torch.tensor([prompt + ids]))[0, -1].log_softmax(-1)
         scale = expected.max() - expected.min()
         for top in step["top_logprobs"]:
-            assert abs(expected[top["id"]] - top["logprob"]) < 1e-3 * scale
+            assert abs(expected[top["id"]] - top["logprob"]) < 1e-4 * scale
         ids.append(step["id"])
     assert ids == model.generate(net, [prompt], 12)[0]
 

@@ -146,7 +146,7 @@ def test_jobs(name, tiny, monkeypatch):
     assert len({str(sorted(j.items())) for j in jobs}) == len(jobs)
     known = vars(options.train_parser("").parse_args([]))
     for j in jobs:
-        assert set(j) <= {*known, "measure", "general", "val_every"}
+        assert set(j) <= {*known, "measure", "general", "graphs"}
         relatives.known(j["method"])
         assert all(callable(getattr(measures, m)) for m in j.get("measure", ()))
         assert j.get("niter") is None or options.power_iterations(str(j["niter"])) != ""

@@ -23,7 +23,7 @@ import pissa
 import relatives
 import train
 from bench import plot
-from conftest import ROOT, SMALL, command, failure, register_flash, small_net
+from conftest import ROOT, SMALL, command, failure, joined, register_flash, small_net
 from formats import meta_write
 from support import plan, report
 from svd import grouped_svd
@@ -369,7 +369,9 @@ def test_command_without_weights_or_data(llama2):
     assert "expected peak  31.9 GiB, at the end of forward (loading: 14.1)" in text
     assert "parameters     6,898,323,456, 159,907,840 of them trained (2.32%)" in text
     assert "--checkpointing" in text and "forward again" not in text
-    assert "at a time, all of them learnt\nas on a GPU; --device cpu plans for here\n" in text
+    assert text.startswith("There is no GPU here. This plan is for an H200; for this machine: "
+                           "--device cpu\nllama2: pissa, rank 64, on an H200, products in bfloat16")
+    assert max(map(len, text.splitlines())) < 80
     assert re.search(r"seconds a step  3\.8 at 480 TFLOP/s, as reached on an H200", text)
     assert [f.name for f in llama2.iterdir()] == ["llama2"]                # nothing is written
     text = command(train.main, "--ckpt", "llama2", "--plan", "--checkpointing", "--micro-batch", 1,
@@ -391,7 +393,7 @@ def test_configs_and_adapters(tmp_path, stories, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = command(train.main, "--ckpt", stories / "hf", "--adapter", tmp_path / "adapter",
                    "--plan", "--out", tmp_path / "out", "--device", "cpu")
-    assert "qpissa, rank 4, products in float32" in text
+    assert "qpissa, rank 4, on cpu, products in float32" in joined(text)
     assert f"{report.count(net)[0]:,}" in text and not (tmp_path / "out").exists()
 
 
@@ -482,7 +484,7 @@ def test_a_plan_for_a_cpu_has_nothing_of_a_gpu(llama2):
     assert "cuBLAS" in gpu and "CUDA" in gpu and "GiB that CUDA itself takes" in gpu
     for text in cpu, bf16:
         assert "cuBLAS" not in text and "CUDA" not in text and "GPU" not in text
-        assert "all of them learnt\non cpu\n" in text and "H200" not in text
+        assert "rank 64, on cpu, products in" in text and "H200" not in text
         rate = 0.1 * torch.get_num_threads()
         assert f"at {rate:g} TFLOP/s, as reached by {torch.get_num_threads()} CPU threads" in text
     job = plan.job_of(model.Config(), rank=64)
@@ -491,13 +493,22 @@ def test_a_plan_for_a_cpu_has_nothing_of_a_gpu(llama2):
 
 
 @pytest.mark.parametrize("there, device, words", [
-    (False, None, "as on a GPU; --device cpu plans for here"), (True, None, "on the GPU"),
+    (False, None, "on an H200"), (True, None, "on the GPU that is here"),
     (False, "cpu", "on cpu"), (True, "cuda:0", "on cuda:0"), (False, "mps", "on mps")])
-def test_the_device_of_a_plan(monkeypatch, there, device, words):
+def test_the_device_of_a_plan(monkeypatch, capsys, there, device, words):
+    """It is in the first line, and if it is none that is here, the first line says only that."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**31))
+    monkeypatch.setattr(model, "has_bfloat16", lambda device: True)
     from test_train import parse
     args = parse("--ckpt", "tiny", "--plan", *(["--device", device] if device else []))
-    assert report.planned_for(args).startswith(words)
+    plan.show(args)
+    first, *rest = capsys.readouterr().out.splitlines()
+    if not there and not device:
+        assert first == "There is no GPU here. This plan is for an H200; for this machine: " \
+            "--device cpu"
+        first = rest[0]
+    assert f", {words}, products" in first
     if not there:
         job, _ = plan.from_arguments(args)
         assert job.cuda == (device is None) and (job.dtype == torch.bfloat16) == job.cuda

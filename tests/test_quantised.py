@@ -16,7 +16,7 @@ import model
 import nf4
 import pissa
 import train
-from conftest import ROOT, TINY, assert_logits_equal, command, first_lines, small_net
+from conftest import ROOT, TINY, assert_logits_equal, command, first_lines, joined, small_net
 from formats import meta_write
 from test_convert import write_base
 
@@ -155,7 +155,7 @@ def test_train(run):
     assert f"{method}: 42 matrices at rank 8" in text and "4.50 bits a frozen weight" in text
     assert "5,099,520 parameters" in text                        # what they are, not their bytes
     assert f"step 0: validation loss {summary['before']['loss']:.4f}, with the weights in" in text
-    assert "this adapter gives W + Delta W, not the Q + A B that was trained" in text
+    assert "this adapter gives W + Delta W, not the Q + A B that was trained" in joined(text)
     assert summary["after"]["loss"] < summary["before"]["loss"] - 0.3
     net, info = loaded(out), json.loads((out / "adapter/pissa.json").read_text())
     assert (info["quant_iters"], info["double_quant"]) == (2, False)
@@ -174,7 +174,7 @@ def test_going_on(run, flags, tmp_path):
     text = command(train.main, *flags, "--adapter", out / "adapter", "--steps", 1, "--batch", 4,
                    "--max-new-tokens", 2, "--out", tmp_path)
     after = json.loads((out / "summary.json").read_text())["after"]["loss"]
-    assert f"going on with {out / 'adapter'}: {method}, rank 8" in text
+    assert f"going on with {out / 'adapter'}: {method}, rank 8" in joined(text)
     args = json.loads((tmp_path / "args.json").read_text())     # what was true, not the defaults
     assert (args["method"], args["quant_iters"], args["no_double_quant"]) == (method, 2, True)
     assert f"step 0: validation loss {after:.4f}, with the weights in four bits" in text

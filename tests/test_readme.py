@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import adapter
+import convert
 import data
 import eval as evaluation
 import formats
@@ -86,6 +87,20 @@ def test_peft(tiny_hf):
         m.B.data *= 1.1
     adapter.save(net, "runs/demo/adapter")
     assert_logits_equal(run("PEFT")["net"](tokens).logits, net(tokens))
+
+
+def test_the_authors_layout(tiny_hf):
+    """The command writes it, and the call trains it: at first it is the base."""
+    transformers, peft = map(pytest.importorskip, ("transformers", "peft"))
+    words = re.search(r"`(python\s+convert.py decompose BASE OUT [^`]*)`", TEXT)[1].split()
+    argv = [{"BASE": "runs/tiny-hf", "128": "8"}.get(word, word) for word in words[2:]]
+    command(convert.main, *argv)
+    call, = re.findall(r"`(PeftModel\.[^`]*\"OUT\"[^`]*)`", TEXT)
+    base = transformers.AutoModelForCausalLM.from_pretrained("OUT", dtype=torch.float32)
+    net, tokens = eval(call, {"PeftModel": peft.PeftModel, "base": base}), torch.arange(20)[None]
+    assert_logits_equal(net(tokens).logits, tiny_hf(tokens), 1e-5)
+    assert {n.split(".")[-3] for n, p in net.named_parameters() if p.requires_grad} == {
+        "lora_A", "lora_B"}
 
 
 def test_trainer(tiny_hf):

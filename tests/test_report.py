@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,56 @@ def test_help_without_torch(script):
                           capture_output=True)
     assert done.returncode == 0 and done.stderr == "" and script in done.stdout
     assert ("--plain" in done.stdout) == (script == "train.py")
+
+
+@pytest.mark.parametrize("columns", [80, 132])
+def test_help_fits_the_terminal(monkeypatch, columns):
+    """Every line of every --help; prose fills a wide terminal, and commands stay as they are."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for main, *words in ((train.main,), (evaluation.main,), (convert.main,), *(
+            (convert.main, word) for word in "merge compress hf gguf decompose".split())):
+        with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as out:
+            command_line(monkeypatch, *words, "--help")
+            main()
+        lines = out.getvalue().splitlines()
+        assert 0.8 * columns < max(map(len, lines)) <= columns
+        assert "    python convert.py hf checkpoints/tiny runs/tiny-hf" in out.getvalue() or \
+            words != ["hf"]
+
+
+def test_mistakes_fit_the_terminal(monkeypatch, tmp_path):
+    """A terminal breaks them at spaces; elsewhere they are one line, which grep finds."""
+    monkeypatch.setenv("COLUMNS", "60")
+    line = "eval.py: no checkpoint: it should hold params.json, consolidated.00.pth or others"
+    assert options.last_words(line) == line
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = options.last_words(line).splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) < 60 and lines[1].startswith("  ")
+    assert " ".join(map(str.strip, lines)) == line
+    with pytest.raises(SystemExit), redirect_stderr(io.StringIO()) as err:
+        err.isatty = lambda: True
+        command_line(monkeypatch, "--resume", "--out", tmp_path)
+        train.main()
+    assert max(map(len, err.getvalue().splitlines())) < 60 or str(tmp_path) in err.getvalue()
+
+
+def command_line(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+
+
+def test_resume_without_a_run_says_what_to_type(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--resume", "--out", "runs/none"
+    for more in (), ("runs/a", "runs/b"):
+        for i, run in enumerate(more):
+            Path(run).mkdir(parents=True)
+            Path(run, "args.json").write_text("{}")
+            os.utime(Path(run, "args.json"), (i, i))
+        with pytest.raises(SystemExit) as e:
+            command(train.main, *flags)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and "no run has begun in runs/none (runs/none/args.json is " in err
+        assert "add --ckpt" in err and ("--resume --out runs/b" in err) == bool(more)
 
 
 def test_help_is_that_of_the_module():
@@ -138,12 +189,13 @@ def test_starts_at_the_largest_of_a_method_of_ones_own():
     assert not any(report.starts_at_the_largest(m) for _, m in pissa.layers(net))
 
 
-@pytest.mark.parametrize("method, words", [
-    ("pissa", ["--ckpt", "my models/x", "--adapter", "runs of $HOME/adapter"]),
-    ("full", ["--ckpt", "runs of $HOME/adapter"])])
-def test_printed_commands_can_be_pasted(capsys, method, words):
+@pytest.mark.parametrize("method, chat, words", [
+    ("pissa", True, ["--ckpt", "my models/x", "--adapter", "runs of $HOME/adapter"]),
+    ("full", False, ["--ckpt", "runs of $HOME/adapter"]),
+    ("full", True, ["--ckpt", "runs of $HOME/adapter", "--chat"])])
+def test_printed_commands_can_be_pasted(capsys, method, chat, words):
     args = Namespace(method=method, ckpt="my models/x", out=Path("nowhere"))
-    report.weights_written("runs of $HOME/adapter", args, ["", "What's 1 + 1?"])
+    report.weights_written("runs of $HOME/adapter", args, ["", "What's 1 + 1?"], chat)
     line = capsys.readouterr().out.partition("use them:\n")[2].replace("\\\n", "")
     assert shlex.split(line) == ["python", "eval.py", *words, "--prompt", "What's 1 + 1?"]
 
@@ -163,7 +215,7 @@ def test_counts_of_a_set_of_data(capsys):
     assert capsys.readouterr().out == (
         "validation: v.jsonl, 3 examples\n  0 truncated to 4 tokens, 1 dropped (prompts that leave "
         "nothing to learn)\nnote: validation: v.jsonl: texts that spell control tokens, such as "
-        "'</s>': 1; they are plain characters here, never the tokens\n")
+        "'</s>': 1;\n  they are plain characters here, never the tokens\n")
     with pytest.raises(ValueError, match="^v.jsonl: validation: no example left; raise --max"):
         report.encoded("validation", "v.jsonl", examples[2:], FewNames(), 4)
     capsys.readouterr()
@@ -181,8 +233,40 @@ def test_summary_of_what_others_wrote(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "--- \\x1b[2Jq\nbefore: a\nafter:  \\x9b\n" in text
     assert "\n1 steps in 0 s, 0 s in all\n" in text
-    report.weights_written("d", argparse.Namespace(method="full", out=tmp_path), before["answers"])
+    report.weights_written("d", argparse.Namespace(method="full", out=tmp_path),
+                           before["answers"], False)
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_warning_of_ours_is_a_plain_line():
+    ours, other = (report.plain_warning("a b " * 30, UserWarning, file, 7, None) for file in (
+        report.__file__, "/lib/torch/x.py"))
+    assert ours.startswith("warning: a b ") and max(map(len, ours.splitlines())) < 80
+    assert other.startswith("/lib/torch/x.py:7: UserWarning: a b ")
+
+
+def test_questions_are_broken_at_spaces(tmp_path):
+    """In lines that fit 80 columns; a word that does not, such as a path, stays whole."""
+    args = Namespace(out=tmp_path, epochs=1, steps=1, test_data="t" * 90)
+    question = "How many " + "gloves " * 20 + "p" * 90 + " are left?"
+    before, after = ({"loss": 1.0, "accuracy": 0.5, "problems": 4, "answers": {question: text}}
+                     for text in ("so " * 200, "x\n#### 1"))
+    text = report.summary_text({"seconds": {"train": 1.0, "all": 2.0}, "before": before,
+                                "after": after, "tokens_per_second": 1.0, "steps": 1,
+                                "peak_gpu_bytes": 0, "accuracy_by": "by hand " * 20}, args)
+    long = [line.strip() for line in text.splitlines() if len(line) > 79]
+    assert long == ["p" * 90, f"({'t' * 90})"]
+    assert " ".join(text.split()).startswith(f"--- {question} before: so ")
+    assert text.count("so ") < 70 and "so ...\nafter:  x\n#### 1\n" in text
+
+
+def test_stdout_and_stderr_in_one_file_keep_their_order(tmp_path):
+    program = ("import sys; from support import report\n"
+               "def main():\n    for i in range(3): print(i); print(i, file=sys.stderr)\n"
+               "report.run(main, 'eval.py')")
+    with open(tmp_path / "log", "w") as file:
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=file, stderr=file)
+    assert (tmp_path / "log").read_text().split() == list("001122")
 
 
 def test_a_stream_of_few_characters(monkeypatch):
@@ -280,6 +364,18 @@ def test_notes_before_the_first_step(capsys, argv, noted):
     assert len(notes) == bool(noted) and (not noted or f"note: {noted}" in notes[0])
 
 
+def test_note_on_eight_bits(capsys):
+    """On a GPU, where they are for speed; its figures are those of the result file."""
+    flags = "--method", "qlora", "--bits", 8, "--rank", 2, "--steps", 2
+    note = advice(capsys, *flags, "--device", "cuda")[1]
+    result = json.loads((ROOT / "bench/results/step_eight_h100.json").read_text())
+    for how in "", ", compiled":
+        for bits in "8 bits", "16 bits":
+            assert f"{1e3 * result[bits]['8 x 512' + how]['step_seconds']:.0f}" in note
+    assert len(advice(capsys, *flags, "--device", "cuda", "--compile")) == 1
+    assert len(advice(capsys, *flags, "--device", "cpu")) == 1
+
+
 def test_note_on_the_rank(capsys):
     """Both shares are those of networks with these ranks."""
     note = advice(capsys, "--method", "lora", "--rank", 16, "--steps", 2)[1]
@@ -347,19 +443,22 @@ def test_no_reader_is_there_at_the_start(monkeypatch):
     for name in "stdout", "stderr":
         monkeypatch.setattr(sys, name, Closed())
     monkeypatch.setattr(options.signal, "signal", lambda *args: None)
-    options.begin(lambda doc: print("the demo") or doc, "the arguments")
-    assert options.begun(None, "") == "the arguments"
+    options.begin(lambda doc: print("the demo") or doc, args := Namespace())
+    assert options.begun(None, "") is args
 
 
-def test_ctrl_c_while_torch_is_loaded():
+@pytest.mark.parametrize("argv, told", [
+    (["eval.py", "--prompt", "Hi"], ""),
+    (["train.py", "--ckpt", "tiny"], "; nothing was learnt yet, nothing is saved")])
+def test_ctrl_c_while_torch_is_loaded(argv, told):
     """One line and exit code 130. A module that never comes stands for torch."""
-    program = ("import runpy, signal, sys, time; sys.argv = ['eval.py', '--prompt', 'Hi']\n"
+    program = (f"import runpy, signal, sys, time; sys.argv = {argv}\n"
                "class Slow:\n    def find_spec(self, name, *rest):\n"
                "        if name == 'torch':\n            signal.raise_signal(signal.SIGINT)\n"
-               "sys.meta_path.insert(0, Slow())\nrunpy.run_path('eval.py', run_name='__main__')")
+               "sys.meta_path.insert(0, Slow())\nrunpy.run_path(sys.argv[0], run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130 and done.stdout == ""
-    assert done.stderr == "eval.py: loading torch ...\neval.py: interrupted\n"
+    assert done.stderr == f"{argv[0]}: loading torch ...\n{argv[0]}: interrupted{told}\n"
 
 
 def test_damaged_summary_is_named(tmp_path, capsys):

@@ -116,6 +116,7 @@ def test_resume_alone_takes_the_arguments_of_the_run(flags, whole, tmp_path, mon
         path.mkdir()
     text = command(train.main, "--resume", "--out", tmp_path / "run")
     assert "is finished" in text and "validation loss" in text and "step 0" not in text
+    assert f"\nweights: {tmp_path}/run/adapter\n" in text and "use them:\n  python eval.py" in text
     assert not any(path.exists() for path in left)
 
 
@@ -270,6 +271,35 @@ def test_signals(start, tmp_path, name, code):
     assert f"interrupted after {done} of 5000 steps ({name})" in err.splitlines()[-1]
     assert resume.newest(out).name == f"{done:08d}"
     assert str(out / "adapter") in err and adapter.read_adapter(out / "adapter")
+
+
+def test_ctrl_c_outside_of_training_tells_what_is_saved(flags, tmp_path, monkeypatch):
+    """Before the first step nothing is, and after the last one all is."""
+    out, measure = tmp_path / "run", train.evaluate
+    def interrupted(*args):
+        if args[-1] == when:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    for when, more, told in (
+            ("before", (), f"; {options.NOTHING}"), ("after", (), f"; what was learnt is in {out}/"
+             "adapter; the same command with --resume measures it")):
+        resume.release()
+        with pytest.raises(KeyboardInterrupt) as e:
+            command(train.main, *flags, "--out", out, "--steps", 2, *more)
+        assert e.value.saved == told and out.exists() == (when == "after")
+    resume.release()
+    when = None
+    command(train.main, *flags, "--out", out, "--steps", 2, "--resume")
+    assert (out / "summary.json").exists()
+    monkeypatch.setattr(train, "load", lambda *args: signal.raise_signal(signal.SIGINT))
+    (out / "summary.json").unlink()
+    resume.release()
+    with pytest.raises(KeyboardInterrupt) as e:
+        command(train.main, "--out", out, "--steps", 3, "--resume")
+    assert e.value.saved == f"; nothing was learnt since {out}/states/00000002, with which " \
+        "--resume goes on"
 
 
 @pytest.mark.slow
@@ -487,7 +517,8 @@ def test_damaged_state(whole, tmp_path, change):
                          ids=lambda content: content[:9])
 def test_damaged_results(whole, tmp_path, content):
     shutil.copytree(whole, tmp_path / "run")
-    args = Namespace(out=tmp_path / "run", resume=True, epochs=1, steps=STEPS, test_data=None)
+    args = Namespace(out=tmp_path / "run", resume=True, epochs=1, steps=STEPS, test_data=None,
+                     method="pissa", ckpt="tiny")
     content = content if type(content) is bytes else content.encode()
     for name, read in ("val.jsonl", resume.measured), ("summary.json", report.finished):
         assert read(args)

@@ -51,6 +51,8 @@ def test_jobs_run_once(tmp_path):
     with study.workers(path, 2) as run:
         assert len(run([*jobs, {**JOB, "lr": 2e-3}])) == 4
     assert len(path.read_text().splitlines()) == 4
+    examples = study.examples_of("tiny", JOB["data"], None, 0.005, 64)[0]
+    assert 2**24 < study.planned_bytes(study.arguments(JOB), examples) < 2**28
     assert study.run_one(JOB)["loss"] == first["loss"]                  # as without a process
 
 
@@ -66,7 +68,7 @@ def searching(best):
 
 
 @pytest.mark.parametrize("best, rates", [
-    (2, [1, 2, 4, 8]), (8, [1, 2, 4, 8, 16]), (32, [1, 2, 4, 8, 16, 32]),
+    (2, [1, 2, 4, 8]), (8, [1, 2, 4, 8, 16]), (64, [1, 2, 4, 8, 16, 32, 64]),
     (0.5, [0.5, 1, 2, 4, 8, 0.25])])
 def test_the_search_goes_on_at_an_edge(best, rates):
     run, _ = searching(best)

@@ -1,10 +1,13 @@
 """tasks/: prompts, rules and scores against the authors' and against reference solutions; programs
 that misbehave; the command, its predictions and how it goes on."""
+import gzip
 import io
 import json
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 from contextlib import redirect_stderr
 from functools import partial
@@ -17,7 +20,7 @@ import model
 import tasks
 from bench import bench_tasks, plot
 from bench.bench_tasks import FILES
-from conftest import SHARED, TINY
+from conftest import SHARED, TINY, joined
 from conftest import command as run_command
 from conftest import failure as run_failure
 from support import options
@@ -360,6 +363,21 @@ def test_a_program_has_a_directory_of_its_own(tmp_path):
     assert there == "[]" and not os.path.exists(cwd) and cwd != os.getcwd()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups")
+def test_what_a_program_has_started_ends_with_it():
+    """Its group is killed: no process is left that could hold the pipe open."""
+    read, write = os.pipe()
+    starts = "import subprocess, sys; subprocess.Popen(['sleep', '99']); print(flush=True)"
+    child = subprocess.Popen([sys.executable, "-c", f"{starts}; sys.stdin.read()"],
+                             stdin=subprocess.PIPE, stdout=write, start_new_session=True)
+    os.close(write)
+    assert os.read(read, 9) == b"\n"                            # now both of them are there
+    begin = time.monotonic()
+    programs.end(child)
+    assert os.read(read, 9) == b"" and time.monotonic() - begin < 9
+    os.close(read), child.stdin.close()
+
+
 def test_tests_cannot_be_hidden():
     """A program cannot swallow its tests, define check or leave early in another thread."""
     problem = of("humaneval")
@@ -427,10 +445,34 @@ def test_read(task, tmp_path):
     assert one["prompt"] == two["prompt"] and {"id", "prompt"} <= one.keys()
 
 
+@pytest.mark.parametrize("task", RECORDS)
+def test_read_what_is_published(task, tmp_path):
+    """HumanEval is a .gz, the sets of LLM-Adapters are JSON arrays, the hub has parquet."""
+    expected = tasks.read(task, written(tmp_path, *[RECORDS[task]] * 3), "paper")
+    (tmp_path / "p.json").write_text(json.dumps([RECORDS[task]] * 3, indent=1))
+    for name in "p.json", "p.jsonl":
+        packed = tmp_path / f"{name}.gz"
+        packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        assert tasks.read(task, packed, "paper") == expected
+    assert tasks.read(task, tmp_path / "p.json", "paper") == expected
+    (tmp_path / "p.json").write_text(json.dumps([RECORDS[task], {"a": 1}]))
+    with pytest.raises(ValueError, match="p.json: record 2: no field "):
+        tasks.read(task, tmp_path / "p.json", "paper")
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_read_parquet(task, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is missing")
+    from pyarrow import Table
+    parquet.write_table(Table.from_pylist([RECORDS[task]] * 3), tmp_path / "p.parquet")
+    assert tasks.read(task, tmp_path / "p.parquet", "paper") == tasks.read(
+        task, written(tmp_path, *[RECORDS[task]] * 3), "paper")
+
+
 def test_mbpp_has_a_test_set(tmp_path, capsys):
     path = written(tmp_path, *({**RECORDS["mbpp"], "task_id": i} for i in (10, 11, 510, 511)))
     assert [p["id"] for p in tasks.read("mbpp", path, "paper")] == [11, 510]
-    assert "2 problems outside the test set of mbpp are left out" in capsys.readouterr().out
+    assert "2 problems outside the test set of mbpp are left out" in joined(capsys.readouterr().out)
     with pytest.raises(ValueError, match="no problems of mbpp"):
         tasks.read("mbpp", written(tmp_path, {**RECORDS["mbpp"], "task_id": 3}), "paper")
 
@@ -548,11 +590,11 @@ def test_command(monkeypatch, tmp_path):
     """The protocol, the score with its interval, a row a problem, nothing else left behind."""
     answer_with(monkeypatch, solve)
     path, out = written(tmp_path, *SUMS), tmp_path / "new" / "out.jsonl"
-    first, last = command("--task", "gsm8k", "--data", path, "--out", out).splitlines()
-    assert first == (f"protocol strict of gsm8k: data.PROMPT, greedy, at most 256 new tokens; "
-                     f"{data.RULE} must equal the reference; 6 problems of {path}")
-    assert last == ("accuracy 83.3% (43.6% to 97.0% with 95 % confidence) by protocol strict of "
-                    f"gsm8k: 5 of 6 problems; predictions in {out}")
+    printed = command("--task", "gsm8k", "--data", path, "--out", out)
+    assert joined(printed) == (
+        f"protocol strict of gsm8k: data.PROMPT, greedy, at most 256 new tokens; {data.RULE} must "
+        f"equal the reference; 6 problems of {path} accuracy 83.3% (43.6% to 97.0% with 95 % "
+        f"confidence) by protocol strict of gsm8k: 5 of 6 problems; predictions in {out}")
     assert [json.loads(line)["correct"] for line in out.read_text().split("\n")[:-1]] == [
         True, True, True, False, True, True]
     assert os.listdir(out.parent) == ["out.jsonl"]
@@ -562,8 +604,8 @@ def test_command_names_its_file(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     answer_with(monkeypatch, lambda prompt: "The answer is: 5")
     path = written(tmp_path, RECORDS["math"], RECORDS["math"])
-    said = command("--ckpt", TINY, "--task", "math", "--data", path, "--limit", 1, "--protocol",
-                   "paper")
+    said = joined(command("--ckpt", TINY, "--task", "math", "--data", path, "--limit", 1,
+                          "--protocol", "paper"))
     name = "predictions-tiny-math-paper-first1.jsonl"
     assert f"0 of 1 problems; predictions in runs/{name}" in said and (
         "data.PROMPT + \" Let's think step by step.\", greedy, at most 1024" in said)
