@@ -269,7 +269,8 @@ def check_start(net, val, args, autocast, base_loss):
 
 def load(args, tok, seconds):
     """(network, whether it is prepared, too). It is, if it may be too large for memory: then its
-    layers are quantised, or spread over several processes, while they are read."""
+    layers are quantised, or spread over several processes, while they are read. And with an adapter
+    that was saved: the run begins with it."""
     start, full = time.perf_counter(), args.method == "full"
     quantised = not full and (adapter.is_quantised(args.adapter) if args.adapter
                               else adapter.facts_of(relatives.chosen(args))["bits"] == 4)
@@ -283,7 +284,11 @@ def load(args, tok, seconds):
         check_layout(layout_of(model.find(args.ckpt)), net.config)
     seconds["load"] = time.perf_counter() - start - seconds["init"]
     report.loaded(net, args, seconds["load"])
-    return net, prepared
+    if args.adapter and not prepared:             # the run begins with it: alone, W_res is no model
+        prepare(net, args, seconds)
+    elif not (full or prepared):
+        pissa.find_linears(net, args.targets, args.rank)           # refuses before it is measured
+    return net, prepared or bool(args.adapter)
 
 
 def compile_layers(net, **options):
@@ -316,7 +321,7 @@ def fine_tune(args):
     """Load, evaluate, inject, train, save, evaluate again."""
     begin, seconds = time.perf_counter(), {"init": 0.0}
     args.device, args.out = parallel.start(args.device), parallel.agree(args.out)
-    if args.resume and report.finished(args):
+    if args.resume and resume.is_same(args) and report.finished(args):
         return resume.finish(args)
     parallel.choose(args.shard, lambda: import_module("support.plan").peak(args))
     tok = chats.tokenizer(args)

@@ -102,6 +102,19 @@ def measured(args):
     return None
 
 
+def is_same(args):
+    """True. ValueError if the finished run in --out had other arguments."""
+    path = args.out / "args.json"
+    if not (args.out / "summary.json").is_file() or not path.is_file():
+        return True
+    theirs, ours = json.loads(path.read_text("utf-8")), json.loads(
+        json.dumps(vars(args), default=str))
+    if other := [k for k in ours if k in theirs and k not in FREE and theirs[k] != ours[k]]:
+        raise ValueError(f"{args.out} is a finished run of its own: " + ", ".join(
+            f"{k} was {theirs[k]}, now {ours[k]}" for k in other) + "; choose another --out")
+    return True
+
+
 def claim(args, net, before):
     """Make --out ours before the first step: lock it, write args.json and val.jsonl, look for room.
 
