@@ -38,7 +38,7 @@ import relatives
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, complete, describe, load_model, positions
 from fast import faster
-from formats.jsonl import filled
+from formats.jsonl import counted, filled
 from support import chats, parallel, progress, report, resume
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -182,7 +182,7 @@ def train(net, examples, args, autocast, val=()):
 
 def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     """{"loss": validation loss, "answers": {prompt: answer} for two prompts, "accuracy": share}."""
-    print(filled(f"{when} training: measuring the loss on {len(val)} examples"
+    print(filled(f"{when} training: measuring the loss on {counted(len(val), 'example')}"
                  + f", answering {len(test)} problems" * bool(test)))
     n, loss = args.max_new_tokens, validation_loss(net, val, args, autocast)
     if when == "before" and not math.isfinite(loss):           # the first step would blame --lr

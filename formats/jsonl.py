@@ -34,6 +34,11 @@ def printable(text, keep="\n\t"):
 FIELDS = '--fields prompt,response; in Python fields="prompt,response"'       # how to say it
 
 
+def counted(n, what):
+    """1 example, 2 examples"""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 def filled(text, indent="  "):
     """A text for people in lines of at most 79 columns. A longer line goes on after `indent`. It is
     broken at spaces only, so a long path stays whole."""
