@@ -51,7 +51,7 @@ def arguments(job):
     """The arguments of train.py that a job stands for."""
     flags = []
     for name, value in job.items():
-        if name not in MORE and value not in (None, False):
+        if name not in MORE and value is not None and value is not False:            # 0 is a number
             flag = f"--{name.replace('_', '-')}"
             many = value if isinstance(value, list) else [value]
             flags += [w for v in many for w in ([flag] if v is True else [flag, str(v)])]
