@@ -39,10 +39,10 @@ def counted(n, what):
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
-def filled(text, indent="  "):
-    """A text for people in lines of at most 79 columns. A longer line goes on after `indent`. It is
-    broken at spaces only, so a long path stays whole."""
-    return "\n".join(textwrap.fill(line, 79, subsequent_indent=indent, break_long_words=False,
+def filled(text, indent="  ", width=79):
+    """A text for people in lines of at most `width` columns. A longer line goes on after `indent`.
+    It is broken at spaces only, so a long path stays whole."""
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False,
                                    break_on_hyphens=False) for line in text.splitlines())
 
 

@@ -147,9 +147,7 @@ def last_words(line):
     """A line that ends a program. A terminal gets it in lines of its width, broken at spaces."""
     if not sys.stderr.isatty():
         return line
-    width = max(20, shutil.get_terminal_size().columns - 1)
-    return textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False,
-                         break_long_words=False)
+    return filled(line, width=max(20, shutil.get_terminal_size().columns - 1))
 
 
 def begun(parse, doc):
