@@ -134,7 +134,7 @@ def train(net, examples, args, autocast, val=()):
         optimizer = make(net, args.lr, args.weight_decay)
     else:
         optimizer = torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay, fused=True)
-    steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
+    steps = data.count_steps(examples, args)
     parallel.overlap(params)
     with (resume.Run(net, optimizer, args, examples, steps) as run,
           progress.training(args, len(run.rows), steps) as show):
@@ -263,7 +263,7 @@ def check_start(net, val, args, autocast, base_loss):
     print("measuring the validation loss again, now of W_res + A B")
     loss = validation_loss(net, val, args, autocast)
     print(f"step 0: validation loss {loss:.4f}, the base model's {base_loss:.4f}")
-    if not (args.adapter or report.quantised(net)) and abs(loss - base_loss) > 0.02 * base_loss:
+    if not report.quantised(net) and abs(loss - base_loss) > 0.02 * base_loss:
         raise ValueError("the injected model is not the base model: the loss differs at step 0")
 
 
@@ -287,7 +287,8 @@ def load(args, tok, seconds):
     if args.adapter and not prepared:             # the run begins with it: alone, W_res is no model
         prepare(net, args, seconds)
     elif not (full or prepared):
-        pissa.find_linears(net, args.targets, args.rank)           # refuses before it is measured
+        with torch.device("meta"):            # of the shapes alone: refuses before it is measured
+            pissa.find_linears(model.Llama(net.config), args.targets, args.rank)
     return net, prepared or bool(args.adapter)
 
 

@@ -200,7 +200,7 @@ def starts_at_the_largest(m):
 def advise(net, examples, args):
     """Print how many steps are to come, and notes on settings that are legal and probably
     unintended."""
-    steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
+    steps = data.count_steps(examples, args)
     print(filled(f"{counted(steps, 'step')} of {args.batch} examples, learning rate {args.lr:g}, "
                  f"{steps * args.batch / len(examples):.2g} times through the data"))
     for text in (*unlikely(net, examples, args, steps), *small_data(examples, args, steps)):
