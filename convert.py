@@ -179,7 +179,7 @@ def base_and_adapter(path, ckpt):
     """(base, adapter): the two directories of a run, or of an adapter with its base `ckpt`. A run
     of --method full has no adapter: (its checkpoint, None)."""
     if (path / "adapter_config.json").is_file():
-        if not ckpt:
+        if (ckpt := ckpt or options.base_of(path)) == "BASE":
             raise ValueError(f"{path} is an adapter: give the base it belongs to as --ckpt")
         return model.find(ckpt), path
     if not (path / "args.json").is_file():
@@ -284,7 +284,8 @@ def compress(args):
         print(filled(f"note: {adapter.EXPORTED}"))
     print(filled(f"{len(errors)} matrices at rank {rank} in {args.out}; relative error of Delta W "
                  f"(Frobenius) {lost / max(whole, 1e-30):.2%}, worst {worst} "
-                 f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}"))
+                 f"{errors[worst][0] / max(errors[worst][1], 1e-30):.2%}. eval.py --accuracy tells "
+                 "what that costs"))
     print(options.use_it("--ckpt", options.base_of(args.adapter), "--adapter", args.out))
 
 

@@ -140,6 +140,11 @@ def split(examples, fraction, seed):
     return shuffled[n:], shuffled[:n]
 
 
+def count_steps(examples, args):
+    """How many steps a training makes: args.steps, or those of args.epochs."""
+    return args.steps or args.epochs * -(-len(examples) // args.batch)
+
+
 def batches(examples, batch_size, seed, epoch):
     """One epoch as a list of batches (lists of examples); the last one may be short."""
     # Not seed + epoch: seed 0 in epoch 1 would then be seed 1 in epoch 0.

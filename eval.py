@@ -225,6 +225,9 @@ def main():
     if args.adapter and not quantised:
         adapt(net)
     both = bool(args.adapter) and not quantised       # the base of a quantised one may be too large
+    if quantised and (args.prompt or args.interactive):
+        print("note: the base model's answers are not shown: in four bits it is not in memory",
+              file=sys.stderr)
     answer = partial(ask.answer, partial(complete, net, tok), net, tok, args, both)
     if args.prompt:
         answer(args.prompt)

@@ -38,7 +38,7 @@ import relatives
 from convert import check_layout, layout_of, write_checkpoint
 from eval import accuracy, complete, describe, load_model, positions
 from fast import faster
-from formats.jsonl import filled
+from formats.jsonl import counted, filled
 from support import chats, parallel, progress, report, resume
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -134,7 +134,7 @@ def train(net, examples, args, autocast, val=()):
         optimizer = make(net, args.lr, args.weight_decay)
     else:
         optimizer = torch.optim.AdamW(params, args.lr, weight_decay=args.weight_decay, fused=True)
-    steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
+    steps = data.count_steps(examples, args)
     parallel.overlap(params)
     with (resume.Run(net, optimizer, args, examples, steps) as run,
           progress.training(args, len(run.rows), steps) as show):
@@ -182,7 +182,7 @@ def train(net, examples, args, autocast, val=()):
 
 def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     """{"loss": validation loss, "answers": {prompt: answer} for two prompts, "accuracy": share}."""
-    print(filled(f"{when} training: measuring the loss on {len(val)} examples"
+    print(filled(f"{when} training: measuring the loss on {counted(len(val), 'example')}"
                  + f", answering {len(test)} problems" * bool(test)))
     n, loss = args.max_new_tokens, validation_loss(net, val, args, autocast)
     if when == "before" and not math.isfinite(loss):           # the first step would blame --lr
@@ -265,13 +265,14 @@ def check_start(net, val, args, autocast, base_loss):
     print("measuring the validation loss again, now of W_res + A B")
     loss = validation_loss(net, val, args, autocast)
     print(f"step 0: validation loss {loss:.4f}, the base model's {base_loss:.4f}")
-    if not (args.adapter or report.quantised(net)) and abs(loss - base_loss) > 0.02 * base_loss:
+    if not report.quantised(net) and abs(loss - base_loss) > 0.02 * base_loss:
         raise ValueError("the injected model is not the base model: the loss differs at step 0")
 
 
 def load(args, tok, seconds):
     """(network, whether it is prepared, too). It is, if it may be too large for memory: then its
-    layers are quantised, or spread over several processes, while they are read."""
+    layers are quantised, or spread over several processes, while they are read. And with an adapter
+    that was saved: the run begins with it."""
     start, full = time.perf_counter(), args.method == "full"
     quantised = not full and (adapter.is_quantised(args.adapter) if args.adapter
                               else adapter.facts_of(relatives.chosen(args))["bits"] == 4)
@@ -285,7 +286,12 @@ def load(args, tok, seconds):
         check_layout(layout_of(model.find(args.ckpt)), net.config)
     seconds["load"] = time.perf_counter() - start - seconds["init"]
     report.loaded(net, args, seconds["load"])
-    return net, prepared
+    if args.adapter and not prepared:             # the run begins with it: alone, W_res is no model
+        prepare(net, args, seconds)
+    elif not (full or prepared):
+        with torch.device("meta"):            # of the shapes alone: refuses before it is measured
+            pissa.find_linears(model.Llama(net.config), args.targets, args.rank)
+    return net, prepared or bool(args.adapter)
 
 
 def compile_layers(net, **options):
@@ -318,7 +324,7 @@ def fine_tune(args):
     """Load, evaluate, inject, train, save, evaluate again."""
     begin, seconds = time.perf_counter(), {"init": 0.0}
     args.device, args.out = parallel.start(args.device), parallel.agree(args.out)
-    if args.resume and report.finished(args):
+    if args.resume and resume.is_same(args) and report.finished(args):
         return resume.finish(args)
     parallel.choose(args.shard, lambda: import_module("support.plan").peak(args))
     tok = chats.tokenizer(args)

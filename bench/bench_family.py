@@ -99,6 +99,7 @@ def main():
     if args.tiny:
         base |= {"ckpt": "tiny", "data": f"{tiny()}/train.jsonl", "rank": 16, "batch": 16,
                  "steps": 40, "micro_batch": 16}
+        del base["graphs"]                                                  # those of a GPU
         test, steps = {"test_data": f"{tiny()}/test.jsonl", "max_new_tokens": 64}, 6
     for word in args.train:
         name, _, value = word.partition("=")

@@ -1,5 +1,4 @@
-"""Tables and pictures of EVIDENCE.md, from bench/results/study_*.jsonl, and of relatives/README.md,
-from family_*.json (python -m bench.plot).
+"""Tables and pictures of EVIDENCE.md, from bench/results/study_*.jsonl (python -m bench.plot).
 
 Each says from which version of its study it is: the full one if that has rows, else the small one.
 """
@@ -7,7 +6,7 @@ import statistics
 from functools import partial
 
 from bench import studies
-from bench.plot import read, source, table
+from bench.plot import table
 
 MARKS = {"pissa": ("o", "-"), "lora": ("s", "--"), "full": ("^", ":"), "milora": ("D", "-."),
          "qpissa": ("o", "-"), "loftq": ("^", "-."), "qlora": ("s", "--"), "lq_lora": ("D", ":")}
@@ -122,36 +121,7 @@ def svd_table():
     return under(table(head, lines), what) if found else what
 
 
-def family_table(name):
-    """bench_family's: each method at its best rate."""
-    if not (studies.RESULTS / f"{name}.json").exists():
-        return "Not measured yet."
-    result, rows = read(name), []
-    for r in result["rows"]:
-        if "failed" in r:
-            rows.append([r["method"], r["failed"], *[""] * 7])
-            continue
-        rows.append([
-            r["method"], f"{r['lr']:.3g}",
-            f"{r['loss']:.4f} ({', '.join(f'{x:.4f}' for x in r['losses'])})",
-            f"{statistics.mean(r['accuracies']):.1%}", f"{r['trained']:,}",
-            f"{r['init_seconds']:.2f} s", f"{r['peak_gib']:.1f} GiB ({r['planned_gib']:.1f})" if (
-                r["peak_gib"]) else "",
-            f"{r['tokens_per_second']:,.0f}", ", ".join(
-                f"{lr:.3g}: " + (f"{loss:.3f}" if loss else "failed") for lr, loss in r["rates"])])
-    head = ["method", "best rate", "validation loss (two seeds)",
-            f"accuracy, {max(r.get('problems', 0) for r in result['rows'])} problems",
-            "trained numbers", "to initialise", "peak memory (planned)", "tokens/s",
-            "seed 0's loss at every rate"]
-    if not any(r.get("peak_gib") for r in result["rows"]):
-        head, rows = ([line[:6] + line[7:] for line in part] for part in ([head], rows))
-        head = head[0]
-    return table(head, rows) + source(result)
-
-
-PARTS = {"family": partial(family_table, "family_gpu"),
-         "family-cpu": partial(family_table, "family_cpu"),
-         "study-rates": rates_table, "study-curves": curves_table, "study-svd": svd_table,
+PARTS = {"study-rates": rates_table, "study-curves": curves_table, "study-svd": svd_table,
          "study-quantised": partial(grouped_table, "quantised", ["rank", "quant_iters", "method"],
                                     ["rank", "turns", "method"]),
          "study-learnt": learnt_table,
@@ -227,36 +197,3 @@ def landscape():
                  if p.exists()), None)
     if path:
         picture(json.loads(path.read_text()), FIGURES / "landscape.png")
-
-
-def family():
-    """Loss at each one's best rate against the trained numbers; the small version if it is all."""
-    from bench.pictures import BLUE, GREEN, GREY, RED, keep, panels
-    name = next((n for n in ("family_gpu", "family_cpu")
-                 if (studies.RESULTS / f"{n}.json").exists()), None)
-    if not name:
-        return
-    result = read(name)
-    rows = [r for r in result["rows"] if "failed" not in r]
-    figure, axes = panels(1, 1, height=4.6)
-    for r in rows:
-        colour = {"pissa": RED, "lora": BLUE, "full": GREY}.get(r["method"], GREEN)
-        mark = {"pissa": "o", "lora": "s", "full": "^"}.get(r["method"], "D")
-        axes.plot([r["trained"]] * len(r["losses"]), r["losses"], "-", color=colour, linewidth=1)
-        axes.plot(r["trained"], r["loss"], mark, color=colour, markersize=5)
-    beside(axes, [(r["trained"], r["loss"], r["method"]) for r in rows])
-    what = "checkpoints/tiny, the demo's problems" if name == "family_cpu" else (
-        "SmolLM2-135M, GSM8K, one epoch")
-    axes.set(xscale="log", yscale="log", xlabel="trained numbers",
-             ylabel="validation loss, nats a token", title=f"{what}: each at its own best rate")
-    keep(figure, "family")
-
-
-def beside(axes, points):
-    """Write each point's name to its right; where several are close, one below the other."""
-    below = {}
-    for x, y, name in sorted(points, key=lambda p: -p[1]):
-        low = below.get(x, float("inf"))
-        at = min(y, low / 1.06)
-        below[x] = at
-        axes.annotate(name, (x, y), (x * 1.08, at), textcoords="data", fontsize=7, va="center")

@@ -51,7 +51,7 @@ def arguments(job):
     """The arguments of train.py that a job stands for."""
     flags = []
     for name, value in job.items():
-        if name not in MORE and value not in (None, False):
+        if name not in MORE and value is not None and value is not False:            # 0 is a number
             flag = f"--{name.replace('_', '-')}"
             many = value if isinstance(value, list) else [value]
             flags += [w for v in many for w in ([flag] if v is True else [flag, str(v)])]
@@ -102,9 +102,8 @@ def prepared(net, examples, args):
 
 def planned_bytes(args, examples):
     """What --plan would say of the largest of the micro-batches that are trained on."""
-    steps = args.steps or args.epochs * -(-len(examples) // args.batch)
-    parts = [part for _, parts, _ in train.all_batches(examples, args, range(steps))
-             for part in parts]
+    steps = range(data.count_steps(examples, args))
+    parts = [part for _, parts, _ in train.all_batches(examples, args, steps) for part in parts]
     tokens, labels, where_text = max(parts, key=lambda part: len(part[2]))
     job = replace(plan.from_arguments(args)[0], rows=len(tokens), length=tokens.shape[1],
                   text=len(where_text), learnt=int((labels != -100).sum()))

@@ -31,10 +31,18 @@ def printable(text, keep="\n\t"):
     return CONTROL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
-def filled(text, indent="  "):
-    """A text for people in lines of at most 79 columns. A longer line goes on after `indent`. It is
-    broken at spaces only, so a long path stays whole."""
-    return "\n".join(textwrap.fill(line, 79, subsequent_indent=indent, break_long_words=False,
+FIELDS = '--fields prompt,response; in Python fields="prompt,response"'       # how to say it
+
+
+def counted(n, what):
+    """1 example, 2 examples"""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def filled(text, indent="  ", width=79):
+    """A text for people in lines of at most `width` columns. A longer line goes on after `indent`.
+    It is broken at spaces only, so a long path stays whole."""
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False,
                                    break_on_hyphens=False) for line in text.splitlines())
 
 
@@ -99,7 +107,7 @@ def string(content, name, where, optional=False):
     """The string under a name. If it is optional, "" for one that is null or blank."""
     if name not in content:
         raise ValueError(f"{where}: no field '{name}' among {columns(content)}; add it, or say "
-                         'which to use with fields="prompt,response"')
+                         f"which to use: {FIELDS}")
     value = content[name]
     if optional and (value in EMPTY or isinstance(value, str) and not value.strip()):
         return ""

@@ -147,9 +147,7 @@ def last_words(line):
     """A line that ends a program. A terminal gets it in lines of its width, broken at spaces."""
     if not sys.stderr.isatty():
         return line
-    width = max(20, shutil.get_terminal_size().columns - 1)
-    return textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False,
-                         break_long_words=False)
+    return filled(line, width=max(20, shutil.get_terminal_size().columns - 1))
 
 
 def begun(parse, doc):
@@ -222,7 +220,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes fit a terminal."""
+    """An ArgumentParser whose mistakes fit a terminal. A part of an option's name is a mistake."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.print_usage(sys.stderr)
@@ -251,11 +252,12 @@ def tiny():
     return os.path.relpath(Path(__file__).parent.parent / "checkpoints" / "tiny")
 
 
-def demo():
-    """The command line of the demo."""
-    return ["--ckpt", tiny(), "--data", f"{tiny()}/train.jsonl", "--test-data",
-            f"{tiny()}/test.jsonl", "--rank", "16", "--lr", "1e-3", "--batch", "16", "--steps",
-            "120", "--max-new-tokens", "64"]
+def demo(own_data=False):
+    """The command line of the demo; own_data: less its problems."""
+    problems = [] if own_data else ["--data", f"{tiny()}/train.jsonl", "--test-data",
+                                    f"{tiny()}/test.jsonl"]
+    return ["--ckpt", tiny(), *problems, "--rank", "16", "--lr", "1e-3", "--batch", "16",
+            "--steps", "120", "--max-new-tokens", "64"]
 
 
 def power_iterations(text):
@@ -421,8 +423,9 @@ def for_train(doc):
         given = [*flags_of(p, config(p, args), args.config), *given]
         args = p.parse_args(given)
     is_demo = args.ckpt is None and not (args.resume and args.out)
+    shown = demo(args.data != p.get_default("data")) if is_demo else []
     if is_demo:
-        args = p.parse_args(demo() + given)
+        args = p.parse_args(shown + given)
     name = "demo" if is_demo else f"{Path(args.ckpt or '').name}-{args.method}"
     launch, last = os.environ.get("TORCHELASTIC_RUN_ID"), directory_of(args, name, True)
     # After a restart by torchrun, unless a process was killed before the run had begun there.
@@ -431,7 +434,7 @@ def for_train(doc):
     args.out = directory_of(args, name, args.resume)
     if is_demo and SPEAKS:
         print("the demo, since no --ckpt was given; spelled out:\n"
-              + pasted(["python", "train.py", *demo(), "--out", args.out, *given]))
+              + pasted(["python", "train.py", *shown, "--out", args.out, *given]))
     if args.resume and (before := stored(p, args.out)):
         args = as_before(p, before, args)
     if args.ckpt is None:

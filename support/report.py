@@ -14,7 +14,7 @@ import torch
 
 import data
 import pissa
-from formats.jsonl import filled, printable, write_lines
+from formats.jsonl import counted, filled, printable, write_lines
 from support import options, parallel, progress, streams
 from support.files import write_text, written
 
@@ -104,12 +104,15 @@ def write_json(path, content):
 def encoded(what, path, examples, tok, max_length):
     """data.encode's examples, after a line that counts them. ValueError if none is left."""
     kept, truncated, dropped = data.encode(examples, tok, max_length)
-    print(f"{what}: {path}, {len(kept)} examples")
+    print(f"{what}: {path}, {counted(len(kept), 'example')}")
     if truncated or dropped:
         print(filled(f"  {truncated} truncated to {max_length} tokens, {dropped} dropped (prompts "
                      "that leave nothing to learn)"))
     if not kept:
         raise ValueError(f"{path}: {what}: no example left; raise --max-length")
+    if what == "validation" and len(kept) < 10:
+        print(filled("note: a loss on so few examples says little: --val-fraction or --val-data "
+                     "give more"))
     spelled(f"{what}: {path}", (f"{data.as_text(p)} {r}" for p, r in examples), tok)
     return kept
 
@@ -117,7 +120,7 @@ def encoded(what, path, examples, tok, max_length):
 def problems(path, examples, tok):
     """Print how many problems --test-data has. Their prompts are never cut."""
     if examples:
-        print(f"test: {path}, {len(examples)} problems")
+        print(f"test: {path}, {counted(len(examples), 'problem')}")
         spelled(f"test: {path}", (data.as_text(prompt) for prompt, _ in examples), tok)
 
 
@@ -197,8 +200,8 @@ def starts_at_the_largest(m):
 def advise(net, examples, args):
     """Print how many steps are to come, and notes on settings that are legal and probably
     unintended."""
-    steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch)
-    print(filled(f"{steps} steps of {args.batch} examples, learning rate {args.lr:g}, "
+    steps = data.count_steps(examples, args)
+    print(filled(f"{counted(steps, 'step')} of {args.batch} examples, learning rate {args.lr:g}, "
                  f"{steps * args.batch / len(examples):.2g} times through the data"))
     for text in (*unlikely(net, examples, args, steps), *small_data(examples, args, steps)):
         print(filled(f"note: {text}"))
@@ -330,8 +333,8 @@ def finished(args):
 def say_cut(count):
     """Print a note if so many answers reached --max-new-tokens."""
     if count:
-        print(filled(f"note: {count} answers reached --max-new-tokens and were cut there; more "
-                     "tokens may let them end"))
+        print(filled(f"note: --max-new-tokens cut {counted(count, 'answer')}; more tokens may let "
+                     "them end"))
 
 
 def wilson(share, n):

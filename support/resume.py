@@ -102,6 +102,30 @@ def measured(args):
     return None
 
 
+def is_same(args):
+    """True. ValueError if the finished run in --out had other arguments."""
+    path = args.out / "args.json"
+    if not (args.out / "summary.json").is_file() or not path.is_file():
+        return True
+    theirs, ours = json.loads(path.read_text("utf-8")), binding(args)
+    both = theirs.keys() & ours.keys()                       # an older run may not know them all
+    if other := differing(*({k: a[k] for k in ours if k in both} for a in (theirs, ours))):
+        raise ValueError(f"{args.out} is a finished run of its own: {other}; choose another --out")
+    return True
+
+
+def binding(args):
+    """The arguments that a run cannot change when it goes on, as JSON holds them."""
+    return json.loads(json.dumps({k: v for k, v in vars(args).items() if k not in FREE},
+                                 default=str))
+
+
+def differing(theirs, ours):
+    """What is not the same in two dicts, in words; "" if nothing is."""
+    return ", ".join(f"{k} was {theirs.get(k)}, now {ours.get(k)}" for k in {**theirs, **ours}
+                     if theirs.get(k) != ours.get(k))
+
+
 def claim(args, net, before):
     """Make --out ours before the first step: lock it, write args.json and val.jsonl, look for room.
 
@@ -195,8 +219,7 @@ class Run:
         self.params = parallel.trained(net)
         self.others = {f"{name}.{key}": getattr(m, key) for name, m in adapter.layers(net)
                        for key in m.state if f"{name}.{key}" not in self.params}
-        self.facts = {"data": hash_of(examples), "args": json.loads(json.dumps(
-            {k: v for k, v in vars(args).items() if k not in FREE}, default=str))}
+        self.facts = {"data": hash_of(examples), "args": binding(args)}
         self.rows, self.at, self.buffers = [], 0, {}
         self.thread = self.error = self.failed = None
         self.epoch, self.saved = math.ceil(len(examples) / args.batch), time.monotonic()
@@ -209,9 +232,8 @@ class Run:
         """Go on with a state. ValueError if it is of other data or arguments."""
         state = read_state(path)
         theirs, ours = ({**f["args"], "the data": f["data"][:8]} for f in (state, self.facts))
-        if other := [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]:
-            raise ValueError(f"{path} is of another run: " + ", ".join(
-                f"{k} was {theirs.get(k)}, now {ours.get(k)}" for k in other))
+        if other := differing(theirs, ours):
+            raise ValueError(f"{path} is of another run: {other}")
         if state["step"] > self.steps:
             raise ValueError(f"{path} has {state['step']} steps already, more than {self.steps}")
         self.rows = state["rows"]

@@ -10,7 +10,17 @@ import convert
 import model
 import nf4
 import pissa
-from conftest import TINY, assert_logits_equal, command, failure, joined, optimise, small_net
+import train
+from conftest import (
+    TINY,
+    assert_logits_equal,
+    command,
+    failure,
+    first_lines,
+    joined,
+    optimise,
+    small_net,
+)
 from formats import hf
 from test_convert import contents
 
@@ -161,3 +171,16 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("precious")
     assert "is not empty" in failure("convert.py", "decompose", TINY, tmp_path / "out")
+
+
+def test_a_run_is_measured_with_its_adapter(tmp_path):
+    """Before it trains, the loss is that of W_res + A B, not of the residual alone."""
+    path, losses = first_lines(tmp_path, 8), []
+    decompose("tiny", tmp_path / "made", "--rank", 8, "--niter", 1)
+    for base in (["tiny", "--method", "lora"],
+                 [tmp_path / "made", "--adapter", tmp_path / "made" / "pissa_init"]):
+        out = tmp_path / str(len(losses))
+        command(train.main, "--ckpt", *base, "--data", path, "--steps", 1, "--batch", 2,
+                "--max-new-tokens", 2, "--out", out)
+        losses.append(json.loads((out / "summary.json").read_text())["before"]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)

@@ -453,7 +453,7 @@ def test_a_cut_answer_is_told(net, tok, monkeypatch, capsys, tmp_path):
     say(monkeypatch, [5, 6], [5, eos], [5, 7])
     printed = command("--accuracy", TINY / "test.jsonl", "--limit", 3, "--max-new-tokens", 2,
                       "--out", tmp_path / "p.jsonl")
-    assert "note: 2 answers reached --max-new-tokens and were cut there" in printed
+    assert "note: --max-new-tokens cut 2 answers; more tokens" in printed
     assert [row.get("cut", False) for row in read_lines(tmp_path / "p.jsonl")].count(True) == 2
 
 

@@ -214,13 +214,15 @@ def test_counts_of_a_set_of_data(capsys):
     assert kept == [([1, 2, 3, 4], 1), ([1, 1], 1), ([1, 2, 3, 1], 1)]
     assert capsys.readouterr().out == (
         "validation: v.jsonl, 3 examples\n  0 truncated to 4 tokens, 1 dropped (prompts that leave "
-        "nothing to learn)\nnote: validation: v.jsonl: texts that spell control tokens, such as "
-        "'</s>': 1;\n  they are plain characters here, never the tokens\n")
+        "nothing to learn)\nnote: a loss on so few examples says little: --val-fraction or "
+        "--val-data give\n  more\nnote: validation: v.jsonl: texts that spell control tokens, such "
+        "as '</s>': 1;\n  they are plain characters here, never the tokens\n")
     with pytest.raises(ValueError, match="^v.jsonl: validation: no example left; raise --max"):
         report.encoded("validation", "v.jsonl", examples[2:], FewNames(), 4)
     capsys.readouterr()
     report.problems("t.jsonl", examples, FewNames())
-    assert capsys.readouterr().out == "test: t.jsonl, 3 problems\n"
+    report.problems("t.jsonl", examples[:1], FewNames())
+    assert capsys.readouterr().out == "test: t.jsonl, 3 problems\ntest: t.jsonl, 1 problem\n"
 
 
 def test_summary_of_what_others_wrote(capsys, tmp_path):

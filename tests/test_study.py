@@ -12,11 +12,11 @@ JOB = {"ckpt": "tiny", "data": f"{tiny()}/train.jsonl", "rank": 4, "batch": 4, "
 
 def test_a_job_is_a_command_line():
     args = study.arguments({**JOB, "option": ["mode=knowledge"], "method": "corda",
-                            "measure": ["x"], "no_packing": True, "compile": False,
+                            "measure": ["x"], "no_packing": True, "compile": False, "niter": 0,
                             "val_data": None})
     assert (args.rank, args.lr, args.method, args.no_packing) == (4, 1e-3, "corda", True)
     assert args.option == {"mode": "knowledge"} or args.option == ["mode=knowledge"]
-    assert not args.compile and args.val_data is None
+    assert args.niter == 0 and not args.compile and args.val_data is None
 
 
 def test_rows_of_a_file_that_was_cut_off(tmp_path, capsys):
