@@ -75,7 +75,7 @@ def init_pissa(weight, options):
     return residual(weight, A, B), A, B, (A, B)
 
 
-@faster(fast.in_groups(grouped_svd))
+@faster(full_float32()(fast.in_groups(grouped_svd)))
 def principal(weight, options):
     """A = U_r S_r^1/2 (in, r) and B = S_r^1/2 V_r^T (r, out) of W, given as weight (out, in)."""
     U, S, Vh = randomized_svd(weight.T, options.rank, niter=options.niter,

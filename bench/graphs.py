@@ -8,7 +8,8 @@ addresses, so a batch is padded to one of a few shapes, and copied to where the 
         train.train(net, examples, args, autocast)
 
 Loss and gradients are those of train.loss_sum to rounding: padding comes after the text of a row,
-where causal attention does not look, and its label is -100.
+where causal attention does not look, and its label is -100. What cannot be recorded, a method that
+copies from the host, say, is computed as usual: `used` gives a list that says so.
 """
 from contextlib import contextmanager
 
@@ -16,18 +17,19 @@ import torch
 
 import train
 
-TEXT = 2048                              # the tokens of a batch are padded to a multiple of this
+TEXT = 1024                              # the tokens of a batch are padded to a multiple of this
 LENGTH = 512                             # and rows to a multiple of this
 
 
 def padded(tokens, labels, where_text):
-    """The same batch in one of few shapes.
+    """The same batch in one of few shapes: (tokens, where_text, learnt, labels).
 
     tokens, labels (b, T), where_text (P,), as data.micro_batches gives them. Returns tokens (B, S),
-    where_text (Q,) and labels (Q,): S a multiple of LENGTH, B of 32, Q of TEXT.
+    where_text (Q,), learnt (L,), those of the Q positions that have a label, and labels (L,).
+    S is a multiple of LENGTH, B of 32, Q and L of TEXT.
     """
     (b, T), P = tokens.shape, len(where_text)
-    S, B, Q = (-(-n // unit) * unit for n, unit in ((T, LENGTH), (b, 32), (P, TEXT)))
+    S, B, Q = (up(n, unit) for n, unit in ((T, LENGTH), (b, 32), (P, TEXT)))
     wide, targets = torch.zeros(B, S, dtype=tokens.dtype), torch.full((B, S), -100)
     wide[:b, :T], targets[:b, :T] = tokens, labels
     is_text = torch.zeros(B * S, dtype=torch.bool)
@@ -35,12 +37,21 @@ def padded(tokens, labels, where_text):
     targets[~is_text.view(B, S)] = -100
     is_text[(~is_text).nonzero()[:, 0][:Q - P]] = True
     where = is_text.nonzero()[:, 0]
-    return wide, where, targets.flatten()[where]
+    targets = targets.flatten()[where]
+    learnt = (targets != -100).nonzero()[:, 0]
+    others = (targets == -100).nonzero()[:, 0][:up(len(learnt), TEXT) - len(learnt)]
+    learnt = torch.cat([learnt, others])
+    return wide, where, learnt, targets[learnt]
 
 
-def loss_and_gradients(net, params, tokens, where_text, labels):
+def up(n, unit):
+    """The next multiple of unit."""
+    return -(-n // unit) * unit
+
+
+def loss_and_gradients(net, params, tokens, where_text, learnt, labels):
     """(sum of the cross-entropies, its gradients by params)."""
-    x = net.hidden(tokens, where_text=where_text).flatten(0, 1)
+    x = net.hidden(tokens, where_text=where_text).flatten(0, 1).index_select(0, learnt)
     loss = train.loss_of(net.lm_head, x, labels)
     return loss.detach(), torch.autograd.grad(loss, params)
 
@@ -84,25 +95,32 @@ class Replayed(torch.autograd.Function):
 
 @contextmanager
 def used(net):
-    """Inside, train.loss_sum is replayed. RuntimeError at the end if a graph went out of date."""
-    plain, device, made, last = train.loss_sum, net.lm_head.weight.device, {}, []
+    """Inside, train.loss_sum is replayed. Gives a list: why a graph could not be recorded.
+
+    RuntimeError at the end if a graph went out of date.
+    """
+    plain, device, made, last, why = train.loss_sum, net.lm_head.weight.device, {}, [], []
 
     def loss_sum(network, tokens, labels, where_text=None):
-        if network is not net or where_text is None or not torch.is_grad_enabled():
+        if network is not net or where_text is None or not torch.is_grad_enabled() or why:
             return plain(network, tokens, labels, where_text)
         params = [p for p in net.parameters() if p.requires_grad]
         given = [x.to(device) for x in padded(tokens, labels, where_text)]
         key = tuple(x.shape for x in given), tuple(map(id, params))
         if key not in made:
-            made[key] = recorded(lambda *x: loss_and_gradients(net, params, *x), *given)
+            try:
+                made[key] = recorded(lambda *x: loss_and_gradients(net, params, *x), *given)
+            except RuntimeError as error:
+                why.append(str(error).partition("\n")[0])
+                return plain(network, tokens, labels, where_text)
         last[:] = tokens, labels, where_text
         loss, grads = made[key](*given)
         return Replayed.apply(loss, grads, *params)
 
     train.loss_sum = loss_sum
     try:
-        yield
-        if last:
+        yield why
+        if last and not why:
             found, expected = loss_sum(net, *last).item(), plain(net, *last).item()
             if not abs(found - expected) <= 0.02 * abs(expected):
                 raise RuntimeError(f"a graph's loss is {found}, the network's {expected}")

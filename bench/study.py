@@ -134,8 +134,10 @@ def run_one(job):
         train.compile_layers(net)
     with tempfile.TemporaryDirectory() as out:
         vars(args).update(NO_STATES, out=Path(out))
-        with graphs.used(net) if job.get("graphs") and cuda else nullcontext():
+        with graphs.used(net) if job.get("graphs") and cuda else nullcontext() as why:
             rows, stopped = train.train(net, examples, args, autocast)
+    if why:
+        row["no_graph"] = why
     if stopped:
         raise ValueError(stopped.reason)
     later = rows[min(5, len(rows) // 2):]                    # the first ones compile, and warm up
@@ -171,7 +173,7 @@ def serve(card, threads, todo, done):
     """A process: rows for lists of jobs, until there is None."""
     sys.stdout = open(os.devnull, "w")
     if card is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(card)
+        os.environ["CUDA_VISIBLE_DEVICES"] = card
     torch.set_num_threads(threads)
     where = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
              "torch": torch.__version__}
@@ -212,7 +214,8 @@ def workers(path, per_gpu=1):
     context, cards = torch.multiprocessing.get_context("spawn"), torch.cuda.device_count()
     todo, done, n = context.Queue(), context.Queue(), max(1, cards) * per_gpu
     threads = max(1, (os.cpu_count() or 1) // n)
-    started = []
+    started, names = [], os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = names if names != [""] else [str(i) for i in range(cards)]
 
     def run(jobs):
         rows = rows_in(path)
@@ -220,7 +223,7 @@ def workers(path, per_gpu=1):
         os.environ["TQDM_DISABLE"] = "1"                   # for those that are started: one bar
         for i in range(len(started), min(n, len(missing))):
             started.append(context.Process(target=serve, daemon=True, args=(
-                i % cards if cards else None, threads, todo, done)))
+                names[i % cards] if cards else None, threads, todo, done)))
             started[-1].start()
         for _, alike in itertools.groupby(missing, kind if any(
                 j.get("compile") for j in missing) else str):

@@ -25,10 +25,11 @@ def test_padding_changes_nothing(net, monkeypatch):
     monkeypatch.setattr(graphs, "LENGTH", 16)
     (batch,), net = data.micro_batches(examples(), 10**6), net.double()
     params = list(dict.fromkeys(net.parameters()))
-    tokens, where, labels = graphs.padded(*batch)
+    tokens, where, learnt, labels = graphs.padded(*batch)
     assert tokens.shape[1] % 16 == 0 and len(where) % 64 == 0 and len(where) > len(batch[2])
+    assert len(learnt) == len(labels) and len(labels) % 64 == 0 and len(labels) < len(where)
     assert (labels != -100).sum() == (batch[1] != -100).sum()
-    loss, grads = graphs.loss_and_gradients(net, params, tokens, where, labels)
+    loss, grads = graphs.loss_and_gradients(net, params, tokens, where, learnt, labels)
     expected = train.loss_sum(net, *batch)
     torch.testing.assert_close(loss, expected.detach())
     for found, exact in zip(grads, torch.autograd.grad(expected, params), strict=True):
@@ -63,3 +64,17 @@ def test_an_outdated_graph_is_noticed(net, monkeypatch):
     with pytest.raises(RuntimeError, match="a graph's loss"), graphs.used(net):
         train.loss_sum(net, *batch)
         net.lm_head.weight.data.normal_()
+
+
+def test_what_cannot_be_recorded_is_computed_as_usual(net, monkeypatch):
+    """A method that copies from the host, for example."""
+    (batch,), plain = data.micro_batches(examples(), 10**6), train.loss_sum
+
+    def refused(f, *tensors):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(graphs, "recorded", refused)
+    with graphs.used(net) as why:
+        assert torch.equal(train.loss_sum(net, *batch), plain(net, *batch))
+        assert torch.equal(train.loss_sum(net, *batch), plain(net, *batch))
+    assert why == ["operation not permitted when stream is capturing"]
