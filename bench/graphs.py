@@ -56,8 +56,11 @@ def loss_and_gradients(net, params, tokens, where_text, learnt, labels):
     return loss.detach(), torch.autograd.grad(loss, params)
 
 
-def recorded(f, *tensors):
-    """`f(*tensors)` as a CUDA graph, a function of new tensors; on a CPU, f itself."""
+def recorded(f, pool, *tensors):
+    """`f(*tensors)` as a CUDA graph, a function of new tensors; on a CPU, f itself.
+
+    pool: whose memory it shares with the other graphs of it, since only one runs at a time.
+    """
     if tensors[0].device.type != "cuda":
         return f
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -67,7 +70,7 @@ def recorded(f, *tensors):
             f(*tensors)
     torch.cuda.current_stream().wait_stream(stream)
     torch.clear_autocast_cache()                  # or the graph would read weights as they were
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         found = f(*tensors)
     torch.clear_autocast_cache()
 
@@ -100,6 +103,7 @@ def used(net):
     RuntimeError at the end if a graph went out of date.
     """
     plain, device, made, last, why = train.loss_sum, net.lm_head.weight.device, {}, [], []
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def loss_sum(network, tokens, labels, where_text=None):
         if network is not net or where_text is None or not torch.is_grad_enabled() or why:
@@ -109,7 +113,7 @@ def used(net):
         key = tuple(x.shape for x in given), tuple(map(id, params))
         if key not in made:
             try:
-                made[key] = recorded(lambda *x: loss_and_gradients(net, params, *x), *given)
+                made[key] = recorded(lambda *x: loss_and_gradients(net, params, *x), pool, *given)
             except RuntimeError as error:
                 why.append(str(error).partition("\n")[0])
                 return plain(network, tokens, labels, where_text)

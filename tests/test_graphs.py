@@ -56,7 +56,7 @@ def test_an_outdated_graph_is_noticed(net, monkeypatch):
     """A graph that reads weights that the network has no more."""
     (batch,) = data.micro_batches(examples(), 10**6)
 
-    def frozen(f, *tensors):
+    def frozen(f, pool, *tensors):
         once = f(*tensors)
         return lambda *new: once
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_recorded_is_computed_as_usual(net, monkeypatch):
     """A method that copies from the host, for example."""
     (batch,), plain = data.micro_batches(examples(), 10**6), train.loss_sum
 
-    def refused(f, *tensors):
+    def refused(f, pool, *tensors):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(graphs, "recorded", refused)
