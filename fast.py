@@ -15,8 +15,7 @@ needs, so this file imports nothing of ours.
 """
 import functools
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +109,7 @@ def as_tensor(W, dtype):
 
 # ------------------------------------------------------ A and B of many weights, in groups
 
-GROUP, PARTS = 32, 4              # matrices that are decomposed together, at most; in how many parts
+GROUP = 32                        # matrices that are decomposed together, at most
 
 
 def pays_in_groups(weight):
@@ -134,54 +133,13 @@ def in_groups(grouped_svd):
         if options.niter is not None and (name, *key) not in ready:
             group = [((n, *key), m.weight.detach().T) for n, m in options.remaining.items()
                      if (n, *key) not in ready and like(m.weight, weight)][:GROUP]
-            factors = at_once(grouped_svd, [W for _, W in group], options)
+            factors = grouped_svd([W for _, W in group], options.rank, niter=options.niter,
+                                  generator=options.generator)
             for (n, _), u, s, v in zip(group, *factors, strict=True):
                 ready[n] = (u * s.sqrt()).contiguous(), (s.sqrt()[:, None] * v).contiguous()
         return ready.pop((name, *key), None)
 
     return principal
-
-
-def at_once(grouped_svd, weights, options):
-    """`grouped_svd` of PARTS of a group at the same time, each on a stream: U, S, V^T of all.
-
-    While one part waits for its small eigenproblems, another one multiplies. Every part has random
-    numbers of its own, so the result does not depend on which is first.
-    """
-    cuda, n, g = weights[0].is_cuda, -(-len(weights) // PARTS), options.generator
-    parts = [weights[i:i + n] for i in range(0, len(weights), n)]
-    streams = [torch.cuda.Stream(weights[0].device) if cuda else None for _ in parts]
-    seeds = None if g is None else torch.randint(2**62, (PARTS,), generator=g, device=g.device)
-
-    def decomposed(part, stream, i):
-        with torch.cuda.stream(stream) if cuda else nullcontext():
-            own = g and torch.Generator(g.device).manual_seed(seeds[i].item())
-            return grouped_svd(part, options.rank, niter=options.niter, generator=own)
-
-    for stream in filter(None, streams):
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with ThreadPoolExecutor(PARTS) as pool:
-        found = list(pool.map(decomposed, parts, streams, range(PARTS)))
-    for stream in filter(None, streams):
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
-    return [[x for xs in triplet for x in xs] for triplet in zip(*found, strict=True)]
-
-
-def residual(weight, A, B, sign=-1):
-    """(W + sign A B)^T of a bfloat16 W on a GPU, whose tensor cores add in float32 and round once.
-
-    A and B are sums of two bfloat16 parts. The product of the second ones, 2^-16 of |A| |B| at
-    most, is left out. 0.02 s instead of 0.19 for Llama-2-7B.
-    """
-    if not weight.is_cuda or weight.dtype != torch.bfloat16:
-        return None
-    return torch.addmm(weight, *three_products(A, B), alpha=sign)
-
-
-def three_products(A, B):
-    """Two bfloat16 matrices whose product is (A B)^T, of float32 A and B."""
-    (A1, A2), (B1, B2) = ((M.bfloat16(), (M - M.bfloat16()).bfloat16()) for M in (A, B))
-    return torch.cat([B1, B2, B1]).T, torch.cat([A1, A1, A2], 1).T
 
 
 def like(a, b):

@@ -75,7 +75,7 @@ def init_pissa(weight, options):
     return residual(weight, A, B), A, B, (A, B)
 
 
-@faster(full_float32()(fast.in_groups(grouped_svd)))
+@faster(fast.in_groups(grouped_svd))
 def principal(weight, options):
     """A = U_r S_r^1/2 (in, r) and B = S_r^1/2 V_r^T (r, out) of W, given as weight (out, in)."""
     U, S, Vh = randomized_svd(weight.T, options.rank, niter=options.niter,
@@ -83,7 +83,6 @@ def principal(weight, options):
     return (U * S.sqrt()).contiguous(), (S.sqrt()[:, None] * Vh).contiguous()
 
 
-@faster(fast.residual)
 @full_float32()
 def residual(weight, A, B, sign=-1):
     """(W - A B)^T, (out, in): computed in float32, then rounded once to the dtype of `weight`."""
@@ -253,12 +252,13 @@ def disabled(net: nn.Module):
 
 def merge(net: nn.Module) -> nn.Module:
     """nn.Linear again, with what was learnt: W_res + A B, rounded once to the dtype of W."""
-    return to_linears(net, lambda m: residual(as_tensor(m.frozen), *m.factors(), 1))
+    return to_linears(net, lambda m: residual(as_tensor(m.frozen), *m.factors(), sign=1))
 
 
 def remove(net: nn.Module) -> nn.Module:
     """nn.Linear again: the base model, bit for bit. Needs keep_base=True unless `frozen` is W."""
-    _ = [m.base() for _, m in layers(net)]           # raises before anything changes
+    for _, m in layers(net):
+        m.base()                                     # raises before anything changes
     return to_linears(net, lambda m: m.base())
 
 

@@ -1,12 +1,14 @@
-"""Tables and pictures of EVIDENCE.md, from bench/results/study_*.jsonl (python -m bench.plot).
+"""Tables and pictures of EVIDENCE.md, from bench/results/study_*.jsonl, and of relatives/README.md,
+from family_*.json (python -m bench.plot).
 
 Each says from which version of its study it is: the full one if that has rows, else the small one.
 """
+import json
 import statistics
 from functools import partial
 
 from bench import studies
-from bench.plot import table
+from bench.plot import RESULTS, read, source, table
 
 MARKS = {"pissa": ("o", "-"), "lora": ("s", "--"), "full": ("^", ":"), "milora": ("D", "-."),
          "qpissa": ("o", "-"), "loftq": ("^", "-."), "qlora": ("s", "--"), "lq_lora": ("D", ":")}
@@ -121,7 +123,61 @@ def svd_table():
     return under(table(head, lines), what) if found else what
 
 
-PARTS = {"study-rates": rates_table, "study-curves": curves_table, "study-svd": svd_table,
+def family_table(name):
+    """bench_family's: each method at its best rate."""
+    result, rows = read(name), []
+    for r in result["rows"]:
+        if "failed" in r:
+            rows.append([r["method"], r["failed"], *[""] * 7])
+            continue
+        rows.append([
+            r["method"], f"{r['lr']:.3g}",
+            f"{r['loss']:.4f} ({', '.join(f'{x:.4f}' for x in r['losses'])})",
+            f"{statistics.mean(r['accuracies']):.1%}", f"{r['trained']:,}",
+            f"{r['init_seconds']:.2f} s", f"{r['peak_gib']:.1f} GiB ({r['planned_gib']:.1f})" if (
+                r["peak_gib"]) else "",
+            f"{r['tokens_per_second']:,.0f}", ", ".join(
+                f"{lr:.3g}: " + (f"{loss:.3f}" if loss else "failed") for lr, loss in r["rates"])])
+    head = ["method", "best rate", "validation loss (two seeds)",
+            f"accuracy, {max(r.get('problems', 0) for r in result['rows'])} problems",
+            "trained numbers", "to initialise", "peak memory (planned)", "tokens/s",
+            "seed 0's loss at every rate"]
+    if not any(r.get("peak_gib") for r in result["rows"]):
+        head, rows = ([line[:6] + line[7:] for line in part] for part in ([head], rows))
+        head = head[0]
+    return table(head, rows) + source(result)
+
+
+def search_table():
+    """bench_family's rows of seed 0 on a GPU: every method so far, at all its rates."""
+    found = [json.loads(line) for line in
+             (RESULTS / "family_h100.jsonl").read_text().splitlines()]
+    named = {}
+    for r in found:
+        named.setdefault(" ".join([r["job"]["method"], *r["job"].get("option", [])]), []).append(r)
+    lines = []
+    for name, rows in named.items():
+        tried = sorted((r for r in rows if r["job"]["steps"] == 100), key=lambda r: r["job"]["lr"])
+        alone = [r for r in rows if r["job"]["steps"] != 100]
+        best = min(tried, key=lambda r: r["val"], default=None)
+        if not best or not alone:
+            continue
+        edge = " (edge)" if best in (tried[0], tried[-1]) else ""
+        lines.append((best["val"], [
+            name, f"{best['job']['lr']:.3g}{edge}", f"{best['val']:.4f}", f"{best['trained']:,}",
+            f"{alone[0]['init_seconds']:.2f} s",
+            f"{alone[0]['peak_gib']:.1f} GiB ({alone[0]['planned_gib']:.1f})",
+            f"{alone[0]['tokens_per_second']:,.0f}",
+            ", ".join(f"{r['job']['lr']:.3g}: {r['val']:.3f}" for r in tried)]))
+    return table(["method", "best rate", "validation loss", "trained numbers", "to initialise",
+                  "peak memory (planned)", "tokens/s", "at every rate"],
+                 [line for _, line in sorted(lines)]) + (
+        f"\n\n`python -m bench.bench_family --rows bench/results/family_h100.jsonl` · "
+        f"{found[0]['device']}, torch {found[0]['torch']}, one seed, not finished")
+
+
+PARTS = {"family-gpu": search_table, "family-cpu": partial(family_table, "family_cpu"),
+         "study-rates": rates_table, "study-curves": curves_table, "study-svd": svd_table,
          "study-quantised": partial(grouped_table, "quantised", ["rank", "quant_iters", "method"],
                                     ["rank", "turns", "method"]),
          "study-learnt": learnt_table,
@@ -197,3 +253,30 @@ def landscape():
                  if p.exists()), None)
     if path:
         picture(json.loads(path.read_text()), FIGURES / "landscape.png")
+
+
+def family():
+    """Loss at each one's best rate, best first, beside how many numbers it trains."""
+    from bench.pictures import BLUE, GREEN, GREY, RED, keep, panels
+    name = next(n for n in ("family_gpu", "family_cpu") if (RESULTS / f"{n}.json").exists())
+    rows = [r for r in read(name)["rows"] if "failed" not in r]
+    figure, axes = panels(1, 1, height=0.24 * len(rows) + 1)
+    for y, r in enumerate(rows):
+        colour = {"pissa": RED, "lora": BLUE, "full": GREY}.get(r["method"], GREEN)
+        mark = {"pissa": "o", "lora": "s", "full": "^"}.get(r["method"], "D")
+        axes.plot(r["losses"], [y] * len(r["losses"]), "-|", color=colour, linewidth=1)
+        axes.plot(r["loss"], y, mark, color=colour, markersize=5)
+    axes.set_yticks(range(len(rows)), [f"{r['method']}   {short(r['trained'])}" for r in rows],
+                    fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="validation loss, nats a token; a line joins two seeds",
+             ylabel="method, and numbers it trains",
+             title=("checkpoints/tiny, the demo's problems" if name == "family_cpu" else
+                    "SmolLM2-135M, GSM8K, 100 steps of 32") + ": each at its own best rate")
+    axes.grid(axis="x", linewidth=0.4)
+    keep(figure, "family")
+
+
+def short(n):
+    """443904 -> 444 k"""
+    return f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.0f} k"

@@ -4,7 +4,7 @@ Grounds are transparent. All colours can be told from a white page and from a da
 """
 import statistics
 
-from bench import evidence
+from bench import evidence, plot
 from bench.plot import KINDS, QUANT, ROOT, by_rate, quant_rows, read
 
 INK, RED, BLUE, GREEN, GREY, OCHRE = ("#767c84", "#d1495b", "#3a86c8", "#2a9d5c", "#8a8f96",
@@ -197,11 +197,9 @@ def quant(rank=16, turns=5):
 
 def speeds():
     """[(what, the fastest peer, how many times as fast ours is)], from the result files."""
-    step, packing = read("step_h200")["step"], read("packing_7b_h200")["sides"]
-    rows = [("one step, 8 x 512 tokens", "PEFT, autocast", step["times as fast"]["ours"]),
-            ("the same, checkpointing", "PEFT", step["times as fast"]["ours, checkpointing"]),
-            ("the same, both compiled", "PEFT", step["times as fast"]["ours, compiled"]),
-            ("steps on GSM8K, packed", "PEFT, padded", packing["packed"]["times_as_fast_as_peft"])]
+    packing = read("packing_7b_h200")["sides"]
+    rows = [(what, peer, ratio) for what, (peer, ratio) in plot.beside_peers().items()]
+    rows += [("steps on GSM8K, packed", "PEFT, padded", packing["packed"]["times_as_fast_as_peft"])]
     rows += [(f"generation, {r['batch']} answer{'s' * (r['batch'] > 1)}", "transformers, eager",
               r["ratio"]) for r in read("generate_h200")["rows"] if "Llama" in r["model"]]
     for what, name, rank, ours in (("A and B, 7B, rank 128", "svd_h200", "128", "ours (grouped)"),
@@ -217,7 +215,7 @@ def speeds():
 
 def speed():
     """How many times as fast as the fastest peer, at 7B's size unless it says otherwise."""
-    figure, axes = panels(1, 1, 3.6)
+    figure, axes = panels(1, 1, 5.4)
     rows = speeds()[::-1]
     for i, (_, _, ratio) in enumerate(rows):
         axes.barh(i, ratio - 1, 0.62, left=1, color=RED if ratio >= 1 else GREY)
@@ -230,7 +228,7 @@ def speed():
     axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "as fast", "2x", "4x", "8x"])
     axes.set_xticks([], minor=True)
     axes.set(xlim=(0.22, 12), xlabel="times as fast as the fastest peer",
-             title="Llama-2-7B's shape on one H200, unless it says otherwise")
+             title="Llama-2-7B's shape on one H100 or H200, unless it says otherwise")
     axes.tick_params(axis="y", length=0)
     keep(figure, "speed")
 
@@ -265,13 +263,30 @@ def draw_steps(axes, result, axis, measured, planned=None):
 
 def planned():
     """The peak of a step: points are measured, lines are planned."""
-    result, (figure, row) = read("scale_h200"), panels(1, 3)
-    for axes, axis in zip(row, ("rank", "length", "depth")):
+    result, (figure, row) = read("scale_h100"), panels(1, 3)
+    for axes, axis in zip(row, ("rank", "depth")):
         axes.set_ylim(1, 20)
         draw_steps(axes, result, axis, "peak_gib", "planned_gib")
+    found, rows = {}, plot.long_rows()
+    for (name, tokens, how, r), (_, job, _, moment) in zip(
+            rows, plot.plan_rows()[-len(rows):], strict=True):
+        found.setdefault((name, how), []).append(
+            (tokens, r["peak_gib"], plot.planned_gib(job, moment)))
+    for (name, how), points in found.items():
+        x, measured, lines = zip(*points)
+        colour, style = RED if name == "16 bits" else BLUE, {"kept": "-", "offload": "--"}
+        row[2].plot(x, measured, "o", color=colour, markersize=4,
+                    markerfacecolor=None if how == "kept" else "none")
+        row[2].plot(x, lines, color=colour, linewidth=1, linestyle=style.get(how, ":"),
+                    label=f"{name}, {how}")
+    row[2].set_ylim(5, 200)
+    draw_scale(row[2], [8192, 32768, 131072], "tokens of a row")
     row[0].set(ylabel="peak GiB; lines: planned")
     row[0].legend(loc="upper left", fontsize=8)
-    row[1].set(title="4 layers of 7B's shape, one row of 2048 tokens, unless the axis says another")
+    row[0].set(title="7B's shape, 4 layers, 2048 tokens")
+    row[1].set(title="2048 tokens")
+    row[2].set(title="all 32 layers")
+    row[2].legend(loc="upper left", fontsize=7)
     keep(figure, "planned")
 
 
@@ -297,4 +312,4 @@ def scale():
 
 
 PICTURES = (same_rate, demo, gsm8k, quantised, quant, speed, planned, scale, evidence.study_rates,
-            evidence.landscape)
+            evidence.landscape, evidence.family)

@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / name for name in ("README.md", "bench/RESULTS.md", "docs/memory.md",
-                                  "checkpoints/tiny/README.md", "EVIDENCE.md")]
+                                  "checkpoints/tiny/README.md", "EVIDENCE.md",
+                                  "relatives/README.md")]
 
 
 def read(name):
@@ -167,8 +168,34 @@ def eight_table():
         return f"{1e3 * figures['step_seconds']:.1f} ms, {figures['peak_gib']:.1f} GiB" if (
             "step_seconds" in figures) else "failed"
 
-    return table(["", *shapes], [[name, *(cell(result[part].get(shape)) for shape in shapes)]
-                                 for part, name in names.items()]) + source(result)
+    lines = [[name, *(cell(result[part].get(shape)) for shape in shapes)]
+             for part, name in names.items()]
+    ratios = table(["beside the fastest peer", "", "times as fast"], [
+        [what, peer, f"**{ratio:.2f}x**"] for what, (peer, ratio) in beside_peers().items()])
+    return table(["", *shapes], lines) + "\n\n" + ratios + source(result)
+
+
+def beside_peers():
+    """{what: (the fastest peer, how many times as fast ours is)} of a step."""
+    result = read("step_eight_h100")
+
+    def ratio(shape, peer, ours="16 bits"):
+        return peer, result[peer][shape]["step_seconds"] / result[ours][shape]["step_seconds"]
+
+    return {"one step, 8 x 512 tokens": ratio("8 x 512", "unsloth", "16 bits beside unsloth"),
+            "the same, checkpointing": ratio("8 x 512, checkpointing", "torchtune"),
+            "the same, both compiled": ratio("8 x 512, compiled", "torchtune"),
+            "compiled, ours in 8 bits": ratio("8 x 512, compiled", "torchtune", "8 bits"),
+            "one row of 8192, compiled": ratio("1 x 8192, compiled", "torchtune"),
+            "the same, ours in 8 bits": ratio("1 x 8192, compiled", "torchtune", "8 bits")}
+
+
+def long_table():
+    """Seconds and memory of rows of many tokens."""
+    rows = [[f"{name}, 1 x {tokens:,}, {how}", f"{r['step_seconds']:.2f} s",
+             f"{r['tokens_per_second']:,.0f}", f"{r['peak_gib']:.1f} GiB"]
+            for name, tokens, how, r in long_rows()]
+    return table(["", "a step", "tokens/s", "peak memory"], rows) + source(read("long_h100"))
 
 
 def step_cpu_table():
@@ -296,9 +323,7 @@ def plan_rows():
             "Llama-3-70B", config(8192, 80, 64, 8, 128256, 28672), large["seventy"]):
         rows.append((f"{name}, qpissa, rank 64, loading", job_of(shape, "qpissa", 64),
                      part["model"]["peak_gib"], "loading"))
-    if not (RESULTS / "scale_h200.json").exists():
-        return rows
-    result = read("scale_h200")
+    result = read("scale_h100")
     for r in result["seven"] + result["step"]:
         job = job_of(config(n_layers=r["layers"]), r["method"], r["rank"], accumulate=False)
         what = f"Llama-2-7B, {r['layers']} layers, {r['method']}, rank {r['rank']}, "
@@ -309,33 +334,44 @@ def plan_rows():
         job.compiled = r.get("compiled", False)
         rows.append((f"{what}{r['rows']} x {r['length']}" + ", checkpointing" * r["checkpointing"]
                      + ", compiled" * job.compiled, job, r["peak_gib"], None))
+    for name, tokens, how, r in long_rows():
+        job = job_of(config(), *({"16 bits": ("lora", 128), "4 bits": ("qlora", 64)}[name]), rows=1,
+                     length=tokens, checkpointing=how != "kept", offload=how == "offload",
+                     accumulate=False)
+        rows.append((f"Llama-2-7B, {name}, 1 x {tokens:,}, {how}", job, r["peak_gib"],
+                     "first" if tokens > 2**16 else None))
     return rows
 
 
+def long_rows():
+    """[("16 bits" or "4 bits", tokens, how, figures)] of bench_long."""
+    return [(name, int(what.split()[2].rstrip(",")), what.rpartition(" ")[2], r)
+            for name, part in read("long_h100").items() if isinstance(part, dict)
+            for what, r in part.items() if "step_seconds" in r]
+
+
 def planned_gib(job, moment):
-    """GiB at a moment, or at most while a step is taken."""
+    """GiB at a moment, or at most while a step is taken; "first": the one before AdamW's moments."""
     from support.plan import memory
-    moments = memory(job)[2]
+    _, held, moments = memory(job)
     loading = moments.pop("loading")
-    return (loading if moment else max(moments.values())) / 2**30
+    peak = max(moments.values()) - held["AdamW's moments"] * (moment == "first")
+    return (loading if moment == "loading" else peak) / 2**30
 
 
 def plan_table():
     """The planned peak beside the measured one, of whole networks; then what it depends on."""
-    lines, rows = [], plan_rows()
-    for name, job, measured, moment in rows:
+    lines = []
+    for name, job, measured, moment in plan_rows():
         if job.config.n_layers > 16:
             planned = planned_gib(job, moment)
-            lines.append([name, f"{planned:.1f} GiB", f"{measured:.1f} GiB",
-                          f"{planned / measured - 1:+.1%}"])
-    text = table(["on one H200", "planned", "measured", ""], lines) + source(read("nf4_h200"))
-    text += source(read("nf4_70b_h200"))
-    if len(rows) == 2:
-        return text
-    return text + source(read("scale_h200")) + (
-        "\n\n![Peak memory of a step against rank, length and depth, in 16 and in 4 bits, with and "
-        "without checkpointing. Every measured point lies on the line that was planned for it]"
-        "(../bench/figures/planned.png)")
+            lines.append([name + ", first step" * (moment == "first"), f"{planned:.1f} GiB",
+                          f"{measured:.1f} GiB", f"{planned / measured - 1:+.1%}"])
+    return table(["on one GPU", "planned", "measured", ""], lines) + "".join(
+        source(read(name)) for name in ("nf4_h200", "nf4_70b_h200", "scale_h100", "long_h100")) + (
+        "\n\n![Peak memory of a step against rank, depth and tokens of a row, kept whole, with "
+        "checkpointing and with offloading. Every measured point lies on the line that was planned "
+        "for it](../bench/figures/planned.png)")
 
 
 def plan_output():
@@ -389,14 +425,15 @@ def trained_rows():
 
 def headline_table():
     """README's one table: ours beside the best of others, good or bad."""
-    step, quant = read("step_h200")["step"], quant_rows(read("quant_minilm_cpu"), 16)
+    step, quant = read("step_eight_h100"), quant_rows(read("quant_minilm_cpu"), 16)
     avoided = {m: quant[m][8, 5]["all"][0] for m in ("QPiSSA", "LoftQ")}
     rows = [*trained_rows(), compared(
         "error of nf4 that QPiSSA avoids, MiniLM, rank 16", "{:.1%}", max, avoided["QPiSSA"],
         {"LoftQ": avoided["LoftQ"]})]
-    a, b = step["ours"], step["PEFT, autocast"]
-    rows.append(compared("peak memory of a step of 7B", "{:.1f} GiB", min, a["peak_gib"],
-                         {"PEFT": b["peak_gib"]}))
+    a, *others = (step[name]["8 x 512"]["peak_gib"] for name in (
+        "16 bits", "unsloth", "PEFT, Liger"))
+    rows.append(compared("peak memory of a step of 7B, 8 x 512 tokens", "{:.1f} GiB", min, a,
+                         dict(zip(("unsloth", "PEFT with Liger"), others, strict=True))))
     large = read("nf4_70b_h200")
     exact = [r["extrapolated_so_far_seconds"] for r in large["exact"].values()][-1]
     rows.append(["QPiSSA of 70B, 1 GPU: time to make it, peak of a step",
@@ -510,7 +547,7 @@ PARTS = {"gpus": gpus_table, "faults": faults_table, "demo": demo_table, "svd": 
          "gsm8k": gsm8k_table, "generate": generate_table, "nf4": nf4_table,
          "large": large_table, "quantised-training": quantised_training_table,
          "quant": quant_table, "plan": plan_table, "plan-output": plan_output,
-         "step": step_table, "eight": eight_table, "step-cpu": step_cpu_table,
+         "step": step_table, "eight": eight_table, "long": long_table, "step-cpu": step_cpu_table,
          "packing": packing_table,
          "headline": headline_table, "commits": commits_table, "fast": fast_table,
          "tasks": tasks_table}

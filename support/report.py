@@ -238,7 +238,7 @@ def unlikely(net, examples, args, steps):
                    "also arXiv 2602.04998")
     if args.bits == 8 and not args.compile and str(args.device).startswith("cuda"):
         yield ("--bits 8 without --compile: short rows then take longer than in 16 bits. Measured "
-               "on 7B, 8 x 512 tokens: 316 ms, 243 in 16 bits; with --compile 177 and 239")
+               "on 7B, 8 x 512 tokens: 261 ms, 253 in 16 bits; with --compile 177 and 243")
     longest, positions = max(len(ids) for ids, _ in examples), net.config.max_seq_len
     if 0 < positions < longest:
         yield (f"the longest example has {longest} tokens, and the model was trained for "
