@@ -86,8 +86,9 @@ def grouped_table(name, keys, head):
     lines = []
     for values in dict.fromkeys(tuple(r.get(k) for k in keys) for r in found):
         wanted = dict(zip(keys, values))
-        lr = studies.best_rate(found, **wanted)
-        lines.append([*values, f"{lr:g}", spread(studies.losses_at(found, **wanted)[lr])])
+        lr, at = studies.best_rate(found, **wanted), studies.losses_at(found, **wanted)
+        lines.append([*values, f"{lr:g}" + " (no other was tried)" * (len(at) == 1),
+                      spread(at[lr])])
     return under(table([*head, "best rate", "validation loss"], lines), what) if found else what
 
 
@@ -150,9 +151,7 @@ def family_table(name):
 
 def search_table():
     """bench_family's rows of seed 0 on a GPU: every method so far, at all its rates."""
-    found = [json.loads(line) for line in
-             (RESULTS / "family_h100.jsonl").read_text().splitlines()]
-    named = {}
+    found, named = jsonl("family_h100"), {}
     for r in found:
         named.setdefault(" ".join([r["job"]["method"], *r["job"].get("option", [])]), []).append(r)
     lines = []
@@ -176,7 +175,38 @@ def search_table():
         f"{found[0]['device']}, torch {found[0]['torch']}, one seed, not finished")
 
 
-PARTS = {"family-gpu": search_table, "family-cpu": partial(family_table, "family_cpu"),
+def svdquant_table():
+    """bench_svdquant's: the error of a layer's output, and perplexity."""
+    result = read("svdquant_smollm2_cpu")
+    kinds = list(result["rows"][-1]["kinds"])
+    lines = [[r["variant"], *(f"{r['kinds'][k][0]:.1%}" if r["kinds"] else "0" for k in kinds),
+              f"{r['kinds']['all'][1]:.1%}" if r["kinds"] else "0", f"{r['perplexity']:.2f}"]
+             for r in result["rows"]]
+    return table(["", *kinds, "worst", "perplexity"], lines) + source(result)
+
+
+def jsonl(name):
+    """The rows of a file in bench/results."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def begun_table():
+    """PiSSA and LoRA on real weights, as far as the study of rates and the family's search went."""
+    found = jsonl("study_rates_begun") + [r for r in jsonl("family_h100") if (
+        r["job"]["method"] in ("pissa", "lora") and r["job"]["steps"] == 100)]
+    lines = []
+    for r in sorted(found, key=lambda r: (r["job"]["rank"], r["job"]["lr"], r["job"]["method"])):
+        at = [f"{statistics.mean(r['loss'][n - 5:n]):.3f}" for n in (*STEPS[:3], 100)]
+        lines.append([r["job"]["rank"], f"{r['job']['lr']:g}", r["job"]["method"], *at,
+                      f"{r['grad_norm'][0]:.2f}", f"{r['val']:.4f}"])
+    head = ["rank", "rate", "method", *(f"loss, steps {n - 4}-{n}" for n in (*STEPS[:3], 100)),
+            "gradient norm, step 1", "validation loss"]
+    return under(table(head, lines), f"SmolLM2-135M, GSM8K, 100 steps of 32 examples, one seed, "
+                 f"{len(found)} runs, {found[0]['device']}; not finished")
+
+
+PARTS = {"study-begun": begun_table, "svdquant": svdquant_table,
+         "family-gpu": search_table, "family-cpu": partial(family_table, "family_cpu"),
          "study-rates": rates_table, "study-curves": curves_table, "study-svd": svd_table,
          "study-quantised": partial(grouped_table, "quantised", ["rank", "quant_iters", "method"],
                                     ["rank", "turns", "method"]),

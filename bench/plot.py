@@ -190,6 +190,22 @@ def beside_peers():
             "the same, ours in 8 bits": ratio("1 x 8192, compiled", "torchtune", "8 bits")}
 
 
+def eight_loss_table():
+    """Validation loss of variants of eight bits, less that of sixteen at the same seed and rate."""
+    lines, parts = [], [read(f"eight_loss_{name}") for name in ("gpu", "tiny")]
+    for result in parts:
+        losses = {}
+        for r in result["rows"]:
+            losses.setdefault(r["variant"], {}).setdefault((r["lr"], r["seed"]), []).append(
+                r["after"])
+        mean = {v: {k: statistics.mean(x) for k, x in of.items()} for v, of in losses.items()}
+        base = mean.pop("16 bits")
+        lines += [[result["model"], name, f"{statistics.mean(gaps):+.4f}", len(gaps),
+                   ", ".join(f"{g:+.4f}" for g in gaps)] for name, of in mean.items()
+                  if (gaps := [of[k] - base[k] for k in sorted(of) if k in base])]
+    return table(["", "", "mean", "pairs", "each"], lines) + "".join(map(source, parts))
+
+
 def long_table():
     """Seconds and memory of rows of many tokens."""
     rows = [[f"{name}, 1 x {tokens:,}, {how}", f"{r['step_seconds']:.2f} s",
@@ -351,7 +367,7 @@ def long_rows():
 
 
 def planned_gib(job, moment):
-    """GiB at a moment, or at most while a step is taken; "first": the one before AdamW's moments."""
+    """GiB at a moment, or at most while a step is taken; "first": the step without moments."""
     from support.plan import memory
     _, held, moments = memory(job)
     loading = moments.pop("loading")
@@ -547,7 +563,8 @@ PARTS = {"gpus": gpus_table, "faults": faults_table, "demo": demo_table, "svd": 
          "gsm8k": gsm8k_table, "generate": generate_table, "nf4": nf4_table,
          "large": large_table, "quantised-training": quantised_training_table,
          "quant": quant_table, "plan": plan_table, "plan-output": plan_output,
-         "step": step_table, "eight": eight_table, "long": long_table, "step-cpu": step_cpu_table,
+         "step": step_table, "eight": eight_table, "long": long_table,
+         "eight-loss": eight_loss_table, "step-cpu": step_cpu_table,
          "packing": packing_table,
          "headline": headline_table, "commits": commits_table, "fast": fast_table,
          "tasks": tasks_table}

@@ -35,31 +35,15 @@ NAMES = {"lora": "LoRA", "pissa": "PiSSA"}
 
 def factors(net):
     """{name: (A, B)} on the CPU."""
-    return {
-        n: tuple(M.detach().to("cpu", copy=True) for M in m.factors()) for n, m in pissa.layers(net)
-    }
+    return {n: tuple(M.detach().to("cpu", copy=True) for M in m.factors())
+            for n, m in pissa.layers(net)}
 
 
 def trained(method, lr, asked, examples):
     """[(step, factors)] of one training, from the start to the end."""
-    args = options.train_parser("").parse_args(
-        [
-            "--ckpt",
-            asked.ckpt,
-            "--method",
-            method,
-            "--rank",
-            str(asked.rank),
-            "--lr",
-            str(lr),
-            "--batch",
-            str(asked.batch),
-            "--steps",
-            str(asked.steps),
-            "--seed",
-            str(asked.seed),
-        ]
-    )
+    flags = {"ckpt": asked.ckpt, "method": method, "rank": asked.rank, "lr": lr,
+             "batch": asked.batch, "steps": asked.steps, "seed": asked.seed}
+    args = options.train_parser("").parse_args([f"--{k}={v}" for k, v in flags.items()])
     vars(args).update(NO_STATES, out=Path("runs/landscape"))
     net = model.load(asked.ckpt, asked.device, torch.float32)
     pissa.inject(net, asked.rank, method, seed=asked.seed, progress=False)
@@ -99,10 +83,8 @@ def coordinates(paths):
     ValueError if the ends lie on one line.
     """
     ends, starts = ([paths[m][i][1] for m in METHODS] for i in (-1, 0))
-    G = torch.tensor(
-        [[inner(ends[i], ends[j], (starts[i], starts[j])) for j in (0, 1)] for i in (0, 1)],
-        dtype=torch.float64,
-    )
+    G = torch.tensor([[inner(ends[i], ends[j], (starts[i], starts[j])) for j in (0, 1)]
+                      for i in (0, 1)], dtype=torch.float64)
     if G.det() <= 1e-9 * G[0, 0] * G[1, 1]:
         raise ValueError("both ends lie on one line through the base: there is no plane")
     Q = torch.linalg.cholesky(G)  # G = Q Q^T
@@ -110,9 +92,8 @@ def coordinates(paths):
     for k, method in enumerate(METHODS):
         found[method] = []
         for step, point in paths[method]:
-            dots = torch.tensor(
-                [inner(point, ends[j], (starts[k], starts[j])) for j in (0, 1)], dtype=torch.float64
-            )
+            dots = torch.tensor([inner(point, ends[j], (starts[k], starts[j])) for j in (0, 1)],
+                                dtype=torch.float64)
             x = torch.linalg.solve_triangular(Q, dots[:, None], upper=False)[:, 0]
             size = inner(point, point, (starts[k], starts[k]))
             outside = max(0.0, 1 - x.square().sum().item() / size) ** 0.5 if size > 0 else 0.0
@@ -126,9 +107,8 @@ def surface(paths, Q, axes, asked, val):
     args = options.train_parser("").parse_args(["--ckpt", asked.ckpt])
     modules = {n: net.get_submodule(n) for n in paths["lora"][0][1]}
     W0 = {n: m.weight.detach().clone() for n, m in modules.items()}
-    ends = {
-        n: [change(paths[m][-1][1], paths[m][0][1], n).T.to(W0[n]) for m in METHODS] for n in W0
-    }
+    ends = {n: [change(paths[m][-1][1], paths[m][0][1], n).T.to(W0[n]) for m in METHODS]
+            for n in W0}
     inverse = torch.linalg.inv(Q)  # rows e_1, e_2 in both ends' DeltaW
 
     def loss(x, y):
@@ -160,29 +140,19 @@ def picture(result, out):
     figure, axes = panels(1, 1, 5.5)
     z = torch.tensor(result["loss"])
     levels = torch.quantile(z.flatten(), torch.linspace(0.01, 0.95, 14)).unique().tolist()
-    lines = axes.contour(
-        result["x"], result["y"], result["loss"], levels=levels, colors=INK, linewidths=0.8
-    )
+    lines = axes.contour(result["x"], result["y"], result["loss"], levels=levels, colors=INK,
+                         linewidths=0.8)
     axes.clabel(lines, fontsize=7, fmt="%.2f")
     for method, colour, mark, style in ("lora", BLUE, "s", "--"), ("pissa", RED, "o", "-"):
         path = result["path"][method]
-        axes.plot(
-            [p[1] for p in path],
-            [p[2] for p in path],
-            style,
-            marker=mark,
-            markersize=4,
-            color=colour,
-            label=f"{NAMES[method]}, rate {result['rates'][method]:g}, ends at "
-            f"{result['ends'][method]:.3f}",
-        )
+        axes.plot([p[1] for p in path], [p[2] for p in path], style, marker=mark, markersize=4,
+                  color=colour, label=f"{NAMES[method]}, rate {result['rates'][method]:g}, "
+                  f"ends at {result['ends'][method]:.3f}")
     axes.plot(0, 0, "*", color=INK, markersize=14, label=f"base, {result['ends']['base']:.3f}")
-    axes.set(
-        xlabel="x: towards LoRA's end, |ΔW| of all matrices",
-        ylabel="y: towards PiSSA's end, across x",
-        title=f"{result['ckpt']}, rank {result['rank']}, {result['steps']} steps: "
-        "validation loss (contours)",
-    )
+    axes.set(xlabel="x: towards LoRA's end, |ΔW| of all matrices",
+             ylabel="y: towards PiSSA's end, across x",
+             title=f"{result['ckpt']}, rank {result['rank']}, {result['steps']} steps: "
+             "validation loss (contours)")
     axes.legend(loc="best")
     figure.tight_layout()
     figure.savefig(out, dpi=130, transparent=True)

@@ -90,6 +90,7 @@ def for_train(net, method, own, examples, loss, args):
         return measure(net, method, (), loss, options, args.targets)
     count = min(args.calibrate or getattr(method, "EXAMPLES", 128), len(examples))
     batch = data.batches(examples, count, args.seed, 0)[0]
-    batches = data.micro_batches(batch, args.micro_batch * max(len(ids) for ids, _ in batch))
+    rows = max(1, args.micro_batch // 4)            # so it takes no more memory than training does
+    batches = data.micro_batches(batch, rows * max(len(ids) for ids, _ in batch))
     print(f"{args.method}: measuring {method.STATISTIC} on {count} of {len(examples)} examples")
     return measure(net, method, batches, loss, options, args.targets)

@@ -379,6 +379,9 @@ def show(args):
             if (other := replace(job, **change)) != job}
     found = estimate_of(job)
     step = flops_in_all(job) * args.batch * job.length
-    report.plan(args, job, method, found, less, seconds(job, step)[1])
+    each, words = seconds(job, step)
+    if args.steps:
+        words += f"; {args.steps} steps, if rows are so long: {each * args.steps / 60:.2g} minutes"
+    report.plan(args, job, method, found, less, words)
     if args.gpus > 1:
         report.plan_of_gpus(args, found["peak"], sharded(job, args.gpus))

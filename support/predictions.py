@@ -30,4 +30,7 @@ def finish(out, part, rows, by):
     low, high = report.wilson(right / n, n)
     print(filled(f"accuracy {right / n:.1%} ({low:.1%} to {high:.1%} with 95 % confidence) by "
                  f"protocol {by}: {right} of {n} problems; predictions in {out}"))
+    if all(row.get("answer", "") is None for row in rows):
+        print(filled(f"note: no answer holds what protocol {by} reads. Was the model trained to "
+                     "answer otherwise? See --protocol"))
     report.say_cut(sum(row.get("cut", False) for row in rows))

@@ -366,8 +366,8 @@ def summary_text(summary, args):
     if best := summary.get("best"):
         lines += [filled(f"lowest validation loss {best['loss']:.4f} after step {best['step']}: "
                          f"{args.out / 'best'}")]
-    speed = summary["tokens_per_second"]
-    lines += [f"{summary['steps']} steps in {seconds['train']:.0f} s, "
+    speed, steps = summary["tokens_per_second"], summary["steps"]
+    lines += [f"{steps} step{'s' * (steps != 1)} in {seconds['train']:.0f} s, "
               + (f"{speed:,.0f} tokens/s; " if speed else "") + f"{seconds['all']:.0f} s in all"
               + " since it went on" * (seconds["all"] < seconds["train"])]
     if summary["peak_gpu_bytes"]:

@@ -507,6 +507,15 @@ def test_accuracy_command(tmp_path, monkeypatch, flag, protocol, expected):
     assert os.listdir(tmp_path) == ["p.jsonl"]
 
 
+def test_answers_that_a_protocol_cannot_read(tmp_path, monkeypatch):
+    """All 0 % by it: a note says why; none if one can be read."""
+    for protocol, noted in ("strict", False), ("paper", True):
+        answer_with(monkeypatch, {p: "#### 1" for p, _ in EXAMPLES})
+        printed = command("--accuracy", TINY / "test.jsonl", "--limit", 20, "--protocol", protocol,
+                          "--out", tmp_path / f"{protocol}.jsonl")
+        assert (f"no answer holds what protocol {protocol} reads" in joined(printed)) == noted
+
+
 @pytest.mark.parametrize("argv, tokens, stop", [
     ([], 256, []), (["--protocol", "paper"], 1024, []),
     (["--protocol", "paper", "--max-new-tokens", 5, "--stop", "\n\n", "--stop", "USER"], 5,
@@ -653,7 +662,7 @@ def test_going_on_or_starting_anew(tmp_path, monkeypatch, base, saved, change, m
         change(base, tmp_path / "adapter")
     asked = die(monkeypatch, 0, lambda net, prompts, *args, **options: [[6]] * len(prompts))
     printed = command(*flags, *more)
-    assert len(re.findall(r"^\S", printed, re.M)) == 3                 # the rest are longer lines
+    assert len(re.findall(r"^\S", printed, re.M)) == 4       # one: that no answer can be read
     assert ("\nstarting anew:" if anew else "\ngoing on: 6 of 10 are done\n") in printed
     rows = read_lines(tmp_path / "p.jsonl")
     assert sum(map(len, asked)) == (len(rows) if anew else 4)

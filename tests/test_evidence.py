@@ -26,7 +26,8 @@ def row(**values):
 
 
 def test_nothing_measured(keep):
-    studied = {name: part() for name, part in evidence.PARTS.items() if "study" in name}
+    studied = {name: part() for name, part in evidence.PARTS.items() if "study" in name and (
+        name != "study-begun")}
     assert len(studied) > 5 and set(studied.values()) == {"Not measured yet."}
 
 

@@ -494,6 +494,15 @@ def test_a_plan_for_a_cpu_has_nothing_of_a_gpu(llama2):
     assert least[True]["peak"] - least[False]["peak"] == plan.CUBLAS
 
 
+def test_minutes_of_a_plan(capsys):
+    """Where --steps says how many there are: seconds a step times steps."""
+    from test_train import parse
+    plan.show(parse("--ckpt", "tiny", "--plan", "--steps", 90, "--device", "cpu"))
+    each, minutes = re.search(r"seconds a step +(\S+) at .* 90 steps, if rows are so long: (\S+) m",
+                              " ".join(capsys.readouterr().out.split())).groups()
+    assert float(minutes) == pytest.approx(1.5 * float(each), rel=0.05)
+
+
 @pytest.mark.parametrize("there, device, words", [
     (False, None, "on an H200"), (True, None, "on the GPU that is here"),
     (False, "cpu", "on cpu"), (True, "cuda:0", "on cuda:0"), (False, "mps", "on mps")])

@@ -234,7 +234,7 @@ def test_summary_of_what_others_wrote(capsys, tmp_path):
                      {"all": 0.0}, torch.device("cpu"), "by hand")
     text = capsys.readouterr().out
     assert "--- \\x1b[2Jq\nbefore: a\nafter:  \\x9b\n" in text
-    assert "\n1 steps in 0 s, 0 s in all\n" in text
+    assert "\n1 step in 0 s, 0 s in all\n" in text
     report.weights_written("d", argparse.Namespace(method="full", out=tmp_path),
                            before["answers"], False)
     assert "\x1b" not in capsys.readouterr().out
