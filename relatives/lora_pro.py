@@ -35,19 +35,31 @@ def init(weight, options):
 
 
 def inverse(S):
-    """1 / S of eigenvalues S >= 0; 0 for those that are 0, up to rounding."""
-    return torch.where(S > S.max() * torch.finfo(S.dtype).eps * len(S), 1 / S, 0)
+    """1 / S of eigenvalues S (..., r) >= 0; 0 for those that are 0, up to rounding."""
+    least = S.amax(-1, keepdim=True) * torch.finfo(S.dtype).eps * S.shape[-1]
+    return torch.where(S > least, 1 / S, 0)
 
 
 @full_float32()
 def adjusted(A, B, dA, dB):
-    """A (in, r), B (r, out) and their gradients -> A_g (in, r), B_g (r, out)."""
-    (S, U), (T, V) = torch.linalg.eigh(A.T @ A), torch.linalg.eigh(B @ B.T)
-    AtA_inverse, BBt_inverse = (U * inverse(S)) @ U.T, (V * inverse(T)) @ V.T
-    right = -AtA_inverse @ (dB @ B.T)
-    X = U @ (U.T @ right @ V * inverse(S[:, None] + T)) @ V.T
+    """A (..., in, r), B (..., r, out) and their gradients -> A_g and B_g of the same shapes."""
+    (S, U), (T, V) = torch.linalg.eigh(A.mT @ A), torch.linalg.eigh(B @ B.mT)
+    one_S, one_T = inverse(S)[..., None, :], inverse(T)[..., None, :]
+    AtA_inverse, BBt_inverse = (U * one_S) @ U.mT, (V * one_T) @ V.mT
+    right = -AtA_inverse @ (dB @ B.mT)
+    sums = S[..., :, None] + T[..., None, :]                                      # (..., r, r)
+    X = U @ (U.mT @ right @ V * inverse(sums.flatten(-2)).view_as(sums)) @ V.mT
     dA = dA @ BBt_inverse
-    return dA - A @ (AtA_inverse @ (A.T @ dA)) - A @ X, AtA_inverse @ dB + X @ B
+    return dA - A @ (AtA_inverse @ (A.mT @ dA)) - A @ X, AtA_inverse @ dB + X @ B
+
+
+def by_shape(params):
+    """Of parameters A, B, A, B ... lists ([A, ...], [B, ...]) of one shape: a GPU takes as long for
+    the small matrices of one pair as for those of all together."""
+    found = {}
+    for A, B in zip(params[::2], params[1::2], strict=True):
+        found.setdefault((A.shape, B.shape), []).append((A, B))
+    return [tuple(zip(*pairs, strict=True)) for pairs in found.values()]
 
 
 class LoRAPro(torch.optim.AdamW):
@@ -55,9 +67,11 @@ class LoRAPro(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        params = self.param_groups[0]["params"]
-        for A, B in zip(params[::2], params[1::2], strict=True):
-            A.grad, B.grad = adjusted(A, B, A.grad, B.grad)
+        for As, Bs in by_shape(self.param_groups[0]["params"]):
+            gradients = [A.grad for A in As], [B.grad for B in Bs]
+            found = adjusted(*map(torch.stack, (As, Bs, *gradients)))
+            for p, g in zip((*As, *Bs), (*found[0], *found[1]), strict=True):
+                p.grad.copy_(g)
         return super().step(closure)
 
 

@@ -26,41 +26,39 @@ takes the place of the variances.
 import torch
 
 import pissa
-from relatives.lora_pro import CHOICES, OPTIONS, init  # noqa: F401
+from relatives.lora_pro import CHOICES, OPTIONS, by_shape, init  # noqa: F401
 from svd import full_float32
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
-def begin(p, basis):
-    """The state of a parameter p (n, r) before its first step. basis (m, r): U of the other one."""
-    r = p.shape[1]
-    return {"step": torch.tensor(0.0), "basis": basis, "M": torch.zeros_like(p),
-            "V": p.new_zeros(r, r), "rho": p.new_zeros(1)}
+def begin(P, basis):
+    """The states of k parameters P (k, n, r) before a step. basis (k, m, r): U of the others."""
+    k, _, r = P.shape
+    return {"basis": basis, "M": torch.zeros_like(P), "V": P.new_zeros(k, r, r),
+            "rho": P.new_zeros(k, 1, 1)}
 
 
 def inverse_root(V, rho):
     """(V + rho I)^-1/2. What rounding leaves of zero eigenvalues is not blown up."""
     w, Q = torch.linalg.eigh(V)
-    w = w.clamp(min=torch.finfo(w.dtype).eps * len(w) * w[-1].clamp(min=0))
-    return (Q / ((w + rho).sqrt() + EPSILON)) @ Q.T
+    least = torch.finfo(w.dtype).eps * w.shape[-1] * w[..., -1:].clamp(min=0)
+    w = torch.maximum(w, least)[..., None, :]
+    return (Q / ((w + rho).sqrt() + EPSILON)) @ Q.mT
 
 
-def direction(state, gradient, basis, R_inverse):
-    """What a step of (n, r) goes along; `state` goes on by a step. basis (m, r), R_inverse (r, r):
-    U and R^-1 of the other parameter."""
-    state["step"] += 1
-    b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b ** t) for t in [state["step"].item()] for b in BETAS)
-    g, P = gradient @ R_inverse, basis.T @ state["basis"]
-    turned = P @ state["V"] @ P.T
-    lost = (torch.linalg.eigvalsh(state["V"]) - torch.linalg.eigvalsh(turned)).amax().clamp(min=0)
-    state["rho"] = b2 * (state["rho"] + lost)
-    state["V"] = b2 * turned + (1 - b2) * g.T @ g / len(g)
-    state["M"] = b1 * state["M"] @ P.T + (1 - b1) * g @ inverse_root(state["V"], state["rho"])
+def direction(state, t, gradient, basis, R_inverse):
+    """What step t of k parameters (k, n, r) goes along; `state` goes on by a step. basis (k, m, r),
+    R_inverse (k, r, r): U and R^-1 of the other parameters."""
+    b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b ** t) for b in BETAS)
+    g, P = gradient @ R_inverse, basis.mT @ state["basis"]
+    turned = P @ state["V"] @ P.mT
+    lost = (torch.linalg.eigvalsh(state["V"]) - torch.linalg.eigvalsh(turned)).amax(-1).clamp(min=0)
+    state["rho"] = b2 * (state["rho"] + lost[:, None, None])
+    state["V"] = b2 * turned + (1 - b2) * g.mT @ g / g.shape[1]
+    state["M"] = b1 * state["M"] @ P.mT + (1 - b1) * g @ inverse_root(state["V"], state["rho"])
     state["basis"] = basis
-    for key in "basis", "M", "V":            # in memory as a resumed run has it: sums round alike
-        state[key] = state[key].contiguous()
-    return state["M"] @ R_inverse.T
+    return state["M"] @ R_inverse.mT
 
 
 class LoRARITE(torch.optim.Optimizer):
@@ -70,15 +68,27 @@ class LoRARITE(torch.optim.Optimizer):
     @full_float32()
     def step(self, closure=None):
         group, = self.param_groups
-        for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
-            (U_A, R_A), (U_B, R_B) = torch.linalg.qr(A), torch.linalg.qr(B.T)
-            for p, basis in (A, U_B), (B, U_A):
-                if not self.state[p]:
-                    self.state[p] = begin(A if p is A else B.T, basis)
-            step_A = direction(self.state[A], A.grad, U_B, torch.linalg.pinv(R_B))
-            step_B = direction(self.state[B], B.grad.T, U_A, torch.linalg.pinv(R_A))
-            for p, step in (A, step_A), (B, step_B.T):
+        for As, Bs in by_shape(group["params"]):
+            A, Bt = torch.stack(As), torch.stack(Bs).mT                           # (k, n, r)
+            dA, dBt = torch.stack([p.grad for p in As]), torch.stack([p.grad for p in Bs]).mT
+            (U_A, R_A), (U_B, R_B) = torch.linalg.qr(A), torch.linalg.qr(Bt)
+            steps_A = self.along(As, A, dA, U_B, torch.linalg.pinv(R_B))
+            steps_B = self.along(Bs, Bt, dBt, U_A, torch.linalg.pinv(R_A)).mT
+            for p, step in zip((*As, *Bs), (*steps_A, *steps_B), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
+
+    def along(self, params, P, gradients, basis, R_inverse):
+        """What a step of parameters of one shape, P (k, n, r), goes along. Keeps their states."""
+        if not self.state[params[0]]:
+            state, t = begin(P, basis), 1.0
+        else:
+            state = {key: torch.stack([self.state[p][key] for p in params])
+                     for key in ("basis", "M", "V", "rho")}
+            t = self.state[params[0]]["step"].item() + 1
+        step = direction(state, t, gradients, basis, R_inverse)
+        for i, p in enumerate(params):
+            self.state[p] = {"step": torch.tensor(t), **{k: v[i].clone() for k, v in state.items()}}
+        return step
 
 
 def optimizer(net, lr, weight_decay):

@@ -143,21 +143,42 @@ def test_lora_rite_moves_its_moments_to_a_new_basis():
     """rho is the largest eigenvalue that the new basis has lost: 0 if it is the old one turned."""
     O, basis = R["orthogonal"], torch.linalg.qr(random(10, 3))[0]
     V = torch.diag(torch.tensor([3.0, 2, 1])).double()
-    state = {"step": torch.tensor(5.0), "basis": basis, "V": V, "rho": torch.zeros(1).double(),
-             "M": random(12, 3)}
-    zero = torch.zeros(12, 3).double()
+    state = {"basis": basis[None], "V": V[None], "rho": torch.zeros(1, 1, 1).double(),
+             "M": random(1, 12, 3)}
+    zero, one = torch.zeros(1, 12, 3).double(), eye(3)[None]
     b1, b2 = (b * (1 - b**5) / (1 - b**6) for b in (0.9, 0.999))
     turned = copy.deepcopy(state)
-    lora_rite.direction(turned, zero, basis @ O, eye(3))
-    torch.testing.assert_close(turned["V"], b2 * O.T @ V @ O)
+    lora_rite.direction(turned, 6.0, zero, (basis @ O)[None], one)
+    torch.testing.assert_close(turned["V"][0], b2 * O.T @ V @ O)
     torch.testing.assert_close(turned["M"], b1 * state["M"] @ O)
-    assert turned["rho"].abs() < 1e-12 and turned["step"] == 6 and state["step"] == 5
+    assert turned["rho"].abs() < 1e-12
     lost = basis.clone()
     full = torch.linalg.qr(torch.cat([basis, random(10, 1, seed=9)], 1))[0]
     lost[:, 0] = full[:, 3]                          # the direction with the largest eigenvalue
-    lora_rite.direction(state, zero, lost, eye(3))
-    torch.testing.assert_close(state["V"], b2 * torch.diag(torch.tensor([0.0, 2, 1])).double())
-    torch.testing.assert_close(state["rho"], torch.tensor([b2]).double())     # 3, 2, 1 -> 2, 1, 0
+    lora_rite.direction(state, 6.0, zero, lost[None], one)
+    torch.testing.assert_close(state["V"][0], b2 * torch.diag(torch.tensor([0.0, 2, 1])).double())
+    torch.testing.assert_close(state["rho"].item(), b2)                       # 3, 2, 1 -> 2, 1, 0
+
+
+@pytest.mark.parametrize("method", [lora_pro, lora_rite], ids=lambda m: m.__name__[10:])
+def test_pairs_together_step_as_each_by_itself(method):
+    """Of two shapes, one of them square, in three steps; the states are each parameter's own."""
+    shapes = (6, 9), (4, 4), (6, 9), (6, 9), (4, 4)
+    start = [M for i, (n, m) in enumerate(shapes) for M in pair(n, m, 4, i)]
+    make = {lora_pro: lambda p: lora_pro.LoRAPro(p, 0.1, weight_decay=0.1),
+            lora_rite: lambda p: lora_rite.LoRARITE(p, {"lr": 0.1, "weight_decay": 0.1})}[method]
+    one, other = ([torch.nn.Parameter(M.clone()) for M in start] for _ in range(2))
+    optimizers = [make(one)], [make(other[i:i + 2]) for i in range(0, len(other), 2)]
+    for step in range(3):
+        for params in one, other:
+            for i, p in enumerate(params):
+                p.grad = random(*p.shape, seed=10 * step + i)
+        for optimizer in (*optimizers[0], *optimizers[1]):
+            optimizer.step()
+    for p, q in zip(one, other, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+    state = optimizers[0][0].state[one[0]]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.values())
 
 
 # ------------------------------------------------------------------------------- both have a state
