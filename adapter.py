@@ -112,7 +112,8 @@ class Saved:
         A, B = self.pairs[name]
         if W.shape != (B.shape[1], A.shape[0]):
             raise ValueError(f"{self.directory}: {name} is {A.shape[0]} x {B.shape[1]}, the "
-                             f"model's is {W.shape[1]} x {W.shape[0]}")
+                             f"model's is {W.shape[1]} x {W.shape[0]}: give the model that it was "
+                             "made on")
         if not W.is_meta and (a := self.extras.get(f"{name}.fingerprint")) is not None:
             b = pissa.sampled(W)
             if a.shape != b.shape or not peft.same_base(a, b):

@@ -226,8 +226,8 @@ def main():
         adapt(net)
     both = bool(args.adapter) and not quantised       # the base of a quantised one may be too large
     if quantised and (args.prompt or args.interactive):
-        print("note: the base model's answers are not shown: in four bits it is not in memory",
-              file=sys.stderr)
+        print("note: the base model's answers are not shown: with rounded weights it is not in "
+              "memory", file=sys.stderr)
     answer = partial(ask.answer, partial(complete, net, tok), net, tok, args, both)
     if args.prompt:
         answer(args.prompt)

@@ -180,11 +180,13 @@ def train(net, examples, args, autocast, val=()):
 
 # ----------------------------------------------------------------------------- before and after it
 
-def evaluate(net, tok, val, val_texts, test, args, autocast, when):
+def evaluate(net, tok, val, val_texts, test, args, autocast, when, loss=None):
     """{"loss": validation loss, "answers": {prompt: answer} for two prompts, "accuracy": share}."""
-    print(filled(f"{when} training: measuring the loss on {counted(len(val), 'example')}"
-                 + f", answering {len(test)} problems" * bool(test)))
-    n, loss = args.max_new_tokens, validation_loss(net, val, args, autocast)
+    todo = [f"measuring the loss on {counted(len(val), 'example')}"] * (loss is None)
+    if todo := todo + [f"answering {len(test)} problems"] * bool(test):
+        print(filled(f"{when} training: {', '.join(todo)}"))
+    if loss is None:
+        loss = validation_loss(net, val, args, autocast)
     if when == "before" and not math.isfinite(loss):           # the first step would blame --lr
         raise ValueError(f"{args.adapter or args.ckpt}: the validation loss is {loss} before the "
                          "first step: the model is damaged, or too large for its dtype")
@@ -193,10 +195,10 @@ def evaluate(net, tok, val, val_texts, test, args, autocast, when):
     with parallel.generation():
         mine = parallel.share(shown)
         answers = parallel.union(list(zip(map(data.as_text, mine), complete(
-            net, tok, mine, max_new_tokens=n), strict=True)))
+            net, tok, mine, max_new_tokens=args.max_new_tokens), strict=True)))
         mine = parallel.share(test)
-        _, rows = accuracy(net, tok, mine, max_new_tokens=n, desc=f"accuracy {when}") if mine else (
-            0, [])
+        _, rows = accuracy(net, tok, mine, max_new_tokens=args.max_new_tokens,
+                           desc=f"accuracy {when}") if mine else (0, [])
         rows = parallel.union(rows)
     right, cut = [row["correct"] for row in rows], sum(row.get("cut", False) for row in rows)
     return {"loss": loss, "answers": dict(answers),
@@ -245,7 +247,8 @@ def prepare(net, args, seconds, read=None, examples=()):
                 "method", "rank", "niter", "quant_iters") if key in net.pissa})
             args.no_double_quant = not net.pissa.get("double_quant", True)
             args.bits = 8 if net.pissa["bits"] == 8 else 4
-        print(filled(f"going on with {where}: {args.method}, rank {args.rank}"))
+        print(filled(f"{'A_0 and B_0 are those of' if begun else 'going on with'} {where}: "
+                     f"{args.method}, rank {args.rank}"))
     else:
         method = relatives.chosen(args, net, examples, loss_sum)
         if parallel.WORLD > 1:
@@ -262,7 +265,7 @@ def prepare(net, args, seconds, read=None, examples=()):
 
 def check_start(net, val, args, autocast, base_loss):
     """Print the validation loss of an injected model. ValueError if it is not the base model's."""
-    print("measuring the validation loss again, now of W_res + A B")
+    print("measuring the validation loss again, now with A and B")
     loss = validation_loss(net, val, args, autocast)
     print(f"step 0: validation loss {loss:.4f}, the base model's {base_loss:.4f}")
     if not report.quantised(net) and abs(loss - base_loss) > 0.02 * base_loss:
@@ -288,9 +291,6 @@ def load(args, tok, seconds):
     report.loaded(net, args, seconds["load"])
     if args.adapter and not prepared:             # the run begins with it: alone, W_res is no model
         prepare(net, args, seconds)
-    elif not (full or prepared):
-        with torch.device("meta"):            # of the shapes alone: refuses before it is measured
-            pissa.find_linears(model.Llama(net.config), args.targets, args.rank)
     return net, prepared or bool(args.adapter)
 
 
@@ -357,6 +357,8 @@ def fine_tune(args):
         if not rows:
             report.stop(stopped, options.NOTHING)
         by_signal = stopped and stopped.code != 1
+        if not by_signal:
+            print(filled(f"after training: measuring the loss on {counted(len(val), 'example')}"))
         loss = rows[-1]["loss"] if by_signal else validation_loss(net, val, args, autocast)
         if not (math.isfinite(loss) and resume.finite(net)):
             stopped = stopped or resume.Stop(
@@ -369,7 +371,7 @@ def fine_tune(args):
         report.stop(stopped, f"what was learnt before is in {directory}; the same command with "
                              "--resume goes on")
     with torch.compiler.set_stance("eager_on_recompile"):  # generation has a new shape every token
-        after = evaluate(net, tok, val, val_texts, test, args, autocast, "after")
+        after = evaluate(net, tok, val, val_texts, test, args, autocast, "after", loss)
     seconds["all"] = time.perf_counter() - begin
     report.summarise(rows, before, after, args, seconds, device,
                      describe("strict", args.max_new_tokens, chat=tok.in_chat))
@@ -384,10 +386,12 @@ def main():
     """Do what the command line asks for."""
     args = options.begun(options.for_train, __doc__)
     progress.check(args)
+    plan = import_module("support.plan")
     if args.plan:
-        from support import plan
         return plan.show(args)                                 # before anything is read
     with fast.off() if args.plain else nullcontext(), resume.told(args):
+        resume.check_free(args.out)
+        plan.check_shapes(args)
         fine_tune(args)
     parallel.end()
 

@@ -1,5 +1,6 @@
 """Read and write jsonl. A file or a line that is none is refused with what it is, and with
 what makes jsonl of it."""
+import difflib
 import json
 import re
 import textwrap
@@ -31,7 +32,9 @@ def printable(text, keep="\n\t"):
     return CONTROL.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
-FIELDS = '--fields prompt,response; in Python fields="prompt,response"'       # how to say it
+def naming(record):
+    """How to say which fields to use, by the names of this one."""
+    return f"--fields {','.join([*(printable(name, '') for name in record), 'answer'][:2])}"
 
 
 def counted(n, what):
@@ -106,8 +109,10 @@ def record(line, where):
 def string(content, name, where, optional=False):
     """The string under a name. If it is optional, "" for one that is null or blank."""
     if name not in content:
-        raise ValueError(f"{where}: no field '{name}' among {columns(content)}; add it, or say "
-                         f"which to use: {FIELDS}")
+        close = difflib.get_close_matches(name, map(str, content), 1)
+        raise ValueError(f"{where}: no field '{name}' among {columns(content)}; " + (
+            f"did you mean '{close[0]}'?" if close else
+            f"add it, or say which to use: {naming(content)}"))
     value = content[name]
     if optional and (value in EMPTY or isinstance(value, str) and not value.strip()):
         return ""

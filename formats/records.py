@@ -41,15 +41,15 @@ def examples(path, fields=None):
         raise ValueError(f"{path}: no records; give one JSON object per line")
     if unused:
         print(jsonl.filled(f"note: {path}: columns that are not used: {jsonl.columns(unused)}; say "
-                           f"which to use: {jsonl.FIELDS}"))
+                           f"which to use: {jsonl.naming(record)}"))
     return found
 
 
 def pair(record, names, where):
     """((prompt, response), names of the fields that were used) of a record without messages."""
     if names is None:
-        raise ValueError(f"{where}: no known fields among {jsonl.columns(record)}; say which to "
-                         f"use: {jsonl.FIELDS}")
+        raise ValueError(f"{where}: no known fields among {jsonl.columns(record)}; say which hold "
+                         f"the prompt and the answer: {jsonl.naming(record)}")
     *asked, last = names
     asked += ["input"] * (names == FIELDS[0] and "input" in record)
     prompt = [jsonl.string(record, name, where, len(asked) > 1) for name in asked]

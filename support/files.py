@@ -126,7 +126,8 @@ def lock(path):
     except OSError as e:                       # of another kind: the file system has no locks
         if isinstance(e, BlockingIOError):
             os.close(fd)
-            raise OSError(f"{path}: another process is at work there") from None
+            raise OSError(f"{path}: another process is at work there: wait for it, or write "
+                          "elsewhere") from None
     return fd
 
 

@@ -140,6 +140,7 @@ def check_files(resume=False, plan=False, **args):
     except (OSError, ValueError) as e:
         named = isinstance(e, OSError) and e.filename
         text = f"{e.filename}: {e.strerror.lower()}" if named else str(e)
+        text += ": name the file in it" * isinstance(e, IsADirectoryError)
         sys.exit(last_words(f"{Path(sys.argv[0]).name}: {printable(text, keep='')}"))
 
 
@@ -171,6 +172,8 @@ def parsed(p, argv):
         flag = word.partition("=")[0]
         if meant := meant_by(flag, option_strings(p)):
             p.error(f"there is no option {flag}: did you mean {meant}?")
+        if "--data" in option_strings(p) and not flag.startswith("-") and Path(word).is_file():
+            p.error(f"{word}: say what it is for, such as --data {word}")
     return p.parse_args(argv) if rest else args                  # argparse says what is wrong
 
 
@@ -224,6 +227,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            close = difflib.get_close_matches(str(value), names := [*map(str, action.choices)], 1)
+            raise argparse.ArgumentError(action, f"there is no {value!r}: " + (
+                f"did you mean {close[0]}?" if close else f"it is one of {', '.join(names)}"))
 
     def error(self, message):
         self.print_usage(sys.stderr)
@@ -434,7 +443,8 @@ def for_train(doc):
     args.out = directory_of(args, name, args.resume)
     if is_demo and SPEAKS:
         print("the demo, since no --ckpt was given; spelled out:\n"
-              + pasted(["python", "train.py", *shown, "--out", args.out, *given]))
+              + pasted(["python", "train.py", *shown, *given,
+                        *([] if "--out" in given else ["--out", args.out])]))
     if args.resume and (before := stored(p, args.out)):
         args = as_before(p, before, args)
     if args.ckpt is None:
@@ -452,8 +462,9 @@ def for_train(doc):
                  clip=(1e-12, math.inf), weight_decay=(0, 1000), warmup=(0, 1), seed=SEEDS,
                  keep=AT_LEAST_1, calibrate=AT_LEAST_1, max_hours=(1e-9, math.inf), gpus=AT_LEAST_1,
                  val_every=AT_LEAST_1)
-    if args.bits == 8 and not args.adapter and args.method not in ROUNDING:
-        p.error(f"--bits 8 is for {', '.join(ROUNDING)}, not --method {args.method}")
+    asked = given_in(sys.argv[1:])
+    if (args.bits == 8 or "bits" in asked) and not args.adapter and args.method not in ROUNDING:
+        p.error(f"--bits {args.bits} is for {', '.join(ROUNDING)}, not --method {args.method}")
     if args.bits == 8 and args.no_double_quant:
         p.error("--no-double-quant is for --bits 4: eight bits have one scale a row, in 32 bits")
     if args.method == "full" and (args.adapter or args.dtype == "bfloat16"):
@@ -463,8 +474,7 @@ def for_train(doc):
     args.checkpointing |= args.offload
     check_out(p, args)
     if args.adapter and SPEAKS:
-        found = given_in(sys.argv[1:])
-        if ignored := [f"--{n.replace('_', '-')}" for n in OF_THE_ADAPTER if n in found]:
+        if ignored := [f"--{n.replace('_', '-')}" for n in OF_THE_ADAPTER if n in asked]:
             print(filled(f"note: {', '.join(ignored)}: not used, since {args.adapter} brings its "
                          "own"))
     return args

@@ -50,10 +50,11 @@ CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward
 # many bits, and a step on a thread of a CPU. In bench/results: gpus_h200.json, step_cpu.json. Eight
 # bits by the ratio of steps in step_eight_h100.json, 253 to 261 ms; with --compile 243 to 177.
 REACHED, REACHED_BY_A_THREAD = {16: 480, 8: 465, 4: 368}, 0.1
+BOTH = {"checkpointing": True, "rows": 1}
 LESS = ("--checkpointing", {"checkpointing": True}), ("--micro-batch 1", {"rows": 1}), (
-    "both", {"checkpointing": True, "rows": 1}), (
-    "both, --method qpissa", {"checkpointing": True, "rows": 1, "full": False, "bits": 4,
-                              "subtracted": True}), (
+    "--checkpointing --micro-batch 1", BOTH), (
+    "--checkpointing --micro-batch 1 --method qpissa",
+    {**BOTH, "full": False, "bits": 4, "subtracted": True}), (
     "--offload", {"checkpointing": True, "offload": True})
 
 
@@ -313,6 +314,13 @@ def read_config(ckpt):
     return model.Config(**meta.read_params(directory, [shard]))
 
 
+def check_shapes(args):
+    """ValueError if --rank or --targets do not suit the model, before it is read."""
+    if args.method != "full" and not args.adapter:
+        with torch.device("meta"):
+            pissa.find_linears(model.Llama(read_config(args.ckpt)), args.targets, args.rank)
+
+
 def from_arguments(args):
     """(Job, the method's name) of train.py's command line."""
     on_cpu = not str(args.device or "cuda").startswith("cuda")                    # or on mps
@@ -375,13 +383,14 @@ def peak(args):
 def show(args):
     """Print the plan of a command line of train.py."""
     job, method = from_arguments(args)
-    less = {name: estimate_of(other)["peak"] for name, change in LESS
-            if (other := replace(job, **change)) != job}
+    less = {name + " --bits 4" * (job.bits == 8 and "bits" in change): estimate_of(other)["peak"]
+            for name, change in LESS if (other := replace(job, **change)) != job}
     found = estimate_of(job)
     step = flops_in_all(job) * args.batch * job.length
     each, words = seconds(job, step)
+    words += " (on one GPU)" * (args.gpus > 1)
     if args.steps:
         words += f"; {args.steps} steps, if rows are so long: {each * args.steps / 60:.2g} minutes"
     report.plan(args, job, method, found, less, words)
     if args.gpus > 1:
-        report.plan_of_gpus(args, found["peak"], sharded(job, args.gpus))
+        report.plan_of_gpus(args, found["peak"], sharded(job, args.gpus), each / args.gpus)

@@ -75,7 +75,8 @@ def one_line(e):
         return (f"mps lacks what this needs ({str(e).splitlines()[0][:80]}): set "
                 "PYTORCH_ENABLE_MPS_FALLBACK=1, or take --device cpu")
     if isinstance(e, OSError) and e.filename:
-        return f"{e.filename}: {e.strerror.lower()}"
+        return f"{e.filename}: {e.strerror.lower()}" + (
+            ": name the file in it" * isinstance(e, IsADirectoryError))
     return str(e) if isinstance(e, (OSError, ValueError)) else None
 
 
@@ -176,6 +177,8 @@ def injected(net):
         return print(f"{trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     errors = [relative_error(m) for _, m in pissa.layers(net)]
     error = f"  largest relative |W - (W_res + A B)| about {max(errors):.1e}"
+    if all(m.A0 is None for _, m in pissa.layers(net)):                 # W itself is frozen
+        error = f"  largest relative |A B| / |W| about {max(errors):.1e}"
     if Qs:
         bits = 8 * sum(Q.nbytes for Q in Qs) / sum(Q.shape.numel() for Q in Qs)
         error = (f"  {bits:.2f} bits a frozen weight, relative |W - (Q + A B)| about "
@@ -211,10 +214,10 @@ def small_data(examples, args, steps):
     """A note if the epochs make few steps. Its percentages: bench/results/small_cpu.json."""
     if not args.steps and steps < 100 and args.batch > 8:
         batch = 16 if args.batch > 16 else 8
-        yield (f"{steps} steps of {args.batch} examples; the paper has 781. --batch {batch} makes "
-               f"{args.epochs * math.ceil(len(examples) / batch)}. Measured on 200 of the demo's "
-               "problems, PiSSA of rank 16: 2 steps at 2e-5 solve 0 % of new ones. With --lr "
-               "1e-3, 3 epochs solve 38 % at --batch 16 and 58 % at --batch 8, and 10 epochs 78 % "
+        yield (f"{counted(steps, 'step')} of {args.batch} examples; the paper has 781. --batch "
+               f"{batch} makes {args.epochs * math.ceil(len(examples) / batch)}. Measured on 200 "
+               "of the demo's problems, PiSSA of rank 16: 2 steps at 2e-5 solve 0 % of new ones. "
+               "With --lr 1e-3, 3 epochs solve 38 % at --batch 16 and 58 % at --batch 8, and 10 epochs 78 % "
                "at --batch 16. A larger model wants a lower --lr.")
 
 
@@ -345,13 +348,17 @@ def wilson(share, n):
     return tuple(min(1.0, max(0.0, x / (1 + z * z / n))) for x in (middle - half, middle + half))
 
 
+NO_ANSWER = "(nothing: it ended at once)"
+
+
 def summary_text(summary, args):
     """What summary.json holds, in lines for people."""
     seconds, before, after, lines = *(summary[k] for k in ("seconds", "before", "after")), []
     for prompt, answer in before["answers"].items():
         short = answer if len(answer) <= 200 else f"{answer[:200].rpartition(' ')[0]} ..."
         lines += ["", *(filled(printable(text), "        ") for text in (
-            f"--- {prompt}", f"before: {short}", f"after:  {after['answers'][prompt]}"))]
+            f"--- {prompt}", f"before: {short or NO_ANSWER}",
+            f"after:  {after['answers'][prompt] or NO_ANSWER}"))]
     lines += ["", f"{'':17}{'before':>14}{'after':>14}",
               f"validation loss  {before['loss']:14.4f}{after['loss']:14.4f}"]
     if after["accuracy"] is not None:
@@ -401,7 +408,7 @@ def plan(args, job, method, found, less, step):
     unit, unit_name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
     rank = "" if job.full else f", rank {job.rank}"
     here = torch.cuda.is_available()
-    if not (args.device or here):
+    if not here and (args.device or "cuda").startswith("cuda"):
         print("There is no GPU here. This plan is for an H200; for this machine: --device cpu")
     where = args.device or ("the GPU that is here" if here else "an H200")
     print(filled(f"{args.ckpt}: {method}{rank}, on {where}, products in {str(job.dtype)[6:]}, "
@@ -415,8 +422,9 @@ def plan(args, job, method, found, less, step):
           f"expected peak  {size / unit:.1f} {unit_name}, at {found['when']} (loading: "
           f"{found['moments']['loading'] / unit:.1f})"
           + f",\n{'':15}and some 0.5 GiB that CUDA itself takes" * job.cuda)
+    width = max(map(len, less), default=0) + 2
     for change, peak in less.items():
-        print(f"  {change:29}{peak / unit:.1f} {unit_name}")
+        print(f"  {change:{width}}{peak / unit:.1f} {unit_name}")
     if job.cuda and here:
         free, there = (b / 2**30 for b in torch.cuda.mem_get_info())
         print(f"this GPU has {there:.1f} GiB, {free:.1f} of them free: it "
@@ -430,8 +438,10 @@ def plan(args, job, method, found, less, step):
                  + f"\nseconds a step  {step}", 16 * " "))
 
 
-def plan_of_gpus(args, whole, spread):
-    """Print what each of several GPUs holds: bytes with a copy of the model, and with a part."""
+def plan_of_gpus(args, whole, spread, seconds):
+    """Print what each of several GPUs holds: bytes with a copy of the model, and with a part; and
+    the seconds of a step."""
     print(f"\neach of {args.gpus} GPUs, {args.micro_batch} rows at a time:\n"
           f"  a copy of the model          {whole / 2**30:.1f} GiB\n"
-          f"  weights spread (--shard)     {spread / 2**30:.1f} GiB")
+          f"  weights spread (--shard)     {spread / 2**30:.1f} GiB\n"
+          f"  seconds a step               {seconds:.2g}, without what they send each other")

@@ -196,6 +196,13 @@ def not_written(out):
     return "this result is not written" + "".join(f"; {path} stays as it was" for path in there)
 
 
+def check_free(out):
+    """OSError if another run works there: said before minutes are spent, and again by `claim`."""
+    release()
+    if out.is_dir() and not parallel.RANK:
+        os.close(lock(out))
+
+
 def release():
     """Give back the locks that this process holds."""
     while LOCKS:

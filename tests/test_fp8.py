@@ -153,6 +153,8 @@ def test_bits_are_refused_elsewhere():
             (["--method", "full"], "--bits 8 is for qpissa, qlora, loftq, not --method full"),
             (["--method", "qlora", "--no-double-quant"], "--no-double-quant is for --bits 4")]:
         assert message in failure("train.py", "--ckpt", "tiny", "--bits", 8, *flags)
+    assert "--bits 4 is for qpissa, qlora, loftq, not --method pissa" in failure(
+        "train.py", "--ckpt", "tiny", "--bits", 4)
 
 
 def test_a_run_in_eight_bits(tmp_path):

@@ -476,6 +476,18 @@ def test_gpus_of_the_command_line(capsys):
     plan.show(parse("--ckpt", "tiny", "--plan", "--gpus", 4, "--device", "cpu"))
     text = capsys.readouterr().out
     assert re.search(r"each of 4 GPUs.*copy of the model +\d.*--shard\) +\d", text, re.DOTALL)
+    one, four = (float(re.search(rf"{start} +(\S+?),? (?:at|without) ", text)[1]) for start in (
+        "\nseconds a step", "\n  seconds a step"))
+    assert "(on one GPU)" in text and four == pytest.approx(one / 4, rel=0.05)
+
+
+def test_what_makes_it_smaller_is_spelled_out(capsys):
+    """Each line can be typed as it is; in eight bits, the one in four says so."""
+    from test_train import parse
+    for more, bits in ([], ""), (["--method", "qpissa", "--bits", 8], " --bits 4"):
+        plan.show(parse("--ckpt", "tiny", "--plan", "--checkpointing", "--micro-batch", 1, *more))
+        lines = re.findall(r"^  (--.*?)  +\d", capsys.readouterr().out, re.MULTILINE)
+        assert lines == ["--checkpointing --micro-batch 1 --method qpissa" + bits, "--offload"]
 
 
 def test_a_plan_for_a_cpu_has_nothing_of_a_gpu(llama2):

@@ -692,7 +692,7 @@ def test_two_runs_do_not_share_a_file(monkeypatch, tmp_path):
 @pytest.mark.parametrize("flags, expected", [
     (["--task", "math"], "--task math needs --data"),
     (["--data", "x", "--prompt", "?"], "--data needs --task"),
-    (["--task", "mth", "--data", "x"], "invalid choice: 'mth'"),
+    (["--task", "mth", "--data", "x"], "there is no 'mth': did you mean math?"),
     (["--task", "boolq", "--data", "x", "--protocol", "strict"], "has no protocol strict, only"),
     (["--task", "math", "--data", "x", "--accuracy", "y"], "--task stands without --accuracy"),
     (["--task", "math", "--data", "x", "--stop", "y"], "--task stands without --stop"),

@@ -940,12 +940,27 @@ def test_numbers_out_of_range(tmp_path, argv):
     assert not (tmp_path / "out").exists()
 
 
+def test_each_thing_is_measured_once(flags, tmp_path, monkeypatch):
+    """The final loss is; LoRA has no residual to speak of; an empty answer says that it is one."""
+    calls, real = [], train.validation_loss
+    monkeypatch.setattr(train, "validation_loss", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(train, "complete", lambda net, tok, prompts, **_: [""] * len(prompts))
+    text = command(train.main, *flags, "--method", "lora", "--steps", 1, "--out", tmp_path / "a")
+    assert len(calls) == 3 and text.count("after training: measuring the loss on") == 1
+    assert "W_res" not in text and "largest relative |A B| / |W| about 0.0e+00" in text
+    assert "after:  (nothing: it ended at once)" in text
+
+
 def test_mistakes_of_a_newcomer(flags, tmp_path):
     """Part of an option's name; a rank that no matrix has, told before anything is measured; a
     finished run that is resumed with other arguments."""
     assert "--ran" in failure("train.py", *flags, "--ran", 16)
     said = failure("train.py", *flags, "--rank", 10**4, "--out", tmp_path / "a")
     assert "rank 10000 is not between 1 and" in said and not (tmp_path / "a").exists()
+    assert "examples" not in said and "model:" not in said             # nor read
+    data = flags[3]
+    assert f"{data}: say what it is for, such as --data {data}" in failure("train.py", data)
+    assert ": name the file in it" in failure("train.py", *flags, "--data", tmp_path)
     run = *flags, "--lr", 1e-3, "--out", tmp_path / "b"
     command(train.main, *run)
     assert "is finished" in command(train.main, *run, "--resume")
