@@ -192,7 +192,8 @@ def beside_peers():
 
 def eight_loss_table():
     """Validation loss of variants of eight bits, less that of sixteen at the same seed and rate."""
-    lines, parts = [], [read(f"eight_loss_{name}") for name in ("gpu", "tiny")]
+    lines, parts = [], [read(name) for name in ("eight_loss_gpu", "eight_loss_tiny") if (
+        RESULTS / f"{name}.json").exists()]
     for result in parts:
         losses = {}
         for r in result["rows"]:

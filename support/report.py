@@ -217,8 +217,8 @@ def small_data(examples, args, steps):
         yield (f"{counted(steps, 'step')} of {args.batch} examples; the paper has 781. --batch "
                f"{batch} makes {args.epochs * math.ceil(len(examples) / batch)}. Measured on 200 "
                "of the demo's problems, PiSSA of rank 16: 2 steps at 2e-5 solve 0 % of new ones. "
-               "With --lr 1e-3, 3 epochs solve 38 % at --batch 16 and 58 % at --batch 8, and 10 epochs 78 % "
-               "at --batch 16. A larger model wants a lower --lr.")
+               "With --lr 1e-3, 3 epochs solve 38 % at --batch 16 and 58 % at --batch 8, and 10 "
+               "epochs 78 % at --batch 16. A larger model wants a lower --lr.")
 
 
 def unlikely(net, examples, args, steps):
