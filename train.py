@@ -386,12 +386,12 @@ def main():
     """Do what the command line asks for."""
     args = options.begun(options.for_train, __doc__)
     progress.check(args)
-    plan = import_module("support.plan")
     if args.plan:
+        from support import plan
         return plan.show(args)                                 # before anything is read
     with fast.off() if args.plain else nullcontext(), resume.told(args):
         resume.check_free(args.out)
-        plan.check_shapes(args)
+        import_module("support.shapes").check(args)
         fine_tune(args)
     parallel.end()
 

@@ -42,8 +42,9 @@ import model
 import nf4
 import pissa
 import relatives
-from formats import meta, peft
+from formats import peft
 from support import report
+from support.shapes import read_config
 
 CUBLAS = 2 * 2**25              # its workspaces on an H100 or H200, for forward and for backward
 # TFLOP/s that train.train reached on an H200 by 8 x 512 tokens of 7B, with frozen weights in so
@@ -299,26 +300,6 @@ def flops(job):
 def flops_in_all(job):
     """FLOPs a token, of all passes."""
     return sum(flops(job).values()) - flops(job)["attention"]
-
-
-def read_config(ckpt):
-    """The Config of a checkpoint; its config.json or params.json is enough."""
-    directory = model.find(ckpt)
-    if (directory / "config.json").is_file():
-        from formats import hf
-        return model.Config(**hf.read_config(directory / "config.json"))
-    if any(directory.glob("consolidated.*.pth")):
-        return model.open_checkpoint(ckpt)[0]
-    # In place of the tensors: Llama 1 and 2 leave their vocabulary open, and have 32000.
-    shard = {"tok_embeddings.weight": torch.empty(32000, 0), "output.weight": None}
-    return model.Config(**meta.read_params(directory, [shard]))
-
-
-def check_shapes(args):
-    """ValueError if --rank or --targets do not suit the model, before it is read."""
-    if args.method != "full" and not args.adapter:
-        with torch.device("meta"):
-            pissa.find_linears(model.Llama(read_config(args.ckpt)), args.targets, args.rank)
 
 
 def from_arguments(args):
