@@ -29,6 +29,7 @@ import data  # noqa: E402
 import model  # noqa: E402
 import nf4  # noqa: E402
 import pissa  # noqa: E402
+from formats.jsonl import filled  # noqa: E402
 
 # Grounds are transparent. All colours can be told from a white page and from a dark one.
 PISSA, LORA, MILORA, GREY, INK = "#d1495b", "#3a86c8", "#b07d2b", "#8a8f96", "#767c84"
@@ -192,9 +193,9 @@ def singular_values(ckpt, out, module=None, rank=16):
     figure.supxlabel(f"{label(ckpt)}, {name}, {W.shape[0]} x {W.shape[1]}, rank {rank}",
                      fontsize=13, color=INK, x=0.995, ha="right")
     before, after = rounding(W)[0] / W.norm(), rounding(W_res)[0] / W.norm()
-    print(f"{name}: singular values {S[0]:.3g} ... {S[rank - 1]:.3g} | ... {S[-1]:.3g}, the first "
-          f"{rank} hold {shares[0]:.1%} of |W|^2; NF4 changes W by {before:.2%} of |W|, W_res by "
-          f"{after:.2%}")
+    print(filled(f"{name}: singular values {S[0]:.3g} ... {S[rank - 1]:.3g} | ... {S[-1]:.3g}, the "
+                 f"first {rank} hold {shares[0]:.1%} of |W|^2; NF4 changes W by {before:.2%} of "
+                 f"|W|, W_res by {after:.2%}"))
     return save(plt, figure, out / "singular_values.png")
 
 
@@ -228,7 +229,7 @@ def gradients(ckpt, out, examples, rank=16, lr=1e-3, lora_lr=3e-3, steps=10, bat
                      fontsize=13, color=INK, x=0.995, ha="right")
     for (method, rate), rows in runs.items():
         ends = (f"{key} {rows[0][key]:.3g} -> {rows[-1][key]:.3g}" for key in ("loss", "A", "B"))
-        print(f"{method}, rate {rate:g}: loss and gradient norms: {', '.join(ends)}")
+        print(filled(f"{method}, rate {rate:g}: loss and gradient norms: {', '.join(ends)}"))
     save(plt, figure, out / "gradients.png")
     return runs
 

@@ -32,7 +32,8 @@ def training(args, begin, steps):
 
     def show(row):
         if "lr" not in row:
-            after["val"] = f"{row['loss']:.3f}"
+            after.clear()
+            after[f"val@{row['step']}"] = f"{row['loss']:.3f}"
         else:
             bar.set_postfix(tok_s=f"{row['tokens'] / row['seconds']:,.0f}",
                             loss=f"{row['loss']:.3f}", **after, refresh=False)
