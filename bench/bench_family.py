@@ -1,6 +1,6 @@
 """The whole family in one harness: each method at its own best rate, on the same data.
 
-    python -m bench.bench_family --ckpt smollm2 --data gsm8k --workers 5 \
+    python -m bench.bench_family --ckpt smollm2 --data gsm8k --workers 2 \
         --rows bench/results/family_gpu.jsonl --out bench/results/family_gpu.json
     python -m bench.bench_family --tiny --out bench/results/family_cpu.json     # two CPU cores
     python -m bench.bench_family --tiny --methods yours=1e-3 --out ...          # adds a row

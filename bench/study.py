@@ -1,8 +1,8 @@
 """Many small trainings, several at a time on all GPUs at hand; what one of them gives is a row.
 
     python -m bench.study                                    # the names of all studies
-    python -m bench.study rank --workers 4                   # one of them, 4 processes on each GPU
-    python -m bench.study rank --tiny                        # its version for two CPU cores
+    python -m bench.study rates --workers 2                  # one of them, 2 processes on each GPU
+    python -m bench.study rates --tiny                       # its version for two CPU cores
 
 A study is a list of jobs, see bench/studies.py. A job is a dict of train.py's arguments, such as
 
