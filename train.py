@@ -297,8 +297,8 @@ def load(args, tok, seconds):
 def compile_layers(net, **options):
     """torch.compile, layer by layer: they are alike, so it takes seconds. options: its own.
 
-    Backward computes the outputs of norms and SwiGLU again instead of keeping them: a sixth less
-    memory for a hundredth more time. This changes a global setting of torch.
+    Backward computes the outputs of norms again instead of keeping them: a twelfth less memory for
+    a hundredth more time. This changes a global setting of torch.
     """
     torch._functorch.config.activation_memory_budget = 0.9
     for layer in net.model.layers:

@@ -10,19 +10,19 @@ with e bytes a number in products, 2 in bfloat16:
     frozen    e a weight; in four bits 0.516, or 0.5625 without double quantisation; in eight 2
     trained   16 a number of A and B: float32, its gradient, two moments of AdamW
     kept      of every layer for backward:
-                  n (e (4 D + 2 (H + G) K + 3 F + 7 r) + 4 H + 8)
+                  n (e (4 D + 2 (H + G) K + 2 F + 7 r) + 4 H + 8)
               or, if attention computes all c:
-                  n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H)
+                  n (e (4 D + H K + 2 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H)
               and of A and B a copy of e bytes a number, unless they are multiplied in float32
     loss      12 V for a token whose logits are computed, of at most 2^25 / V tokens at a time
 
 and before that, while up to 32 matrices are decomposed together, the bytes of `grouped`.
 
 kept, in turn: x before both norms and after them, where A multiplies it; in attention, q, k, v and
-its output, which o_proj reads, or else the n of them that packing has copied out of c; gate, up and
-silu(gate) up; x A seven times; the divisors of softmax and norms. Checkpointing keeps e n D of a
-layer, and the rest of one layer at a time. Compiled layers keep some n e (2 D + F) less, and no
-copies.
+its output, which o_proj reads, or else the n of them that packing has copied out of c; gate and up;
+x A seven times; the divisors of softmax and norms. Checkpointing keeps e n D of a layer, and the
+rest of one layer at a time; offloading puts it in host memory. Compiled layers keep some 2 n e D
+less, and no copies.
 
 Gradients are allocated as saved activations are freed. So memory is fullest at the end of forward,
 or in the backward of the last or of the first layer: see `memory`. Not counted: the mask of a
@@ -195,7 +195,7 @@ def kept(job, ranks):
     # Outputs of norms, and of SwiGLU for a weight's gradient. Compiled layers compute them again.
     outputs = 0 if job.compiled else normed * c.dim + job.full * c.ffn_dim
     numbers = outputs + copied * count("o_proj") * width + 2 * c.ffn_dim + ranks
-    # n (e (4 D + H K + 3 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H), or n and no H K
+    # n (e (4 D + H K + 2 F + 7 r) + 8)  +  c (2 e (H + G) K + 4 H), or n and no H K
     norms = c.qk_norm * (e * (width + kv_width) + 4 * (c.n_heads + c.n_kv_heads))   # of q and k
     return (n * (2 * job.x_bytes * c.dim + e * numbers + 8 + norms)
             + job.attended * (2 * e * (width + kv_width) + 4 * c.n_heads))
