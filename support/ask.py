@@ -59,7 +59,7 @@ def session(answer, template):
 
     template: the text around every question, which is shown at the start.
     """
-    print("every question stands alone, in this template, the one of training:\n\n"
+    print("every question stands alone, in this template; best is the one of training:\n\n"
           + filled(template, "") + "\n\nan empty line, Ctrl-D or Ctrl-C ends this")
     try:
         for question in questions():

@@ -141,6 +141,7 @@ def check_files(resume=False, plan=False, **args):
         named = isinstance(e, OSError) and e.filename
         text = f"{e.filename}: {e.strerror.lower()}" if named else str(e)
         text += ": name the file in it" * isinstance(e, IsADirectoryError)
+        text += "; --plan needs only params.json or config.json of it" * plan
         sys.exit(last_words(f"{Path(sys.argv[0]).name}: {printable(text, keep='')}"))
 
 
@@ -609,7 +610,8 @@ def eval_parser(doc):
     add("--chat", action="store_true", help="ask in the model's chat template, the instructions of "
         "--task, too; as is done without this for an adapter that was trained in one")
     add("--accuracy", "--gsm8k", metavar="JSONL", help="problems with final answers after '####'")
-    add("--task", choices=list(TASKS), metavar="NAME", help="a benchmark: " + ", ".join(TASKS))
+    add("--task", choices=list(TASKS), metavar="NAME", help="a benchmark: " + ", ".join(TASKS)
+        + ". Its page in tasks/ says where its problems are")
     add("--data", metavar="FILE", help="the problems of --task, as their authors publish them: "
         "JSON lines, a JSON array (or these as .gz) or parquet")
     add("--allow-code", action="store_true", help="let humaneval and mbpp run the programs that "

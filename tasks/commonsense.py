@@ -1,4 +1,5 @@
 """Eight tests of common sense in the form of LLM-Adapters (Hu et al. 2023, arXiv 2304.01933).
+https://github.com/AGI-Edgerunners/LLM-Adapters, dataset/NAME/test.json
 
     {"instruction": "Please answer ... with true or false, question: ...", "answer": "true",
      "output": "the correct answer is true"}

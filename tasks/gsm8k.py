@@ -1,4 +1,5 @@
 """GSM8K (Cobbe et al. 2021, arXiv 2110.14168): word problems whose answer is one number.
+https://github.com/openai/grade-school-math, grade_school_math/data/test.jsonl
 
     {"question": "Tom has 3 pens ...", "answer": "3 + 2 = 5\\n#### 5"}
 

@@ -1,4 +1,5 @@
 """HumanEval (Chen et al. 2021, arXiv 2107.03374): complete a function; hidden tests decide.
+https://github.com/openai/human-eval, data/HumanEval.jsonl.gz
 
     {"task_id": "HumanEval/0", "prompt": "def f(x):\\n    \\"\\"\\" ...", "entry_point": "f",
      "test": "def check(candidate):\\n    assert candidate(1) == 2"}

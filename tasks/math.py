@@ -1,4 +1,5 @@
 r"""MATH (Hendrycks et al. 2021, arXiv 2103.03874): competition problems; answers are LaTeX.
+MATH-500: https://github.com/openai/prm800k, prm800k/math_splits/test.jsonl
 
     {"problem": "What is $\\frac12 + \\frac13$?", "solution": "... $\\boxed{\\frac{5}{6}}.$",
      "answer": "\\frac{5}{6}"}

@@ -1,4 +1,5 @@
 """MBPP (Austin et al. 2021, arXiv 2108.07732): a function of a few lines; three asserts decide.
+https://github.com/google-research/google-research/tree/master/mbpp, mbpp.jsonl
 
     {"task_id": 11, "text": "Write a function to ...", "test_setup_code": "",
      "test_list": ["assert f(1) == 2", "assert f(2) == 3", "assert f(3) == 4"]}
