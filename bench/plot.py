@@ -192,19 +192,15 @@ def beside_peers():
 
 def eight_loss_table():
     """Validation loss of variants of eight bits, less that of sixteen at the same seed and rate."""
-    lines, parts = [], [read(name) for name in ("eight_loss_gpu", "eight_loss_tiny") if (
-        RESULTS / f"{name}.json").exists()]
-    for result in parts:
-        losses = {}
-        for r in result["rows"]:
-            losses.setdefault(r["variant"], {}).setdefault((r["lr"], r["seed"]), []).append(
-                r["after"])
-        mean = {v: {k: statistics.mean(x) for k, x in of.items()} for v, of in losses.items()}
-        base = mean.pop("16 bits")
-        lines += [[result["model"], name, f"{statistics.mean(gaps):+.4f}", len(gaps),
-                   ", ".join(f"{g:+.4f}" for g in gaps)] for name, of in mean.items()
-                  if (gaps := [of[k] - base[k] for k in sorted(of) if k in base])]
-    return table(["", "", "mean", "pairs", "each"], lines) + "".join(map(source, parts))
+    result, losses = read("eight_loss_gpu"), {}
+    for r in result["rows"]:
+        losses.setdefault(r["variant"], {}).setdefault((r["lr"], r["seed"]), []).append(r["after"])
+    mean = {v: {k: statistics.mean(x) for k, x in of.items()} for v, of in losses.items()}
+    base = mean.pop("16 bits")
+    lines = [[name, f"{statistics.mean(gaps):+.4f}", len(gaps),
+              ", ".join(f"{g:+.4f}" for g in gaps)] for name, of in mean.items()
+             if (gaps := [of[k] - base[k] for k in sorted(of) if k in base])]
+    return table(["SmolLM2-135M on GSM8K", "mean", "pairs", "each"], lines) + source(result)
 
 
 def long_table():

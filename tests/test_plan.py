@@ -481,6 +481,22 @@ def test_gpus_of_the_command_line(capsys):
     assert "(on one GPU)" in text and four == pytest.approx(one / 4, rel=0.05)
 
 
+def test_a_plan_of_a_small_model(capsys):
+    """On a GPU Python is what takes the time; on a CPU, host memory is no other memory."""
+    from test_train import parse
+    flags = "--ckpt", "tiny", "--plan", "--batch", 16, "--micro-batch", 8
+    plan.show(parse(*flags, "--device", "cuda"))
+    text = " ".join(capsys.readouterr().out.split())
+    layers = model.load("tiny", "cpu").config.n_layers
+    assert f"seconds a step {0.005 * layers * 2:.2g}, in which Python launches kernels" in text
+    assert "--offload" in text
+    plan.show(parse(*flags, "--device", "cpu"))
+    assert "--offload" not in capsys.readouterr().out
+    small, large = (plan.memory(plan.from_arguments(parse(*flags, "--device", "cpu", *more))[0])[2]
+                    for more in (["--checkpointing"], ["--offload"]))
+    assert small == large
+
+
 def test_what_makes_it_smaller_is_spelled_out(capsys):
     """Each line can be typed as it is; in eight bits, the one in four says so."""
     from test_train import parse
