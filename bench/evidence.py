@@ -195,13 +195,15 @@ def begun_table():
     found = jsonl("study_rates_begun") + [r for r in jsonl("family_h100") if (
         r["job"]["method"] in ("pissa", "lora") and r["job"]["steps"] == 100)]
     lines = []
-    for r in sorted(found, key=lambda r: (r["job"]["rank"], r["job"]["lr"], r["job"]["method"])):
-        at = [f"{statistics.mean(r['loss'][n - 5:n]):.3f}" for n in (*STEPS[:3], 100)]
-        lines.append([r["job"]["rank"], f"{r['job']['lr']:g}", r["job"]["method"], *at,
-                      f"{r['grad_norm'][0]:.2f}", f"{r['val']:.4f}"])
-    head = ["rank", "rate", "method", *(f"loss, steps {n - 4}-{n}" for n in (*STEPS[:3], 100)),
-            "gradient norm, step 1", "validation loss"]
-    return under(table(head, lines), f"SmolLM2-135M, GSM8K, 100 steps of 32 examples, one seed, "
+    for rank, method in sorted({(r["job"]["rank"], r["job"]["method"]) for r in found}):
+        same = sorted((r for r in found if (r["job"]["rank"], r["job"]["method"]) == (
+            rank, method)), key=lambda r: r["job"]["lr"])
+        lines.append([method, rank, f"{same[0]['grad_norm'][0]:.2f}", "; ".join(
+            f"{r['job']['lr']:g}: {statistics.mean(r['loss'][:5]):.2f}, {r['val']:.3f}"
+            for r in same)])
+    head = ["method", "rank", "first gradient norm",
+            "at every rate: training loss of steps 1-5, validation loss after 100"]
+    return under(table(head, lines), f"SmolLM2-135M, GSM8K, 32 examples a step, one seed, "
                  f"{len(found)} runs, {found[0]['device']}; not finished")
 
 
