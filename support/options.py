@@ -138,11 +138,17 @@ def check_files(resume=False, plan=False, **args):
             if args.get(name):
                 checks[name](args[name])
     except (OSError, ValueError) as e:
-        named = isinstance(e, OSError) and e.filename
-        text = f"{e.filename}: {e.strerror.lower()}" if named else str(e)
-        text += ": name the file in it" * isinstance(e, IsADirectoryError)
-        text += "; --plan needs only params.json or config.json of it" * plan
+        text = told(e) + "; --plan needs only params.json or config.json of it" * (
+            plan and name == "ckpt")
         sys.exit(last_words(f"{Path(sys.argv[0]).name}: {printable(text, keep='')}"))
+
+
+def told(e):
+    """What a person is told of an OSError or ValueError: what, and where."""
+    if not (isinstance(e, OSError) and e.filename):
+        return str(e)
+    return f"{e.filename}: {e.strerror.lower()}" + (
+        ": name the file in it" * isinstance(e, IsADirectoryError))
 
 
 def last_words(line):

@@ -74,10 +74,7 @@ def one_line(e):
     if isinstance(e, (NotImplementedError, TypeError)) and "MPS" in str(e):
         return (f"mps lacks what this needs ({str(e).splitlines()[0][:80]}): set "
                 "PYTORCH_ENABLE_MPS_FALLBACK=1, or take --device cpu")
-    if isinstance(e, OSError) and e.filename:
-        return f"{e.filename}: {e.strerror.lower()}" + (
-            ": name the file in it" * isinstance(e, IsADirectoryError))
-    return str(e) if isinstance(e, (OSError, ValueError)) else None
+    return options.told(e) if isinstance(e, (OSError, ValueError)) else None
 
 
 def stop(stopped, text):
@@ -373,8 +370,8 @@ def summary_text(summary, args):
     if best := summary.get("best"):
         lines += [filled(f"lowest validation loss {best['loss']:.4f} after step {best['step']}: "
                          f"{args.out / 'best'}")]
-    speed, steps = summary["tokens_per_second"], summary["steps"]
-    lines += [f"{steps} step{'s' * (steps != 1)} in {seconds['train']:.0f} s, "
+    speed = summary["tokens_per_second"]
+    lines += [f"{counted(summary['steps'], 'step')} in {seconds['train']:.0f} s, "
               + (f"{speed:,.0f} tokens/s; " if speed else "") + f"{seconds['all']:.0f} s in all"
               + " since it went on" * (seconds["all"] < seconds["train"])]
     if summary["peak_gpu_bytes"]:
