@@ -174,8 +174,9 @@ def liger(args, part):
     steps_of(args, part, net, labelled_loss, SHAPES, setup)
 
 
-def unsloth(args, part):
-    """unsloth's FastLanguageModel, which reads a checkpoint from a disk."""
+def unsloth(args, part, checkpointing=False):
+    """unsloth's FastLanguageModel, which reads a checkpoint from a disk. Its checkpointing, through
+    host memory, is chosen when A and B are made: in a process of its own."""
     if skipped(args, part, "unsloth", "unsloth_zoo", "transformers", "peft", "trl"):
         return
     theirs = importlib.import_module("unsloth")          # before transformers, which it changes
@@ -200,19 +201,15 @@ def unsloth(args, part):
             tokenizer_name=None, local_files_only=True, fix_tokenizer=False)
     net = theirs.FastLanguageModel.get_peft_model(
         net, r=args.rank, lora_alpha=args.rank, lora_dropout=0, bias="none",
-        target_modules=list(pissa.TARGETS), use_gradient_checkpointing=False)
+        target_modules=list(pissa.TARGETS),
+        use_gradient_checkpointing="unsloth" if checkpointing else False)
     for p in net.parameters():
         if p.requires_grad:
             p.data = p.data.float()
 
-    def setup(checkpointing, compiled):
-        if checkpointing:                                      # their own, through host memory
-            importlib.import_module("unsloth.models._utils").apply_unsloth_gradient_checkpointing(
-                "unsloth", 16384, DTYPE)
-            net.gradient_checkpointing_enable()
-
-    shapes = {name: shape for name, shape in SHAPES.items() if not shape[3]}
-    steps_of(args, part, net.train(), labelled_loss, shapes, setup)
+    shapes = {name: shape for name, shape in SHAPES.items()
+              if shape[2] == checkpointing and not shape[3]}
+    steps_of(args, part, net.train(), labelled_loss, shapes, lambda *_: None)
 
 
 def torchtune(args, part):
@@ -256,6 +253,7 @@ PARTS = {"kernels": kernels, "16 bits": lambda args: ours(args, "16 bits", 16),
          "8 bits": lambda args: ours(args, "8 bits", 8),
          "PEFT, Liger": lambda args: liger(args, "PEFT, Liger"),
          "unsloth": lambda args: unsloth(args, "unsloth"),
+         "unsloth, checkpointing": lambda args: unsloth(args, "unsloth", True),
          "torchtune": lambda args: torchtune(args, "torchtune")}
 
 

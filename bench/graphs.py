@@ -96,30 +96,50 @@ class Replayed(torch.autograd.Function):
         return None, None, *torch._foreach_mul(ctx.grads, g)
 
 
+def shapes(net):
+    """Of all parameters and buffers."""
+    return [x.shape for x in (*net.parameters(), *net.buffers())]
+
+
 @contextmanager
-def used(net):
+def used(net, kept=None):
     """Inside, train.loss_sum is replayed. Gives a list: why a graph could not be recorded.
 
-    RuntimeError at the end if a graph went out of date.
+    kept: a dict. It keeps what was recorded, for the next network of the same kind, the same but
+    for the values of its tensors. These are then copied to where the graphs read them: recording
+    takes longer than training. RuntimeError at the end if a graph went out of date.
     """
-    plain, device, made, last, why = train.loss_sum, net.lm_head.weight.device, {}, [], []
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    kept = {} if kept is None else kept
+    if kept and shapes(kept["net"]) != shapes(net):
+        kept.clear()
+    plain, device, last, why = train.loss_sum, net.lm_head.weight.device, [], []
+    if not kept:
+        kept |= {"net": net, "made": {}, "pool": (
+            torch.cuda.graph_pool_handle() if device.type == "cuda" else None)}
+    made, params, theirs = kept["made"], list(net.parameters()), list(kept["net"].parameters())
+    values = [*params, *net.buffers()], [*theirs, *kept["net"].buffers()]
 
     def loss_sum(network, tokens, labels, where_text=None):
         if network is not net or where_text is None or not torch.is_grad_enabled() or why:
             return plain(network, tokens, labels, where_text)
-        params = [p for p in net.parameters() if p.requires_grad]
+        trained = [i for i, p in enumerate(params) if p.requires_grad]
         given = [x.to(device) for x in padded(tokens, labels, where_text)]
-        key = tuple(x.shape for x in given), tuple(map(id, params))
+        key = tuple(x.shape for x in given), tuple(trained)
+        if net is not kept["net"]:
+            with torch.no_grad():
+                torch._foreach_copy_(*reversed(values))
         if key not in made:
+            for old, new in zip(theirs, params, strict=True):
+                old.requires_grad_(new.requires_grad)
             try:
-                made[key] = recorded(lambda *x: loss_and_gradients(net, params, *x), pool, *given)
+                made[key] = recorded(lambda *x: loss_and_gradients(
+                    kept["net"], [theirs[i] for i in trained], *x), kept["pool"], *given)
             except RuntimeError as error:
                 why.append(str(error).partition("\n")[0])
                 return plain(network, tokens, labels, where_text)
         last[:] = tokens, labels, where_text
         loss, grads = made[key](*given)
-        return Replayed.apply(loss, grads, *params)
+        return Replayed.apply(loss, grads, *(params[i] for i in trained))
 
     train.loss_sum = loss_sum
     try:
@@ -130,3 +150,5 @@ def used(net):
                 raise RuntimeError(f"a graph's loss is {found}, the network's {expected}")
     finally:
         train.loss_sum = plain
+        if why:
+            kept.clear()

@@ -1,4 +1,4 @@
-"""The seven studies of EVIDENCE.md: each a list of jobs for bench/study.py.
+"""The studies of EVIDENCE.md: each a list of jobs for bench/study.py.
 
     python -m bench.study rates --tiny                     # a small version, on two CPU cores
     python -m bench.studies                                # runs and tokens of each, estimated
@@ -10,6 +10,7 @@
     curves     losses and gradient norms of 200 steps                                     (2)
     length     steps and batch sizes                                                      (7)
     svd        power iterations of the SVD                                                (4)
+    eight      W_res in eight bits beside sixteen, see fp8.py                (bench/RESULTS.md)
 
 The landscape (3) is examples/landscape.py. STUDIES is in order of importance. A run that stands in
 several studies is the same job in each. `learnt` needs a text that is not the task's, GENERAL.
@@ -135,7 +136,15 @@ def svd(tiny):
     return grid(base, seed=[0] if tiny else [0, 1, 2], niter=[0, 1, 2, 4, 8, 16, "exact"])
 
 
-STUDIES = {f.__name__: f for f in (rates, seeds, quantised, learnt, curves, length, svd)}
+def eight(tiny):
+    """PiSSA with the residual in sixteen and in eight bits: three seeds, four rates."""
+    base = TINY if tiny else FULL
+    axes = {"seed": [0] if tiny else [0, 1, 2],
+            "lr": [3e-4, 1e-3] if tiny else [3e-4, 6e-4, 1e-3, 2e-3]}
+    return grid(base, method=["pissa"], **axes) + grid(base, method=["qpissa"], bits=[8], **axes)
+
+
+STUDIES = {f.__name__: f for f in (rates, seeds, quantised, learnt, curves, length, svd, eight)}
 
 
 def tokens(jobs):

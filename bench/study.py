@@ -41,8 +41,8 @@ from eval import accuracy
 from support import options, plan
 
 MORE = "measure", "general", "graphs"       # what a job holds beside the arguments of train.py
-FREE = "lr", "seed", "steps", "epochs"      # compiled networks do not depend on these
-KEPT = {}                                   # what a process reads once: tokenizers, examples, nets
+FREE = "lr", "seed", "steps", "epochs", "test_data", "max_new_tokens"   # networks are alike in all
+KEPT = {}        # of a process: tokenizers, examples, base models, and the graphs of the last kind
 
 
 # --------------------------------------------------------------------------------------- one job
@@ -113,6 +113,10 @@ def planned_bytes(args, examples):
 def run_one(job):
     """The row of a job. Raises what train.py would raise; ValueError if the loss is not finite."""
     args = arguments(job)
+    if KEPT.get("kind") != kind(job):                # the graphs of other networks are of no use
+        KEPT.update(kind=kind(job), graphs={})
+        if args.compile:
+            torch._dynamo.reset()
     full, cuda = args.method == "full", args.device.type == "cuda"
     tok = once(tokenizer, args.ckpt)
     examples, val = once(examples_of, args.ckpt, args.data, args.val_data, args.val_fraction,
@@ -128,13 +132,11 @@ def run_one(job):
         p.numel() for p in net.parameters() if p.requires_grad)}
     row["val_before"] = train.validation_loss(net, val, args, autocast)
     if args.compile:
-        if KEPT.get("compiled") != kind(job):        # the graphs of other networks would count
-            torch._dynamo.reset()
-        KEPT["compiled"] = kind(job)
         train.compile_layers(net)
     with tempfile.TemporaryDirectory() as out:
         vars(args).update(NO_STATES, out=Path(out))
-        with graphs.used(net) if job.get("graphs") and cuda else nullcontext() as why:
+        replayed = graphs.used(net, KEPT["graphs"]) if job.get("graphs") and cuda else nullcontext()
+        with replayed as why:
             rows, stopped = train.train(net, examples, args, autocast)
     if why:
         row["no_graph"] = why
@@ -154,7 +156,7 @@ def run_one(job):
         with torch.compiler.set_stance("force_eager"):
             problems = data.read(args.test_data)
             row["accuracy"], _ = accuracy(net, tok, problems, max_new_tokens=args.max_new_tokens,
-                                          batch=512)
+                                          batch=1536)
         row["problems"] = len(problems)
     for name in job.get("measure", ()):
         measures = import_module("bench.measures")
@@ -163,7 +165,7 @@ def run_one(job):
 
 
 def kind(job):
-    """What jobs share that can use the same compiled graphs, as a string."""
+    """What jobs share that can use the same graphs, recorded or compiled, as a string."""
     return json.dumps([(k, v) for k, v in job.items() if k not in (*FREE, *MORE)])
 
 
@@ -226,7 +228,7 @@ def workers(path, per_gpu=1):
                 names[i % cards] if cards else None, threads, todo, done)))
             started[-1].start()
         for _, alike in itertools.groupby(missing, kind if any(
-                j.get("compile") for j in missing) else str):
+                j.get("compile") or j.get("graphs") for j in missing) else str):
             todo.put(list(alike))
         with tqdm(total=len(missing), desc="study", unit="run") as bar, open(path, "a") as file:
             for _ in missing:

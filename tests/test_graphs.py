@@ -3,6 +3,8 @@ import pytest
 import torch
 
 import data
+import pissa
+import relatives
 import train
 from bench import graphs
 from conftest import small_net
@@ -64,6 +66,40 @@ def test_an_outdated_graph_is_noticed(net, monkeypatch):
     with pytest.raises(RuntimeError, match="a graph's loss"), graphs.used(net):
         train.loss_sum(net, *batch)
         net.lm_head.weight.data.normal_()
+
+
+@pytest.mark.parametrize("method", ["pissa", "svft", "delta_lora", "qpissa"])
+def test_what_was_recorded_serves_the_next_network(method, monkeypatch):
+    """Loss and gradients of a second network, by graphs that read the first one's memory, are its
+    own, also after an optimizer moved its parameters or a hook changed its buffers."""
+    calls, plain = [], train.loss_sum
+    (batch,), kept = data.micro_batches(examples(), 10**6), {}
+
+    def counted(f, pool, *tensors):
+        calls.append(f)
+        return f
+
+    monkeypatch.setattr(graphs, "recorded", counted)
+    for seed in 0, 1:
+        net = pissa.inject(small_net(), 4, relatives.known(method) or method, seed=seed,
+                           progress=False)
+        params = [p for p in net.parameters() if p.requires_grad]
+        with graphs.used(net, kept):
+            for step in range(2):
+                train.loss_sum(net, *batch).backward()
+                found = [p.grad for p in params]
+                net.zero_grad()
+                plain(net, *batch).backward()
+                for g, p in zip(found, params, strict=True):
+                    torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-5)
+                    p.data = p.data - 0.1 * p.grad                          # at another address
+                net.zero_grad()
+                if hook := getattr(relatives.known(method), "after_step", None):
+                    hook(net, 10 * step + 1, 10)
+                assert kept["net"] is net or seed
+    assert len(calls) == 1
+    with graphs.used(pissa.inject(small_net(), 3, progress=False), kept):          # another shape
+        assert kept["made"] == {}
 
 
 def test_what_cannot_be_recorded_is_computed_as_usual(net, monkeypatch):
