@@ -100,6 +100,20 @@ def prepared(net, examples, args):
                         double_quant=not args.no_double_quant)
 
 
+def begun(base, examples, args, keep):
+    """A network as `prepared` makes it, and the seconds it took. keep: for the next job of the kind
+    and seed, which begins with the same weights. Twice its memory is taken then."""
+    seed, net, seconds = KEPT["begun"]
+    if seed != args.seed or not keep:
+        net, start = copy.deepcopy(base).train(), clock()
+        prepared(net, examples, args)
+        seconds = clock() - start
+    if keep:
+        KEPT["begun"] = args.seed, net, seconds
+        net = copy.deepcopy(net)
+    return net, seconds
+
+
 def planned_bytes(args, examples):
     """What --plan would say of the largest of the micro-batches that are trained on."""
     steps = range(data.count_steps(examples, args))
@@ -114,7 +128,7 @@ def run_one(job):
     """The row of a job. Raises what train.py would raise; ValueError if the loss is not finite."""
     args = arguments(job)
     if KEPT.get("kind") != kind(job):                # the graphs of other networks are of no use
-        KEPT.update(kind=kind(job), graphs={})
+        KEPT.update(kind=kind(job), graphs={}, begun=(None, None, 0.0))
         if args.compile:
             torch._dynamo.reset()
     full, cuda = args.method == "full", args.device.type == "cuda"
@@ -126,9 +140,8 @@ def run_one(job):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    net, start = copy.deepcopy(base).train(), clock()
-    prepared(net, examples, args)
-    row = {"init_seconds": clock() - start, "trained": sum(
+    net, seconds = begun(base, examples, args, job.get("graphs"))
+    row = {"init_seconds": seconds, "trained": sum(
         p.numel() for p in net.parameters() if p.requires_grad)}
     row["val_before"] = train.validation_loss(net, val, args, autocast)
     if args.compile:
