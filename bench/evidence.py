@@ -3,7 +3,7 @@ from family_*.json (python -m bench.plot).
 
 Each says from which version of its study it is: the full one if that has rows, else the small one.
 """
-import json
+import re
 import statistics
 from functools import partial
 
@@ -13,6 +13,7 @@ from bench.plot import RESULTS, read, source, table
 MARKS = {"pissa": ("o", "-"), "lora": ("s", "--"), "full": ("^", ":"), "milora": ("D", "-."),
          "qpissa": ("o", "-"), "loftq": ("^", "-."), "qlora": ("s", "--"), "lq_lora": ("D", ":")}
 
+NAMES = {"pissa": "PiSSA", "lora": "LoRA", "full": "all weights", "milora": "MiLoRA"}
 STEPS = 5, 20, 50, 200
 
 
@@ -30,8 +31,16 @@ def rows(*names):
                     found.append(r)
         if found:
             kind = "checkpoints/tiny, the demo's problems" if tiny else "SmolLM2-135M, GSM8K"
-            return found, f"{kind}, {len(found)} runs, {found[0]['device']}", tiny
+            cards = ", ".join(sorted({r["device"] for r in found}))
+            return found, f"{kind}, {len(found)} runs{missing(names, tiny, found)}, {cards}", tiny
     return [], "Not measured yet.", True
+
+
+def missing(names, tiny, found):
+    """ of N, if the first of these studies has more runs than were done."""
+    jobs = studies.STUDIES[names[0]](tiny)
+    done = [r["job"] for r in found]
+    return "" if all(j in done for j in jobs) else f" of {len(jobs)}: not finished"
 
 
 def spread(values, form=".4f"):
@@ -62,12 +71,7 @@ def rates_table():
 
 def curves_table():
     """Training loss (mean of five steps) and gradient norm after some steps."""
-    found, what, _ = rows("curves")
-    if not found:
-        found, what, _ = rows("rates")
-        most = max((r["rank"] for r in found), default=0)
-        found = [r for r in found if r["rank"] == most]
-        what += f"; of the study of rates, those of rank {most}" * bool(found)
+    found, what = longest()
     lines = []
     for method, lr in sorted({(r["method"], r["lr"]) for r in found}, key=lambda k: k[::-1]):
         same = [r for r in found if (r["method"], r["lr"]) == (method, lr)]
@@ -80,34 +84,58 @@ def curves_table():
     return under(table(head, lines), what) if found else what
 
 
-def grouped_table(name, keys, head):
-    """Of each value of keys the best rate and the loss there."""
+def longest():
+    """(the rows of curves and length that have the most steps at the first one's batch size, what
+    they are)."""
+    found, what, _ = rows("curves", "length")
+    found = [r for r in found if r["batch"] == found[0]["batch"]]
+    found = [r for r in found if r["steps"] == max(r["steps"] for r in found)]
+    return found, re.sub(r"\d+ runs[^,]*", f"{len(found)} runs", what)
+
+
+def beside_table(name, keys, head):
+    """A line for each value of keys, a column for each method: the best loss, and its rate."""
     found, what, _ = rows(name)
+    methods = list(dict.fromkeys(r["method"] for r in found))
     lines = []
-    for values in dict.fromkeys(tuple(r.get(k) for k in keys) for r in found):
-        wanted = dict(zip(keys, values))
-        lr, at = studies.best_rate(found, **wanted), studies.losses_at(found, **wanted)
-        lines.append([*values, f"{lr:g}" + " (no other was tried)" * (len(at) == 1),
-                      spread(at[lr])])
-    return under(table([*head, "best rate", "validation loss"], lines), what) if found else what
+    for values in sorted({tuple(r.get(k) for k in keys) for r in found}):
+        cells = []
+        for method in methods:
+            wanted = dict(zip(keys, values), method=method)
+            at = studies.losses_at(found, **wanted)
+            if at:
+                lr = studies.best_rate(found, **wanted)
+                alone = ", no other tried" * (len(at) == 1)
+                cells.append(f"{spread(at[lr])} at {lr:g}{alone}")
+            else:
+                cells.append("")
+        lines.append([*values, *cells])
+    return under(table([*head, *methods], lines), what) if found else what
 
 
 def learnt_table():
-    """Every method at its best rate: what DeltaW is, and what is forgotten."""
+    """Every method at its best rate: what DeltaW is, and what is forgotten. Shares are means of the
+    left and the right side. Only seeds that were run at every rate."""
     found, what, _ = rows("learnt")
     lines = []
     for method in dict.fromkeys(r["method"] for r in found):
-        lr = studies.best_rate(found, method=method)
-        same = [r for r in found if (r["method"], r["lr"]) == (method, lr)]
-        cells = [f"{statistics.mean(r['learnt_' + k] for r in same):.3f}" for k in (
-            "norm", "top_left", "top_right", "random_right", "bottom_left", "bottom_right",
-            "angle_left", "stable_rank")]
+        mine = [r for r in found if r["method"] == method]
+        whole = set.intersection(*({r["seed"] for r in mine if r["lr"] == lr}
+                                   for lr in {r["lr"] for r in mine}))
+        mine = [r for r in mine if r["seed"] in whole]
+        lr = studies.best_rate(mine, method=method)
+        same = [r for r in mine if r["lr"] == lr]
+        sides = [[f"{k}_{side}" for side in ("left", "right")]
+                 for k in ("top", "bottom", "random", "angle")]
+        means = [statistics.mean(r["learnt_" + k] for r in same for k in names)
+                 for names in (["norm"], *sides, ["stable_rank"])]
+        after = spread([r["perplexity"] for r in same], ".1f")
         before = [r["perplexity_before"] for r in found if "perplexity_before" in r]
-        lines.append([method, f"{lr:g}", len(same), *cells, f"{before[0]:.2f}" if before else "",
-                      spread([r["perplexity"] for r in same], ".2f")])
-    head = ["method", "rate", "seeds", "norm of ΔW / W", "in W's top r, left", "right",
-            "right, by chance", "bottom r, left", "right", "cos² of angles", "stable rank",
-            "perplexity before", "after"]
+        lines.append([NAMES.get(method, method), f"{lr:g}", spread([r["val"] for r in same]),
+                      *(f"{x:.3f}" for x in means), f"{before[0]:.1f} to {after}"])
+    head = ["method", "best rate", "validation loss", "norm of ΔW / W", "in W's top r",
+            "in its bottom r", "by chance", "cos² of angles", "stable rank",
+            "perplexity of other text"]
     return under(table(head, lines), what) if found else what
 
 
@@ -149,32 +177,6 @@ def family_table(name):
     return table(head, rows) + source(result)
 
 
-def search_table():
-    """bench_family's rows of seed 0 on a GPU: every method so far, at all its rates."""
-    found, named = jsonl("family_h100"), {}
-    for r in found:
-        named.setdefault(" ".join([r["job"]["method"], *r["job"].get("option", [])]), []).append(r)
-    lines = []
-    for name, rows in named.items():
-        tried = sorted((r for r in rows if r["job"]["steps"] == 100), key=lambda r: r["job"]["lr"])
-        alone = [r for r in rows if r["job"]["steps"] != 100]
-        best = min(tried, key=lambda r: r["val"], default=None)
-        if not best or not alone:
-            continue
-        edge = " (edge)" if best in (tried[0], tried[-1]) else ""
-        lines.append((best["val"], [
-            name, f"{best['job']['lr']:.3g}{edge}", f"{best['val']:.4f}", f"{best['trained']:,}",
-            f"{alone[0]['init_seconds']:.2f} s",
-            f"{alone[0]['peak_gib']:.1f} GiB ({alone[0]['planned_gib']:.1f})",
-            f"{alone[0]['tokens_per_second']:,.0f}",
-            ", ".join(f"{r['job']['lr']:.3g}: {r['val']:.3f}" for r in tried)]))
-    return table(["method", "best rate", "validation loss", "trained numbers", "to initialise",
-                  "peak memory (planned)", "tokens/s", "at every rate"],
-                 [line for _, line in sorted(lines)]) + (
-        f"\n\n`python -m bench.bench_family --rows bench/results/family_h100.jsonl` · "
-        f"{found[0]['device']}, torch {found[0]['torch']}, one seed, not finished")
-
-
 def svdquant_table():
     """bench_svdquant's: the error of a layer's output, and perplexity."""
     result = read("svdquant_smollm2_cpu")
@@ -185,36 +187,28 @@ def svdquant_table():
     return table(["", *kinds, "worst", "perplexity"], lines) + source(result)
 
 
-def jsonl(name):
-    """The rows of a file in bench/results."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-
-
-def begun_table():
-    """PiSSA and LoRA on real weights, as far as the study of rates and the family's search went."""
-    found = jsonl("study_rates_begun") + [r for r in jsonl("family_h100") if (
-        r["job"]["method"] in ("pissa", "lora") and r["job"]["steps"] == 100)]
+def eight_table():
+    """PiSSA in sixteen and in eight bits at every rate, and their difference, seed by seed."""
+    found, what, _ = rows("eight")
     lines = []
-    for rank, method in sorted({(r["job"]["rank"], r["job"]["method"]) for r in found}):
-        same = sorted((r for r in found if (r["job"]["rank"], r["job"]["method"]) == (
-            rank, method)), key=lambda r: r["job"]["lr"])
-        lines.append([method, rank, f"{same[0]['grad_norm'][0]:.2f}", "; ".join(
-            f"{r['job']['lr']:g}: {statistics.mean(r['loss'][:5]):.2f}, {r['val']:.3f}"
-            for r in same)])
-    head = ["method", "rank", "first gradient norm",
-            "at every rate: training loss of steps 1-5, validation loss after 100"]
-    return under(table(head, lines), f"SmolLM2-135M, GSM8K, 32 examples a step, one seed, "
-                 f"{len(found)} runs, {found[0]['device']}; not finished")
+    for lr in sorted({r["lr"] for r in found}):
+        by_seed = {m: {r["seed"]: r["val"] for r in found if (r["method"], r["lr"]) == (m, lr)}
+                   for m in ("pissa", "qpissa")}
+        gaps = [by_seed["qpissa"][s] - by_seed["pissa"][s] for s in sorted(by_seed["pissa"])]
+        lines.append([f"{lr:g}", *(spread(list(v.values())) for v in by_seed.values()),
+                      ", ".join(f"{g:+.4f}" for g in gaps)])
+    head = ["rate", "16 bits", "8 bits", "difference, seed by seed"]
+    return under(table(head, lines), what) if found else what
 
 
-PARTS = {"study-begun": begun_table, "svdquant": svdquant_table,
-         "family-gpu": search_table, "family-cpu": partial(family_table, "family_cpu"),
+PARTS = {"svdquant": svdquant_table, "study-eight": eight_table,
+         "family-gpu": partial(family_table, "family_gpu"),
+         "family-cpu": partial(family_table, "family_cpu"),
          "study-rates": rates_table, "study-curves": curves_table, "study-svd": svd_table,
-         "study-quantised": partial(grouped_table, "quantised", ["rank", "quant_iters", "method"],
-                                    ["rank", "turns", "method"]),
+         "study-quantised": partial(beside_table, "quantised", ["rank", "quant_iters"],
+                                    ["rank", "turns"]),
          "study-learnt": learnt_table,
-         "study-length": partial(grouped_table, "length", ["batch", "steps", "method"],
-                                 ["batch", "steps", "method"])}
+         "study-length": partial(beside_table, "length", ["batch", "steps"], ["batch", "steps"])}
 
 
 def study_rates():
@@ -230,7 +224,7 @@ def study_rates():
         mark, style = MARKS[method]
         grid = {k: studies.losses_at(found, method=method, rank=k) for k in ranks}
         best = {k: studies.best_rate(found, method=method, rank=k) for k in ranks if grid[k]}
-        heat(axes, grid, best, min(every), max(every))
+        heat(axes, grid, best, min(every), min(max(every), 2 * min(every)))
         axes.set_title(f"{NAMES[method]}: validation loss")
         for i, (rank, at) in enumerate(grid.items()):
             left.plot(list(at), [statistics.mean(v) for v in at.values()], style, marker=mark,
@@ -241,8 +235,12 @@ def study_rates():
         right.plot(list(best), list(best.values()), style, marker=mark, color=colour,
                    label=NAMES[method])
     plain_rates(left, sorted({r["lr"] for r in found}))
-    left.set(ylabel="validation loss, nats a token", title=what.rpartition(", ")[0], yscale="log")
-    left.legend(fontsize=7)
+    left.set(ylabel="validation loss, nats a token", title=what.partition(" runs")[0] + " runs",
+             yscale="log")
+    left.set_yticks([0.6, 0.8, 1, 2, 4] if max(every) > 2 else [0.2, 0.5, 1, 2])
+    left.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    left.set_yticks([], minor=True)
+    left.legend(fontsize=6, ncols=2, loc="upper left")
     right.set(xscale="log", yscale="log", xlabel="rank", ylabel="best learning rate",
               title="the rate with the lowest loss", ylim=(1.5e-5, 3e-2))
     right.set_xticks(ranks, ranks)
@@ -251,9 +249,70 @@ def study_rates():
     keep(figure, "study_rates")
 
 
+def convergence():
+    """The training loss against the steps: both at one rate, and each at its own best."""
+    from bench.pictures import keep, panels
+    found, _ = longest()
+    if not found:
+        return
+    figure, (left, right) = panels(1, 2, sharey=True)
+    for method in "pissa", "lora":
+        for axes, lr in (left, 3e-4), (right, studies.best_rate(found, method=method)):
+            draw(axes, [r for r in found if (r["method"], r["lr"]) == (method, lr)], method,
+                 f"{NAMES[method]}, rate {lr:g}")
+    left.set(ylabel="training loss, mean of 5 steps", title="both at one rate")
+    right.set(title="each at its best rate")
+    keep(figure, "convergence")
+
+
+def eight():
+    """The training loss of PiSSA in sixteen and in eight bits, and their difference."""
+    from bench.pictures import keep, panels, plain_rates
+    found, _, _ = rows("eight")
+    if not found:
+        return
+    figure, (left, right) = panels(1, 2)
+    lr = studies.best_rate(found, method="pissa")
+    for method, name in ("pissa", "16 bits"), ("qpissa", "8 bits"):
+        same = [r for r in found if (r["method"], r["lr"]) == (method, lr)]
+        draw(left, same, {"qpissa": "lora"}.get(method, method), f"PiSSA, {name}, rate {lr:g}")
+    for method, name in ("pissa", "16 bits"), ("qpissa", "8 bits"):
+        at = studies.losses_at(found, method=method)
+        mark, style = MARKS[{"qpissa": "lora"}.get(method, method)]
+        line, = right.plot(list(at), [statistics.mean(v) for v in at.values()], style, marker=mark,
+                           color=colour_of({"qpissa": "lora"}.get(method, method)), label=name)
+        right.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()],
+                           color=line.get_color(), alpha=0.25, linewidth=0)
+    plain_rates(right, list(at))
+    left.set(ylabel="training loss, mean of 5 steps")
+    right.set(ylabel="validation loss, three seeds")
+    right.legend()
+    keep(figure, "eight")
+
+
+def colour_of(method):
+    """Red for PiSSA, blue for LoRA."""
+    from bench.pictures import BLUE, RED
+    return {"pissa": RED, "lora": BLUE}[method]
+
+
+def draw(axes, runs, method, label):
+    """Losses against steps, a running mean over five; shaded: from seed to seed."""
+    means = [[statistics.mean(r["loss"][max(0, i - 4):i + 1]) for i in range(len(r["loss"]))]
+             for r in runs]
+    steps = range(1, len(means[0]) + 1)
+    axes.plot(steps, [statistics.mean(x) for x in zip(*means)], MARKS[method][1],
+              color=colour_of(method), label=label)
+    axes.fill_between(steps, [min(x) for x in zip(*means)], [max(x) for x in zip(*means)],
+                      color=colour_of(method), alpha=0.25, linewidth=0)
+    axes.set(xlabel="step", xscale="log")
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axes.legend()
+
+
 def heat(axes, grid, best, least, most):
     """{rank: {rate: losses}} as a map, dark where the loss is low; a frame at each rank's best.
-    least, most: what is black, and what is white."""
+    least, most: what is black, and what is white, as is more than that."""
     from math import log
     rates = sorted({lr for at in grid.values() for lr in at})
     cells = [[statistics.mean(at[lr]) if lr in at else float("nan") for lr in rates]

@@ -312,4 +312,4 @@ def scale():
 
 
 PICTURES = (same_rate, demo, gsm8k, quantised, quant, speed, planned, scale, evidence.study_rates,
-            evidence.landscape, evidence.family)
+            evidence.convergence, evidence.eight, evidence.landscape, evidence.family)

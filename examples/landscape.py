@@ -14,6 +14,7 @@ Writes --out (JSON) and the picture beside it (.png). Source: arXiv 2404.02948, 
 import argparse
 import json
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def trained(method, lr, asked, examples):
     flags = {"ckpt": asked.ckpt, "method": method, "rank": asked.rank, "lr": lr,
              "batch": asked.batch, "steps": asked.steps, "seed": asked.seed}
     args = options.train_parser("").parse_args([f"--{k}={v}" for k, v in flags.items()])
-    vars(args).update(NO_STATES, out=Path("runs/landscape"))
+    vars(args).update(NO_STATES, out=Path(tempfile.mkdtemp()))
     net = model.load(asked.ckpt, asked.device, torch.float32)
     pissa.inject(net, asked.rank, method, seed=asked.seed, progress=False)
     points, count = [(0, factors(net))], [0]

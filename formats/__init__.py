@@ -1,4 +1,5 @@
 """Checkpoints on disk: where they are (here), and a file for each layout and kind of tokenizer."""
+import difflib
 import os
 import re
 import shlex
@@ -43,8 +44,11 @@ def find(ckpt):
     if not found:
         if cached := snapshot(str(ckpt)):
             return cached
+        there = [d.name for d in (here / "checkpoints").iterdir()] if (
+            here / "checkpoints").is_dir() else []
+        close = difflib.get_close_matches(str(ckpt), there, 1, cutoff=0.5)
         raise FileNotFoundError(f"no checkpoint {ckpt}: neither {ckpt} nor checkpoints/{ckpt} is a "
-                                f"directory; {holds}")
+                                f"directory; {f'did you mean {close[0]}?' if close else holds}")
     for pattern, hint in INSTEAD.items():
         if path := next(iter(sorted(found[0].glob(pattern))), None):
             name = path if pattern.endswith("gguf") else path.parent

@@ -85,7 +85,7 @@ def record(line, where):
     """The object in a line of bytes."""
     path, start = where.rpartition(":")[0], line.lstrip(b"\xef\xbb\xbf \t")[:1]
     remedy = (f"of an array: jq -c '.[]' {path} > {path}.new" if start == b"[" else
-              f"of one over several lines: jq -c . {path} > {path}.new")
+              f"if one is spread over several lines: jq -c . {path} > {path}.new")
     if path.endswith((".csv", ".tsv")):
         remedy = f"of a table: {TABLE.replace('KIND', 'csv').replace('FILE', path)}"
     try:
@@ -112,7 +112,7 @@ def string(content, name, where, optional=False):
         close = difflib.get_close_matches(name, map(str, content), 1)
         raise ValueError(f"{where}: no field '{name}' among {columns(content)}; " + (
             f"did you mean '{close[0]}'?" if close else
-            f"add it, or say which to use: {naming(content)}"))
+            "add it" + (f", or say which to use: {naming(content)}" if len(content) > 1 else "")))
     value = content[name]
     if optional and (value in EMPTY or isinstance(value, str) and not value.strip()):
         return ""

@@ -455,7 +455,8 @@ def for_train(doc):
     if args.resume and (before := stored(p, args.out)):
         args = as_before(p, before, args)
     if args.ckpt is None:
-        runs = sorted(Path("runs").glob("*/args.json"), key=lambda path: -path.stat().st_mtime)
+        runs = sorted((path for path in Path("runs").glob("*/args.json") if not (
+            path.parent / "summary.json").is_file()), key=lambda path: -path.stat().st_mtime)
         p.error(f"--resume: no run has begun in {args.out} ({args.out / 'args.json'} is missing). "
                 + (f"The last run in runs/ is {runs[0].parent}: --resume --out {runs[0].parent} "
                    "goes on with it. " if runs else "")

@@ -200,22 +200,49 @@ def starts_at_the_largest(m):
 def advise(net, examples, args):
     """Print how many steps are to come, and notes on settings that are legal and probably
     unintended."""
-    steps = data.count_steps(examples, args)
-    print(filled(f"{counted(steps, 'step')} of {args.batch} examples, learning rate {args.lr:g}, "
-                 f"{steps * args.batch / len(examples):.2g} times through the data"))
-    for text in (*unlikely(net, examples, args, steps), *small_data(examples, args, steps)):
+    steps, n = data.count_steps(examples, args), len(examples)
+    whole, more = divmod(steps, -(-n // args.batch))                # epochs, steps of one more
+    times = whole + min(more * args.batch, n) / n
+    print(filled(f"{counted(steps, 'step')} of {counted(min(args.batch, n), 'example')}"
+                 f"{f' (all there are; --batch {args.batch})' * (n < args.batch)}, learning rate "
+                 f"{args.lr:g}, {times:.3g} time{'s' * (times != 1)} through the data"))
+    few = list(small_data(net, examples, args, steps))
+    for text in (*unlikely(net, examples, args, steps), *(few or far_rate(net, args))):
         print(filled(f"note: {text}"))
 
 
-def small_data(examples, args, steps):
-    """A note if the epochs make few steps. Its percentages: bench/results/small_cpu.json."""
-    if not args.steps and steps < 100 and args.batch > 8:
-        batch = 16 if args.batch > 16 else 8
-        yield (f"{counted(steps, 'step')} of {args.batch} examples; the paper has 781. --batch "
-               f"{batch} makes {args.epochs * math.ceil(len(examples) / batch)}. Measured on 200 "
-               "of the demo's problems, PiSSA of rank 16: 2 steps at 2e-5 solve 0 % of new ones. "
-               "With --lr 1e-3, 3 epochs solve 38 % at --batch 16 and 58 % at --batch 8, and 10 "
-               "epochs 78 % at --batch 16. A larger model wants a lower --lr.")
+def small_data(net, examples, args, steps):
+    """A note if the epochs make few steps: what to try. Measured: bench/results/small_cpu.json."""
+    n = len(examples)
+    batch = 16 if n >= 160 else 8 if n >= 64 else 4
+    if args.steps or steps >= 100 or args.batch <= batch:
+        return
+    rate = better_rate(net, args, min(args.rank, 16))
+    yield (f"{counted(steps, 'step')} will hardly teach anything; the paper has 781. To try: "
+           f"{'--rank 16 ' * (args.rank > 16)}--batch {batch} --epochs 10"
+           f"{rate and f' --lr {rate}'}, which makes {10 * -(-n // batch)} steps. Measured on 200 "
+           "of the demo's problems, PiSSA of rank 16: 2 steps at 2e-5 solve 0 % of new ones, 130 "
+           "steps of 16 at 1e-3 solve 78 %.")
+
+
+# c of the rate c / sqrt(rank) that was the best on SmolLM2-135M, see EVIDENCE.md.
+RATES = {"pissa": 4e-3, "qpissa": 4e-3, "lora": 2e-2, "qlora": 2e-2}
+
+
+def better_rate(net, args, rank):
+    """For a small model: about the best rate, if args.lr is ten times off; otherwise ""."""
+    best = 4e-4 if args.method == "full" else RATES.get(args.method, args.lr) / rank ** 0.5
+    far = net.config.dim < 1024 and not 0.1 <= args.lr / best <= 10
+    return f"{best:.0e}".replace("e-0", "e-") if far else ""
+
+
+def far_rate(net, args):
+    """A note if a larger rate suits a small model."""
+    best = better_rate(net, args, args.rank)
+    if best and args.lr < float(best):
+        yield (f"--lr {args.lr:g} is far from what suits a model of this size: measured on "
+               f"SmolLM2-135M, the best rate of --method {args.method} is about {best}"
+               + f" at rank {args.rank}" * (args.method != "full"))
 
 
 def unlikely(net, examples, args, steps):
@@ -348,14 +375,20 @@ def wilson(share, n):
 NO_ANSWER = "(nothing: it ended at once)"
 
 
+def shortened(answer, most=1000, lines=12):
+    """An answer, or if it is longer than so many characters or lines, its beginning and "..."."""
+    short = "\n".join(answer.split("\n")[:lines])
+    short = short if len(short) <= most else short[:most].rpartition(" ")[0]
+    return f"{short} ..." if len(short) < len(answer) else answer or NO_ANSWER
+
+
 def summary_text(summary, args):
     """What summary.json holds, in lines for people."""
     seconds, before, after, lines = *(summary[k] for k in ("seconds", "before", "after")), []
     for prompt, answer in before["answers"].items():
-        short = answer if len(answer) <= 200 else f"{answer[:200].rpartition(' ')[0]} ..."
         lines += ["", *(filled(printable(text), "        ") for text in (
-            f"--- {prompt}", f"before: {short or NO_ANSWER}",
-            f"after:  {after['answers'][prompt] or NO_ANSWER}"))]
+            f"--- {prompt}", f"before: {shortened(answer, 200)}",
+            f"after:  {shortened(after['answers'][prompt])}"))]
     lines += ["", f"{'':17}{'before':>14}{'after':>14}",
               f"validation loss  {before['loss']:14.4f}{after['loss']:14.4f}"]
     if after["accuracy"] is not None:

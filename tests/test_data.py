@@ -142,7 +142,7 @@ def test_read_errors_of_whole_files(tmp_path):
             (b"version https://git-lfs.github.com/spec/v1", "Git LFS.*git lfs pull"),
             ('{"a": 1}'.encode("utf-16"), "UTF-16: iconv -f UTF-16 "),
             ('{"a": 1}'.encode("utf-16-le"), "UTF-16 or no text: iconv -f UTF-16LE"),
-            (json.dumps(GOOD, indent=1).encode(), r"one over several lines: jq -c \. ")]:
+            (json.dumps(GOOD, indent=1).encode(), r"one is spread over several lines: jq -c \. ")]:
         (tmp_path / "d.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=rf"d\.jsonl.*: .*{message}"):
             data.read(tmp_path / "d.jsonl")

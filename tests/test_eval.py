@@ -717,7 +717,8 @@ def test_what_is_not_there_is_told_before_torch_is_loaded(tmp_path, argv, words)
     (["--ppl", "{tmp}/broken.jsonl", "--length", "20", "--stride", "21"],
      "--stride 21 is more than --length 20"),
     (["--accuracy", "{tmp}/zero.jsonl"], "zero.jsonl: record 1: .* names no number")])
-def test_mistakes(tmp_path, argv, message):
+def test_mistakes(tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
     good = '{"question": "1 + 1?", "answer": "#### 2"}\n'
     (tmp_path / "good.jsonl").write_text(good)
     (tmp_path / "zero.jsonl").write_text(good.replace("2", "1/0"))

@@ -26,8 +26,7 @@ def row(**values):
 
 
 def test_nothing_measured(keep):
-    studied = {name: part() for name, part in evidence.PARTS.items() if "study" in name and (
-        name != "study-begun")}
+    studied = {name: part() for name, part in evidence.PARTS.items() if "study" in name}
     assert len(studied) > 5 and set(studied.values()) == {"Not measured yet."}
 
 
@@ -59,21 +58,30 @@ def test_svd(keep):
     assert "| 0 | 1.50 s | 1.0e-03 | 1.0000 |" in text and "| exact |" in text
 
 
-def test_the_table_of_one_seed(tmp_path, monkeypatch):
-    """The best rate of a method with its option; one that was not measured alone is left out."""
-    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+def test_methods_beside_each_other(keep):
+    """A column for each method; the best of its rates; runs that are missing are said to be."""
+    keep("length", [row(lr=1e-4, val=3.0), row(val=2.0), row(method="lora", val=1.5),
+                    row(method="lora", val=1.0, batch=8)])
+    text = evidence.PARTS["study-length"]()
+    assert "| batch | steps | pissa | lora |" in text and "not finished" in text
+    assert "| 2 | 20 | 2.0000 at 0.001 | 1.5000 at 0.001, no other tried |" in text
+    assert "| 8 | 20 |  | 1.0000 at 0.001, no other tried |" in text
 
-    def line(method, lr, val, steps=100, **more):
-        return json.dumps({"job": {"method": method, "lr": lr, "steps": steps, **more}, "val": val,
-                           "trained": 1234, "init_seconds": 0.5, "peak_gib": 1.0,
-                           "planned_gib": 1.1, "tokens_per_second": 99.0, "device": "a GPU",
-                           "torch": "2"})
 
-    (tmp_path / "family_h100.jsonl").write_text("\n".join([
-        line("lora", 1e-3, 0.5), line("lora", 2e-3, 0.4), line("lora", 4e-3, 0.6),
-        line("lora", 1e-3, 9.0, steps=12), line("milora", 1e-3, 0.3, option=["offset=0.5"]),
-        line("milora", 1e-3, 9.0, steps=12, option=["offset=0.5"]), line("eva", 1e-3, 0.1)]))
-    text = evidence.search_table()
-    assert text.index("milora offset=0.5 | 0.001 (edge) | 0.3000") < text.index(
-        "| lora | 0.002 | 0.4000 | 1,234 | 0.50 s | 1.0 GiB (1.1) | 99 |")
-    assert "eva" not in text and "not finished" in text
+def test_eight_bits_beside_sixteen(keep):
+    """Their difference, seed by seed."""
+    keep("eight", [row(method=m, seed=s, val=v) for m, s, v in (
+        ("pissa", 0, 1.0), ("pissa", 1, 2.0), ("qpissa", 1, 2.5), ("qpissa", 0, 0.9))])
+    assert "1.5000 (1.0000 to 2.0000, 2 seeds)" in evidence.eight_table()
+    assert "| -0.1000, +0.5000 |" in evidence.eight_table()
+
+
+def test_what_is_learnt_counts_whole_seeds(keep):
+    """A seed that was run at one rate only does not choose the best one."""
+    names = ("norm", "stable_rank", *(f"{k}_{side}" for k in ("top", "bottom", "random", "angle")
+                                      for side in ("left", "right")))
+    more = {"perplexity": 5.0, "perplexity_before": 4.0, **{f"learnt_{k}": 0.5 for k in names}}
+    keep("learnt", [{**row(lr=lr, val=val, seed=seed), **more} for lr, val, seed in (
+        (1e-4, 3.0, 0), (1e-4, 3.0, 1), (1e-3, 2.0, 0))])
+    assert "| PiSSA | 0.001 | 2.0000 | 0.500 |" in evidence.learnt_table()
+    assert "| 4.0 to 5.0 |" in evidence.learnt_table()

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 import convert
+import data
 import eval as evaluation
 import model
 import pissa
 import train
+from bench import studies
 from conftest import ROOT, command, small_net
 from support import mps, options, report
 
@@ -86,6 +88,18 @@ def test_resume_without_a_run_says_what_to_type(tmp_path, monkeypatch, capsys):
         err = capsys.readouterr().err
         assert e.value.code == 2 and "no run has begun in runs/none (runs/none/args.json is " in err
         assert "add --ckpt" in err and ("--resume --out runs/b" in err) == bool(more)
+    Path("runs/b/summary.json").touch()                                        # it is finished
+    with pytest.raises(SystemExit):
+        command(train.main, *flags)
+    assert "--resume --out runs/a goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer, shown", [
+    ("", report.NO_ANSWER), ("7", "7"), ("a b", "a b"), ("x\n" * 30, "x\n" * 11 + "x ..."),
+    ("word " * 300, "word " * 199 + "word ..."), ("x" * 1000, "x" * 1000)])
+def test_long_answers_are_cut(answer, shown):
+    """After a dozen lines, or a thousand characters at a space."""
+    assert report.shortened(answer) == shown
 
 
 def test_help_is_that_of_the_module():
@@ -351,7 +365,16 @@ def advice(capsys, *argv, examples=200, net=None):
 
 
 @pytest.mark.parametrize("argv, noted", [
-    ([], "2 steps of 128 examples; the paper has 781. --batch 16 makes 13."),
+    ([], "2 steps will hardly teach anything; the paper has 781. To try: --batch 16 --epochs 10, "
+         "which makes 130 steps."),
+    (["--lr", 2e-5], "2 steps will hardly teach anything; the paper has 781. To try: --batch 16 "
+                     "--epochs 10 --lr 1e-2, which makes 130 steps."),
+    (["--steps", 2, "--lr", 2e-5],
+     "--lr 2e-05 is far from what suits a model of this size: measured on SmolLM2-135M, the best "
+     "rate of --method lora is about 1e-2 at rank 2"),
+    (["--steps", 2, "--method", "full", "--lr", 2e-5],
+     "--lr 2e-05 is far from what suits a model of this size: measured on SmolLM2-135M, the best "
+     "rate of --method full is about 4e-4"),
     (["--steps", 2], None), (["--batch", 8], None), (["--batch", 16, "--epochs", 10], None),
     (["--steps", 2, "--lr", 1], "--lr 1 is far above what suits --method lora"),
     (["--steps", 2, "--lr", 1e-2], None),
@@ -361,14 +384,32 @@ def advice(capsys, *argv, examples=200, net=None):
     (["--steps", 2, "--rank", 16], "rank 16 trains ")])
 def test_notes_before_the_first_step(capsys, argv, noted):
     """A line that says what is to come, and at most one note."""
-    first, *notes = advice(capsys, "--method", "lora", "--rank", 2, *argv)
-    assert re.match(r"\d+ steps of \d+ examples, learning rate \S+, \S+ times through", first)
+    first, *notes = advice(capsys, "--method", "lora", "--rank", 2, "--lr", 5e-3, *argv)
+    assert re.match(r"\d+ steps of \d+ examples, learning rate \S+, \S+ times? through", first)
     assert len(notes) == bool(noted) and (not noted or f"note: {noted}" in notes[0])
+
+
+@pytest.mark.parametrize("n, argv, said", [
+    (9, ["--batch", 128, "--epochs", 1], "1 step of 9 examples (all there are; --batch 128), "
+     "learning rate 0.005, 1 time through the data"),
+    (9, ["--batch", 4, "--steps", 4], "4 steps of 4 examples, learning rate 0.005, 1.44 times"),
+    (9, ["--batch", 4, "--steps", 2], "2 steps of 4 examples, learning rate 0.005, 0.889 times"),
+    (200, ["--batch", 128, "--epochs", 3],
+     "6 steps of 128 examples, learning rate 0.005, 3 time")])
+def test_how_often_the_data_is_seen(capsys, n, argv, said):
+    """Counted from the batches, whose last of an epoch may be short."""
+    flags = "--method", "lora", "--rank", 2, "--lr", 5e-3, *argv
+    assert advice(capsys, *flags, examples=n)[0].startswith(said)
+    args = for_train("--ckpt", "tiny", *map(str, flags))
+    examples = [([1, 2, 3], 1)] * n
+    seen = sum(len(batch) for batch, *_ in train.all_batches(
+        examples, args, range(data.count_steps(examples, args))))
+    assert f"{seen / n:.3g} time" in said
 
 
 def test_note_on_eight_bits(capsys):
     """On a GPU, where they are for speed; its figures are those of the result file."""
-    flags = "--method", "qlora", "--bits", 8, "--rank", 2, "--steps", 2
+    flags = "--method", "qlora", "--bits", 8, "--rank", 2, "--steps", 2, "--lr", 5e-3
     note = advice(capsys, *flags, "--device", "cuda")[1]
     result = json.loads((ROOT / "bench/results/step_eight_h100.json").read_text())
     for how in "", ", compiled":
@@ -380,7 +421,7 @@ def test_note_on_eight_bits(capsys):
 
 def test_note_on_the_rank(capsys):
     """Both shares are those of networks with these ranks."""
-    note = advice(capsys, "--method", "lora", "--rank", 16, "--steps", 2)[1]
+    note = advice(capsys, "--method", "lora", "--rank", 16, "--steps", 2, "--lr", 5e-3)[1]
     rank, share, less, smaller = re.fullmatch(
         r"note: rank (\d+) trains (\d+%) of this model's parameters; --rank (\d+) would train "
         r"about (\d+%)", note).groups()
@@ -395,10 +436,20 @@ def test_what_the_note_says_was_measured():
     means = {(m["batch"], m["lr"], m["epochs"]): m for m in json.loads(
         (ROOT / "bench/results/small_cpu.json").read_text())["means"]}
     shares = [f"{100 * means[key]['accuracy']:.0f} %" for key in (
-        (128, 2e-5, 1), (16, 1e-3, 3), (8, 1e-3, 3), (16, 1e-3, 10))]
-    assert means[128, 2e-5, 1]["steps"] == 2
-    text, = report.small_data([0] * 200, Namespace(batch=128, epochs=1, steps=None), 2)
-    assert re.findall(r"\d+ %", text) == shares
+        (128, 2e-5, 1), (16, 1e-3, 10))]
+    assert means[128, 2e-5, 1]["steps"] == 2 and means[16, 1e-3, 10]["steps"] == 130
+    args = Namespace(batch=128, epochs=1, steps=None, lr=2e-5, rank=16, method="pissa")
+    text, = report.small_data(small_net(), [0] * 200, args, 2)
+    assert re.findall(r"\d+ %", text) == shares and "--epochs 10 --lr 1e-3," in text
+
+
+def test_rates_are_those_of_the_study():
+    """c / sqrt(rank) is within a factor of two of the best rate at every rank that was tried."""
+    rows = [r for name in ("rates", "seeds") for r in studies.rows_of(name)]
+    for method in "pissa", "lora":
+        for rank in {r["rank"] for r in rows}:
+            best = studies.best_rate(rows, method=method, rank=rank)
+            assert 0.5 <= report.RATES[method] / rank ** 0.5 / best <= 2, (method, rank)
 
 
 @pytest.mark.parametrize("right, n, low, high", [
