@@ -55,20 +55,6 @@ def under(text, what):
     return f"{text}\n\n{what}."
 
 
-def rates_table():
-    """The best rate of each method and rank, and the loss there; every rate."""
-    found, what, _ = rows("rates", "seeds")
-    lines = []
-    for method, rank in sorted({(r["method"], r["rank"]) for r in found}):
-        at = studies.losses_at(found, method=method, rank=rank)
-        lr = studies.best_rate(found, method=method, rank=rank)
-        edge = " (the edge of the grid)" if lr in (min(at), max(at)) else ""
-        lines.append([method, rank, f"{lr:g}{edge}", spread(at[lr]), ", ".join(
-            f"{k:g}: {statistics.mean(v):.3f}" for k, v in at.items())])
-    head = ["method", "rank", "best rate", "validation loss there", "at every rate"]
-    return under(table(head, lines), what) if found else what
-
-
 def curves_table():
     """Training loss (mean of five steps) and gradient norm after some steps."""
     found, what = longest()
@@ -93,9 +79,9 @@ def longest():
     return found, re.sub(r"\d+ runs[^,]*", f"{len(found)} runs", what)
 
 
-def beside_table(name, keys, head):
+def beside_table(names, keys, head):
     """A line for each value of keys, a column for each method: the best loss, and its rate."""
-    found, what, _ = rows(name)
+    found, what, _ = rows(*names)
     methods = list(dict.fromkeys(r["method"] for r in found))
     lines = []
     for values in sorted({tuple(r.get(k) for k in keys) for r in found}):
@@ -105,7 +91,8 @@ def beside_table(name, keys, head):
             at = studies.losses_at(found, **wanted)
             if at:
                 lr = studies.best_rate(found, **wanted)
-                alone = ", no other tried" * (len(at) == 1)
+                alone = ", no other tried" if len(at) == 1 else ", an edge" * (
+                    lr in (min(at), max(at)))
                 cells.append(f"{spread(at[lr])} at {lr:g}{alone}")
             else:
                 cells.append("")
@@ -129,13 +116,14 @@ def learnt_table():
                  for k in ("top", "bottom", "random", "angle")]
         means = [statistics.mean(r["learnt_" + k] for r in same for k in names)
                  for names in (["norm"], *sides, ["stable_rank"])]
-        after = spread([r["perplexity"] for r in same], ".1f")
+        every = ", ".join(f"{rate:g}: " + spread([r["perplexity"] for r in mine if (
+            r["lr"] == rate)], ".1f") for rate in sorted({r["lr"] for r in mine}))
         before = [r["perplexity_before"] for r in found if "perplexity_before" in r]
         lines.append([NAMES.get(method, method), f"{lr:g}", spread([r["val"] for r in same]),
-                      *(f"{x:.3f}" for x in means), f"{before[0]:.1f} to {after}"])
+                      *(f"{x:.3f}" for x in means), every])
     head = ["method", "best rate", "validation loss", "norm of ΔW / W", "in W's top r",
             "in its bottom r", "by chance", "cos² of angles", "stable rank",
-            "perplexity of other text"]
+            f"perplexity of other text at every rate, {before[0]:.1f} before" if found else ""]
     return under(table(head, lines), what) if found else what
 
 
@@ -174,7 +162,7 @@ def family_table(name):
     if not any(r.get("peak_gib") for r in result["rows"]):
         head, rows = ([line[:6] + line[7:] for line in part] for part in ([head], rows))
         head = head[0]
-    return table(head, rows) + source(result)
+    return table(head, rows) + source(result) + (f". {result['note']}" if "note" in result else "")
 
 
 def svdquant_table():
@@ -204,11 +192,12 @@ def eight_table():
 PARTS = {"svdquant": svdquant_table, "study-eight": eight_table,
          "family-gpu": partial(family_table, "family_gpu"),
          "family-cpu": partial(family_table, "family_cpu"),
-         "study-rates": rates_table, "study-curves": curves_table, "study-svd": svd_table,
-         "study-quantised": partial(beside_table, "quantised", ["rank", "quant_iters"],
+         "study-rates": partial(beside_table, ["rates", "seeds"], ["rank"], ["rank"]),
+         "study-curves": curves_table, "study-svd": svd_table,
+         "study-quantised": partial(beside_table, ["quantised"], ["rank", "quant_iters"],
                                     ["rank", "turns"]),
          "study-learnt": learnt_table,
-         "study-length": partial(beside_table, "length", ["batch", "steps"], ["batch", "steps"])}
+         "study-length": partial(beside_table, ["length"], ["batch", "steps"], ["batch", "steps"])}
 
 
 def study_rates():

@@ -11,7 +11,7 @@ Where a network has more than 60 matrices, those of every fifth layer stand for 
 import math
 import sys
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -152,6 +152,23 @@ def forgetting(net, base, job):
             for module in on:
                 module.W = None
     return found
+
+
+@contextmanager
+def unpacked(net):
+    """Inside, quantised frozen weights are tensors with the same values, (out, in), in bfloat16 on
+    a GPU, else float32: eight bits then round W alone, and no x for the product with it."""
+    packed = {m: m.frozen for _, m in pissa.layers(net) if isinstance(m.frozen, torch.nn.Module)}
+    try:
+        for m, frozen in packed.items():
+            del m.frozen
+            kind = torch.bfloat16 if m.A.is_cuda else torch.float32
+            m.frozen = torch.nn.Parameter(frozen.dequantize(kind), requires_grad=False)
+        yield
+    finally:
+        for m, frozen in packed.items():
+            del m.frozen
+            m.frozen = frozen
 
 
 @torch.no_grad()

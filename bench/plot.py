@@ -159,7 +159,7 @@ def eight_table():
     """A step in eight bits, in sixteen, and the peers': milliseconds and memory of every shape."""
     result = read("step_eight_h100")
     names = {"16 bits": "ours, 16 bits", "8 bits": "ours, 8 bits", "PEFT, Liger": "PEFT, Liger",
-             "unsloth": "unsloth", "torchtune": "torchtune (A, B in bfloat16)"}
+             "torchtune": "torchtune (A, B in bfloat16)"}
     shapes = [k for k, v in result["16 bits"].items() if "step_seconds" in v]
 
     def cell(figures):
@@ -170,21 +170,25 @@ def eight_table():
 
     lines = [[name, *(cell(result[part].get(shape)) for shape in shapes)]
              for part, name in names.items()]
+    other = read("step_unsloth_h200")
+    more = [[name, *(cell(other[part].get(shape)) for shape in shapes)]
+            for part, name in {"16 bits": "ours, 16 bits", "unsloth": "unsloth"}.items()]
     ratios = table(["beside the fastest peer", "", "times as fast"], [
         [what, peer, f"**{ratio:.2f}x**"] for what, (peer, ratio) in beside_peers().items()])
-    return table(["", *shapes], lines) + "\n\n" + ratios + source(result)
+    return "\n\n".join((table(["one H100", *shapes], lines) + source(result),
+                        table(["one H200", *shapes], more) + source(other), ratios))
 
 
 def beside_peers():
     """{what: (the fastest peer, how many times as fast ours is)} of a step."""
-    result = read("step_eight_h100")
-
     def ratio(shape, peer, ours="16 bits"):
+        result = read("step_unsloth_h200" if peer == "unsloth" else "step_eight_h100")
         return peer, result[peer][shape]["step_seconds"] / result[ours][shape]["step_seconds"]
 
-    return {"one step, 8 x 512 tokens": ratio("8 x 512", "unsloth", "16 bits beside unsloth"),
-            "the same, checkpointing": ratio("8 x 512, checkpointing", "torchtune"),
-            "the same, both compiled": ratio("8 x 512, compiled", "torchtune"),
+    return {"one step, 8 x 512 tokens": ratio("8 x 512", "unsloth"),
+            "one row of 8192 tokens": ratio("1 x 8192", "unsloth"),
+            "one step, checkpointing": ratio("8 x 512, checkpointing", "torchtune"),
+            "one step, both compiled": ratio("8 x 512, compiled", "torchtune"),
             "compiled, ours in 8 bits": ratio("8 x 512, compiled", "torchtune", "8 bits"),
             "one row of 8192, compiled": ratio("1 x 8192, compiled", "torchtune"),
             "the same, ours in 8 bits": ratio("1 x 8192, compiled", "torchtune", "8 bits")}

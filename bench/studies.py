@@ -92,10 +92,12 @@ def quantised(tiny):
         return grid(base, method=FOUR_BITS, lr=[3e-4, 1e-3, 4e-3]) + grid(
             base, method=["qpissa", "loftq"], lr=[1e-3], quant_iters=[1, 10])
     base |= {"steps": 60, "measure": ["learnt"]}
-    three = [3e-4, 1e-3, 3e-3]
-    return (grid(base, rank=[64, 16, 128], method=FOUR_BITS, lr=three)
-            + grid(base, method=["qpissa", "loftq"], rank=[64], lr=three, quant_iters=[1, 10])
-            + grid(base, method=FOUR_BITS, rank=[64], lr=three, seed=[1, 2]))
+    jobs = (grid(base, rank=[64, 16, 128], method=FOUR_BITS)
+            + grid(base, method=["qpissa", "loftq"], rank=[64], quant_iters=[1, 10])
+            + grid(base, method=FOUR_BITS, rank=[64], seed=[1, 2]))
+    rates = {"qpissa": [1e-4, 3e-4, 1e-3, 3e-3], "loftq": [3e-4, 1e-3, 3e-3, 8e-3]}
+    rates |= {"lq_lora": rates["qpissa"], "qlora": rates["loftq"]}
+    return [{**job, "lr": lr} for job in jobs for lr in rates[job["method"]]]
 
 
 def learnt(tiny):

@@ -161,8 +161,11 @@ def run_one(job):
     if cuda:
         row["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
         row["planned_gib"] = planned_bytes(args, examples) / 2**30
-    row |= {"val": train.validation_loss(net, val, args, autocast),
-            "loss": [round(r["loss"], 4) for r in rows],
+    row["val"] = train.validation_loss(net, val, args, autocast)
+    if "bits" in job:
+        with import_module("bench.measures").unpacked(net):
+            row["val_unpacked"] = train.validation_loss(net, val, args, autocast)
+    row |= {"loss": [round(r["loss"], 4) for r in rows],
             "grad_norm": [round(r["grad_norm"], 4) for r in rows]}
     if args.test_data:
         net.eval()

@@ -6,9 +6,8 @@ B^T = U_B R_B, step number t of A (n, r), from M = V = rho = 0, is
 
     g = dL/dA R_B^-1                           without the size of B
     P = U_B,t^T U_B,t-1                        from the basis of the last step to that of this one
-    rho <- b2 (rho + d)                        d: the most that an eigenvalue of P V P^T has lost
     V <- b2 P V P^T + (1 - b2) g^T g / n       (r, r), where Adam has a variance of each number
-    M <- b1 M P^T + (1 - b1) g (V + rho I)^-1/2
+    M <- b1 M P^T + (1 - b1) g (V + rho I)^-1/2                 rho = 0
     A <- A - lr M R_B^-T
 
 B^T takes the same step with A in the place of B. Another R only turns U_B to U_B O, O^T O = I, and
@@ -18,6 +17,10 @@ for the QR: any orthonormal basis of the space does. The 1 / n is that of the au
 scaled to numbers of about 1, as by Adam. The inverse of R is a pseudo-inverse: B = 0 stops A for a
 step, as in LoRA. The start is LoRA's, or PiSSA's with `--option start=pissa`.
 
+The paper keeps what V loses when the basis turns: with `--option escape=true`, rho <- b2 (rho + d),
+where d is the most that an eigenvalue of P V P^T has lost. The authors' code leaves it out unless
+asked. The basis turns most in the first steps, with large gradients; rho then keeps steps small.
+
 --clip looks at the gradients of A and B, which do depend on R.
 
 Cost: of each matrix in each step a QR of A and B and eigendecompositions (r, r). Memory as Adam: U
@@ -26,9 +29,10 @@ takes the place of the variances.
 import torch
 
 import pissa
-from relatives.lora_pro import CHOICES, OPTIONS, by_shape, init  # noqa: F401
+from relatives.lora_pro import CHOICES, by_shape, init  # noqa: F401
 from svd import full_float32
 
+OPTIONS = {"start": "lora", "escape": False}
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -47,14 +51,15 @@ def inverse_root(V, rho):
     return (Q / ((w + rho).sqrt() + EPSILON)) @ Q.mT
 
 
-def direction(state, t, gradient, basis, R_inverse):
+def direction(state, t, gradient, basis, R_inverse, escape):
     """What step t of k parameters (k, n, r) goes along; `state` goes on by a step. basis (k, m, r),
-    R_inverse (k, r, r): U and R^-1 of the other parameters."""
+    R_inverse (k, r, r): U and R^-1 of the other parameters. escape: whether rho is kept."""
     b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b ** t) for b in BETAS)
     g, P = gradient @ R_inverse, basis.mT @ state["basis"]
     turned = P @ state["V"] @ P.mT
-    lost = (torch.linalg.eigvalsh(state["V"]) - torch.linalg.eigvalsh(turned)).amax(-1).clamp(min=0)
-    state["rho"] = b2 * (state["rho"] + lost[:, None, None])
+    if escape:
+        lost = (torch.linalg.eigvalsh(state["V"]) - torch.linalg.eigvalsh(turned)).amax(-1)
+        state["rho"] = b2 * (state["rho"] + lost.clamp(min=0)[:, None, None])
     state["V"] = b2 * turned + (1 - b2) * g.mT @ g / g.shape[1]
     state["M"] = b1 * state["M"] @ P.mT + (1 - b1) * g @ inverse_root(state["V"], state["rho"])
     state["basis"] = basis
@@ -85,7 +90,8 @@ class LoRARITE(torch.optim.Optimizer):
             state = {key: torch.stack([self.state[p][key] for p in params])
                      for key in ("basis", "M", "V", "rho")}
             t = self.state[params[0]]["step"].item() + 1
-        step = direction(state, t, gradients, basis, R_inverse)
+        escape = self.param_groups[0].get("escape", False)
+        step = direction(state, t, gradients, basis, R_inverse, escape)
         for i, p in enumerate(params):
             self.state[p] = {"step": torch.tensor(t), **{k: v[i].clone() for k, v in state.items()}}
         return step
@@ -94,4 +100,5 @@ class LoRARITE(torch.optim.Optimizer):
 def optimizer(net, lr, weight_decay):
     """Instead of AdamW, see train.py."""
     pairs = [p for _, m in pissa.layers(net) for p in (m.A, m.B)]
-    return LoRARITE(pairs, {"lr": lr, "weight_decay": weight_decay})
+    return LoRARITE(pairs, {"lr": lr, "weight_decay": weight_decay,
+                            "escape": net.pissa["own"].get("escape", True)})       # older ones did

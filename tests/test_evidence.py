@@ -32,9 +32,10 @@ def test_nothing_measured(keep):
 
 def test_full_before_tiny(keep):
     keep("rates_tiny", [row(val=9.0)])
-    assert "9.0000" in evidence.rates_table() and "checkpoints/tiny" in evidence.rates_table()
+    text = evidence.PARTS["study-rates"]()
+    assert "9.0000" in text and "checkpoints/tiny" in text
     keep("rates", [row(val=0.5), row(lr=3e-3, failed="the loss is nan")])
-    text = evidence.rates_table()
+    text = evidence.PARTS["study-rates"]()
     assert "0.5000" in text and "9.0" not in text and "SmolLM2" in text and "1 runs" in text
 
 
@@ -42,9 +43,9 @@ def test_best_rate_and_seeds(keep):
     """The most seeds win over a lucky single run; a run in both files counts once."""
     runs = [row(lr=lr, val=val) for lr, val in ((1e-4, 3.0), (1e-3, 2.0), (1e-2, 1.9))]
     keep("rates", runs)
-    assert "| 0.01 (the edge of the grid) | 1.9000 |" in evidence.rates_table()
+    assert "| 4 | 1.9000 at 0.01, an edge |" in evidence.PARTS["study-rates"]()
     keep("seeds", [row(lr=1e-3, val=2.2, seed=1), runs[1]])
-    assert "| 0.001 | 2.1000 (2.0000 to 2.2000, 2 seeds) |" in evidence.rates_table()
+    assert "| 4 | 2.1000 (2.0000 to 2.2000, 2 seeds) at 0.001 |" in evidence.PARTS["study-rates"]()
 
 
 def test_curves(keep):
@@ -64,7 +65,7 @@ def test_methods_beside_each_other(keep):
                     row(method="lora", val=1.0, batch=8)])
     text = evidence.PARTS["study-length"]()
     assert "| batch | steps | pissa | lora |" in text and "not finished" in text
-    assert "| 2 | 20 | 2.0000 at 0.001 | 1.5000 at 0.001, no other tried |" in text
+    assert "| 2 | 20 | 2.0000 at 0.001, an edge | 1.5000 at 0.001, no other tried |" in text
     assert "| 8 | 20 |  | 1.0000 at 0.001, no other tried |" in text
 
 
@@ -84,4 +85,5 @@ def test_what_is_learnt_counts_whole_seeds(keep):
     keep("learnt", [{**row(lr=lr, val=val, seed=seed), **more} for lr, val, seed in (
         (1e-4, 3.0, 0), (1e-4, 3.0, 1), (1e-3, 2.0, 0))])
     assert "| PiSSA | 0.001 | 2.0000 | 0.500 |" in evidence.learnt_table()
-    assert "| 4.0 to 5.0 |" in evidence.learnt_table()
+    text = evidence.learnt_table()
+    assert "| 0.0001: 5.0, 0.001: 5.0 |" in text and "4.0 before" in text

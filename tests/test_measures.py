@@ -114,6 +114,22 @@ def test_svd_error_needs_what_was_subtracted():
         measures.svd_error(net, None, {**JOB, "method": "lora"})
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_unpacked(bits):
+    """The same weights, and x is not rounded for the product: as a plain layer has it."""
+    net = pissa.inject(small_net(), 4, "qpissa", bits=bits, progress=False)
+    tokens = torch.arange(30).view(2, 15)
+    before = net(tokens)
+    merged = copy.deepcopy(net)
+    for _, m in pissa.layers(merged):
+        m.W = pissa.residual(pissa.as_tensor(m.frozen), *m.factors(), sign=1)
+    with measures.unpacked(net):
+        torch.testing.assert_close(net(tokens), merged(tokens), rtol=1e-4, atol=1e-4)
+    assert torch.equal(net(tokens), before)
+    apart = (before - merged(tokens)).norm() / before.norm()
+    assert (apart > 1e-3) == (bits == 8)
+
+
 def test_forgetting():
     """Perplexity by its definition; W stands in only meanwhile."""
     import model

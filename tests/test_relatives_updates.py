@@ -1,5 +1,6 @@
 """LoRA-Pro, LoRA-RITE and Delta-LoRA: the property of each. test_relatives.py has the rest."""
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
@@ -98,8 +99,8 @@ def trained(A, B, make, steps=8):
     return (A @ B).detach()
 
 
-def rite(params):
-    return lora_rite.LoRARITE(params, {"lr": 0.03, "weight_decay": 0.1})
+def rite(params, escape=False):
+    return lora_rite.LoRARITE(params, {"lr": 0.03, "weight_decay": 0.1, "escape": escape})
 
 
 R = {"orthogonal": torch.linalg.qr(random(3, 3, seed=5))[0],
@@ -120,7 +121,7 @@ def test_lora_rite_does_not_depend_on_the_factors(kind, start):
         one, two = trained(A, B, make), trained(*other, make)
         return ((one - two).norm() / (one - A @ B).norm()).item()
 
-    assert apart(rite) < 1e-6
+    assert apart(rite) < 1e-6 and apart(lambda p: rite(p, escape=True)) < 1e-6
     assert apart(lambda p: torch.optim.AdamW(p, 0.03, weight_decay=0.1)) > 0.02
 
 
@@ -148,16 +149,29 @@ def test_lora_rite_moves_its_moments_to_a_new_basis():
     zero, one = torch.zeros(1, 12, 3).double(), eye(3)[None]
     b1, b2 = (b * (1 - b**5) / (1 - b**6) for b in (0.9, 0.999))
     turned = copy.deepcopy(state)
-    lora_rite.direction(turned, 6.0, zero, (basis @ O)[None], one)
+    lora_rite.direction(turned, 6.0, zero, (basis @ O)[None], one, True)
     torch.testing.assert_close(turned["V"][0], b2 * O.T @ V @ O)
     torch.testing.assert_close(turned["M"], b1 * state["M"] @ O)
     assert turned["rho"].abs() < 1e-12
     lost = basis.clone()
     full = torch.linalg.qr(torch.cat([basis, random(10, 1, seed=9)], 1))[0]
     lost[:, 0] = full[:, 3]                          # the direction with the largest eigenvalue
-    lora_rite.direction(state, 6.0, zero, lost[None], one)
+    lora_rite.direction(state, 6.0, zero, lost[None], one, True)
     torch.testing.assert_close(state["V"][0], b2 * torch.diag(torch.tensor([0.0, 2, 1])).double())
     torch.testing.assert_close(state["rho"].item(), b2)                       # 3, 2, 1 -> 2, 1, 0
+    state |= {"basis": basis[None], "V": V[None], "rho": torch.zeros(1, 1, 1).double()}
+    lora_rite.direction(state, 6.0, zero, lost[None], one, False)
+    assert state["rho"] == 0
+
+
+@pytest.mark.parametrize("escape", [False, True])
+def test_lora_rite_is_told_whether_to_keep_what_escapes(escape):
+    """By --option escape=true."""
+    net = small_net()
+    method = relatives.chosen(Namespace(method="lora_rite", option=[f"escape={escape}".lower()],
+                                        rank=3), net, [], None)
+    made = lora_rite.optimizer(pissa.inject(net, 3, method, progress=False), 0.1, 0.0)
+    assert made.param_groups[0]["escape"] is escape
 
 
 @pytest.mark.parametrize("method", [lora_pro, lora_rite], ids=lambda m: m.__name__[10:])
