@@ -11,6 +11,7 @@ others in float32. `kernels` says where a product in eight bits spends its time.
 """
 import argparse
 import copy
+import functools
 import importlib
 import importlib.util
 import statistics
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fast
 import fp8
 import pissa
 from bench import program
@@ -72,9 +74,9 @@ def steps_of(args, part, net, loss, shapes, setup, dtypes=(torch.float32,)):
 
 
 def ours(args, part, bits):
-    """Our step with weights in 16 or in 8 bits."""
+    """Our step with weights in 16, 8 or 4 bits."""
     args.before = gib("memory_allocated")
-    net, _, seconds = injected(args.seven, "qlora" if bits == 8 else "lora", args.rank, bits)
+    net, _, seconds = injected(args.seven, "qlora" if bits < 16 else "lora", args.rank, bits)
     record(args, part, "made", {"seconds": seconds, "peak_gib": gib("max_memory_allocated")})
 
     def setup(checkpointing, compiled):
@@ -87,11 +89,50 @@ def ours(args, part, bits):
     steps_of(args, part, fill(net), loss_sum, SHAPES, setup)
 
 
-def five_launches(x):
+def five_launches(plain, x, s=None):
     """fp8.by_rows, not compiled: a compiled kernel costs the host more time than these five."""
+    x = x.detach() if s is None else x.detach() * s
     largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True, dtype=torch.float32)
     scale = (largest / fp8.LARGEST).clamp(min=1e-30)
     return (x / scale).to(fp8.E4M3), scale
+
+
+@functools.cache
+def rows_kernel():
+    """fp8.by_rows as a kernel for triton, launched without torch.compile's checks at every call."""
+    import triton
+    from triton import language as tl
+
+    @triton.jit
+    def kernel(x, s, codes, scale, k, SCALED: tl.constexpr, K: tl.constexpr):
+        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, K)
+        y = tl.load(x + row * k + at, at < k, 0).to(tl.float32)
+        if SCALED:
+            y *= tl.load(s + at, at < k, 0)
+        a = tl.maximum(tl.div_rn(tl.max(tl.abs(y)), 448.0), 1e-30)
+        tl.store(scale + row, a)
+        tl.store(codes + row * k + at, tl.div_rn(y, a).to(tl.float8e4nv), at < k)
+
+    return kernel
+
+
+def one_launch(plain, x, s=None):
+    """fp8.by_rows by `rows_kernel`: x (n, k), s (1, k)."""
+    x = x.detach().contiguous()
+    (n, k), codes = x.shape, torch.empty_like(x, dtype=fp8.E4M3)
+    scale = torch.empty(n, 1, device=x.device)
+    rows_kernel()[(n,)](x, x if s is None else s.contiguous(), codes, scale, k, s is not None,
+                        1 << (k - 1).bit_length(), num_warps=8)
+    return codes, scale
+
+
+def rounding_by(form):
+    """A part: our step in eight bits, with another form of fast.fused_rows."""
+    def part(args):
+        fast.fused_rows = form                                # for good: a process of its own
+        ours(args, f"8 bits, {form.__name__.replace('_', ' ')}", 8)
+
+    return part
 
 
 def kernels(args, part="kernels"):
@@ -103,11 +144,14 @@ def kernels(args, part="kernels"):
         x8, a = fp8.by_rows(x)
         parts = {"bfloat16": lambda x=x, W=W: F.linear(x, W), "round x": lambda x=x: fp8.by_rows(x),
                  "round x, plain": lambda x=x: fp8.by_rows.plain(x),
-                 "round x, in five launches": lambda x=x: five_launches(x),
+                 "round x, five launches": lambda x=x: five_launches(None, x),
                  "round g": lambda g=g, Q=Q: fp8.by_rows(g, Q.scale.T),
                  "multiply": lambda x8=x8, a=a, Q=Q: fp8.multiply(x8, a, Q.codes, Q.scale.T, DTYPE),
                  "product": lambda x=x, Q=Q: Q.product(x),
                  "product_T": lambda g=g, Q=Q: Q.product_T(g)}
+        if CUDA:
+            parts["round x, one launch"] = lambda x=x: one_launch(None, x)
+            parts["round g, one launch"] = lambda g=g, Q=Q: one_launch(None, g, Q.scale.T)
         found = {}
         for name, f in parts.items():
             for _ in range(3):
@@ -121,6 +165,10 @@ def kernels(args, part="kernels"):
             found[name] = statistics.median(times)
         y, exact = Q.product(x).float(), F.linear(x, W).float()
         found["relative error"] = ((y - exact).norm() / exact.norm()).item()
+        if CUDA:
+            pairs = zip(one_launch(None, g, Q.scale.T), fp8.by_rows.plain(g, Q.scale.T))
+            found["one launch differs"] = max((a.float() != b.float()).float().mean().item()
+                                              for a, b in pairs)
         record(args, part, f"{n} x {k} x {m}", found)
 
 
@@ -174,7 +222,7 @@ def liger(args, part):
     steps_of(args, part, net, labelled_loss, SHAPES, setup)
 
 
-def unsloth(args, part, checkpointing=False):
+def unsloth(args, part, checkpointing=False, four=False):
     """unsloth's FastLanguageModel, which reads a checkpoint from a disk. Its checkpointing, through
     host memory, is chosen when A and B are made: in a process of its own."""
     if skipped(args, part, "unsloth", "unsloth_zoo", "transformers", "peft", "trl"):
@@ -197,7 +245,7 @@ def unsloth(args, part, checkpointing=False):
         torch.cuda.empty_cache()
         args.before = gib("memory_allocated")
         net, _ = theirs.FastLanguageModel.from_pretrained(
-            folder, max_seq_length=16384, dtype=DTYPE, load_in_4bit=False,
+            folder, max_seq_length=16384, dtype=DTYPE, load_in_4bit=four,
             tokenizer_name=None, local_files_only=True, fix_tokenizer=False)
     net = theirs.FastLanguageModel.get_peft_model(
         net, r=args.rank, lora_alpha=args.rank, lora_dropout=0, bias="none",
@@ -251,9 +299,15 @@ def torchtune(args, part):
 
 PARTS = {"kernels": kernels, "16 bits": lambda args: ours(args, "16 bits", 16),
          "8 bits": lambda args: ours(args, "8 bits", 8),
+         "8 bits, five launches": rounding_by(five_launches),
+         "8 bits, one launch": rounding_by(one_launch),
          "PEFT, Liger": lambda args: liger(args, "PEFT, Liger"),
          "unsloth": lambda args: unsloth(args, "unsloth"),
          "unsloth, checkpointing": lambda args: unsloth(args, "unsloth", True),
+         "4 bits": lambda args: ours(args, "4 bits", 4),
+         "unsloth, 4 bits": lambda args: unsloth(args, "unsloth, 4 bits", four=True),
+         "unsloth, 4 bits, checkpointing":
+             lambda args: unsloth(args, "unsloth, 4 bits", True, True),
          "torchtune": lambda args: torchtune(args, "torchtune")}
 
 
