@@ -201,37 +201,42 @@ PARTS = {"svdquant": svdquant_table, "study-eight": eight_table,
 
 
 def study_rates():
-    """Above, a heat map of each method's loss. Below, loss against the rate at every rank, and the
-    best rate against the rank."""
-    from bench.pictures import BLUE, NAMES, RED, keep, panels, plain_rates
+    """Above, a heat map of each method's loss. Below, loss against the rate at every rank, where it
+    is low, and the best rate against the rank with the laws that report.py advises by."""
+    from bench.pictures import NAMES, keep, panels, plain_rates
+    from support.report import RATES
     found, what, _ = rows("rates", "seeds")
     if not found:
         return
     figure, (above, (left, right)) = panels(2, 2)
     ranks, every = sorted({r["rank"] for r in found}), [r["val"] for r in found]
-    for axes, method, colour in zip(above, ("pissa", "lora"), (RED, BLUE), strict=True):
-        mark, style = MARKS[method]
+    tried = sorted({r["lr"] for r in found})
+    for axes, method in zip(above, ("pissa", "lora"), strict=True):
+        (mark, style), colour = MARKS[method], colour_of(method)
         grid = {k: studies.losses_at(found, method=method, rank=k) for k in ranks}
         best = {k: studies.best_rate(found, method=method, rank=k) for k in ranks if grid[k]}
         heat(axes, grid, best, min(every), min(max(every), 2 * min(every)))
         axes.set_title(f"{NAMES[method]}: validation loss")
         for i, (rank, at) in enumerate(grid.items()):
-            left.plot(list(at), [statistics.mean(v) for v in at.values()], style, marker=mark,
-                      color=colour, markersize=4, alpha=(i + 2) / (len(ranks) + 1),
-                      linewidth=0.8 + 0.5 * i, label=f"{NAMES[method]}, rank {rank}")
+            mean = {lr: statistics.mean(v) for lr, v in at.items()}
+            left.plot(list(mean), list(mean.values()), style, marker=mark, color=colour,
+                      markersize=4, alpha=(i + 2) / (len(ranks) + 1), linewidth=1 + 0.3 * i,
+                      label=NAMES[method] if rank == ranks[-1] else None)
             left.fill_between(list(at), [min(v) for v in at.values()],
                               [max(v) for v in at.values()], color=colour, alpha=0.25, linewidth=0)
-        right.plot(list(best), list(best.values()), style, marker=mark, color=colour,
-                   label=NAMES[method])
-    plain_rates(left, sorted({r["lr"] for r in found}))
-    left.set(ylabel="validation loss, nats a token", title=what.partition(" runs")[0] + " runs",
-             yscale="log")
-    left.set_yticks([0.6, 0.8, 1, 2, 4] if max(every) > 2 else [0.2, 0.5, 1, 2])
-    left.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    left.set_yticks([], minor=True)
-    left.legend(fontsize=6, ncols=2, loc="upper left")
+            left.annotate(rank, (best[rank], mean[best[rank]]), ((-8, 8)[i % 2], -10), fontsize=7,
+                          textcoords="offset points", ha="center", color=colour)
+        for rank, lr in best.items():
+            right.plot(rank, lr, mark, color=colour,
+                       markerfacecolor="none" if lr in (tried[0], tried[-1]) else colour)
+        right.plot(ranks, [RATES[method] / k ** 0.5 for k in ranks], style, color=colour,
+                   label=f"{NAMES[method]}, {RATES[method]:g} / sqrt(rank)")
+    plain_rates(left, tried)
+    left.set(ylabel="validation loss, nats a token", title=what.partition(" runs")[0] + " runs; "
+             "a number is the rank", ylim=(min(every) - 0.02, 1.4 * min(every)))
+    left.legend(loc="lower left")
     right.set(xscale="log", yscale="log", xlabel="rank", ylabel="best learning rate",
-              title="the rate with the lowest loss", ylim=(1.5e-5, 3e-2))
+              title="the rate with the lowest loss; hollow: an edge", ylim=(1e-4, 3e-2))
     right.set_xticks(ranks, ranks)
     right.set_xticks([], minor=True)
     right.legend()
@@ -239,42 +244,52 @@ def study_rates():
 
 
 def convergence():
-    """The training loss against the steps: both at one rate, and each at its own best."""
-    from bench.pictures import keep, panels
-    found, _ = longest()
+    """Training losses at one rate, and PiSSA's less LoRA's at equal rates and at best rates."""
+    from bench.pictures import GREY, keep, panels
+    found, what = longest()
     if not found:
         return
-    figure, (left, right) = panels(1, 2, sharey=True)
-    for method in "pissa", "lora":
-        for axes, lr in (left, 3e-4), (right, studies.best_rate(found, method=method)):
-            draw(axes, [r for r in found if (r["method"], r["lr"]) == (method, lr)], method,
-                 f"{NAMES[method]}, rate {lr:g}")
-    left.set(ylabel="training loss, mean of 5 steps", title="both at one rate")
-    right.set(title="each at its best rate")
+    figure, (left, right) = panels(1, 2)
+    mean, best = {}, {m: studies.best_rate(found, method=m) for m in ("pissa", "lora")}
+    for method, lr in {(r["method"], r["lr"]) for r in found}:
+        runs = [r["loss"] for r in found if (r["method"], r["lr"]) == (method, lr)]
+        mean[method, lr] = smooth([statistics.mean(step) for step in zip(*runs)])
+    for method in best:
+        draw(left, [r for r in found if (r["method"], r["lr"]) == (method, 3e-4)], method,
+             f"{NAMES[method]}, rate 0.0003")
+    for style, (a, b) in zip((":", "-.", "-"), ((3e-4, 3e-4), (1e-3, 1e-3), best.values())):
+        gap = [x - y for x, y in zip(mean["pissa", a], mean["lora", b])]
+        right.plot(range(1, len(gap) + 1), gap, style, color=colour_of("pissa"), label=(
+            f"both at {a:g}" if a == b else f"best rates, {a:g} and {b:g}"))
+    right.axhline(0, color=GREY, linewidth=1)
+    left.set(ylabel="training loss, mean of 5 steps", title=what.rpartition(", ")[0])
+    right.set(ylabel="PiSSA's loss less LoRA's", xlabel="step", xscale="log")
+    right.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    right.legend()
     keep(figure, "convergence")
 
 
 def eight():
-    """The training loss of PiSSA in sixteen and in eight bits, and their difference."""
+    """The training loss of PiSSA in sixteen and in eight bits, and the loss after it."""
     from bench.pictures import keep, panels, plain_rates
     found, _, _ = rows("eight")
     if not found:
         return
     figure, (left, right) = panels(1, 2)
     lr = studies.best_rate(found, method="pissa")
-    for method, name in ("pissa", "16 bits"), ("qpissa", "8 bits"):
-        same = [r for r in found if (r["method"], r["lr"]) == (method, lr)]
-        draw(left, same, {"qpissa": "lora"}.get(method, method), f"PiSSA, {name}, rate {lr:g}")
-    for method, name in ("pissa", "16 bits"), ("qpissa", "8 bits"):
+    for method, like, name, aside in (("pissa", "pissa", "16 bits", 0.97),
+                                      ("qpissa", "lora", "8 bits", 1.03)):
+        draw(left, [r for r in found if (r["method"], r["lr"]) == (method, lr)], like,
+             f"PiSSA, {name}, rate {lr:g}")
         at = studies.losses_at(found, method=method)
-        mark, style = MARKS[{"qpissa": "lora"}.get(method, method)]
-        line, = right.plot(list(at), [statistics.mean(v) for v in at.values()], style, marker=mark,
-                           color=colour_of({"qpissa": "lora"}.get(method, method)), label=name)
-        right.fill_between(list(at), [min(v) for v in at.values()], [max(v) for v in at.values()],
-                           color=line.get_color(), alpha=0.25, linewidth=0)
+        means = [statistics.mean(v) for v in at.values()]
+        right.errorbar([x * aside for x in at], means, fmt=MARKS[like][0] + MARKS[like][1],
+                       yerr=[[m - min(v) for m, v in zip(means, at.values())],
+                             [max(v) - m for m, v in zip(means, at.values())]],
+                       color=colour_of(like), capsize=3, label=name)
     plain_rates(right, list(at))
-    left.set(ylabel="training loss, mean of 5 steps")
-    right.set(ylabel="validation loss, three seeds")
+    left.set(ylabel="training loss, mean of 5 steps", title="SmolLM2-135M, GSM8K")
+    right.set(ylabel="validation loss", title="after 100 steps; bars: three seeds")
     right.legend()
     keep(figure, "eight")
 
@@ -285,10 +300,14 @@ def colour_of(method):
     return {"pissa": RED, "lora": BLUE}[method]
 
 
+def smooth(losses):
+    """Of every step the mean of the last five."""
+    return [statistics.mean(losses[max(0, i - 4):i + 1]) for i in range(len(losses))]
+
+
 def draw(axes, runs, method, label):
     """Losses against steps, a running mean over five; shaded: from seed to seed."""
-    means = [[statistics.mean(r["loss"][max(0, i - 4):i + 1]) for i in range(len(r["loss"]))]
-             for r in runs]
+    means = [smooth(r["loss"]) for r in runs]
     steps = range(1, len(means[0]) + 1)
     axes.plot(steps, [statistics.mean(x) for x in zip(*means)], MARKS[method][1],
               color=colour_of(method), label=label)
@@ -344,8 +363,8 @@ def family():
     for y, r in enumerate(rows):
         colour = {"pissa": RED, "lora": BLUE, "full": GREY}.get(r["method"], GREEN)
         mark = {"pissa": "o", "lora": "s", "full": "^"}.get(r["method"], "D")
-        axes.plot(r["losses"], [y] * len(r["losses"]), "-|", color=colour, linewidth=1)
-        axes.plot(r["loss"], y, mark, color=colour, markersize=5)
+        axes.plot(r["losses"], [y] * len(r["losses"]), "-|", color=colour, markersize=9)
+        axes.plot(r["loss"], y, mark, color=colour, markersize=4)
     axes.set_yticks(range(len(rows)), [f"{r['method']}   {short(r['trained'])}" for r in rows],
                     fontsize=8)
     axes.invert_yaxis()
