@@ -42,7 +42,7 @@ def unknown(name, among):
 
 
 def known(name):
-    """The module relatives/NAME.py, or the name itself if it is of something else."""
+    """The module relatives/NAME.py, or the name unchanged if it is no relative's."""
     return find(name) if name in names() else name
 
 

@@ -1,7 +1,7 @@
 """What a relative measures before it begins: the inputs of each matrix, or its gradient.
 
 A few training examples go through the model. Hooks reduce what they see at once, so that no more
-than one gradient lies on the device. With STATISTIC = ... of the relative:
+than one gradient is on the device at a time. A relative's STATISTIC says what is measured:
 
     inputs      the mean of x^T x over all tokens, (in, in) float32, of the rows x that W multiplies
     gradients   dL/dW of all examples together, (out, in) float32, in host memory

@@ -11,11 +11,11 @@ and take the r leading right singular vectors. With W_i (in, out), and two varia
 
 The W_i are those of all layers, for each kind, such as q_proj: one B* for all layers. Or, with
 `--option others=checkpoint,...`, each layer has its own B*, of its W and of the same matrix of the
-other checkpoints, which have the same shapes, such as fine-tuned ones. Each W_i counts by its norm.
-V is that of sum W_i^T W_i, so no stack is ever held.
+other checkpoints, which have the same shapes, such as fine-tuned ones. Each W_i counts by its
+squared norm. V is that of sum W_i^T W_i, so no stack is ever held.
 
 Cost: training half of LoRA's numbers with freeze, else as LoRA. At the start, W^T W of each matrix
-and a float64 eigendecomposition (out, out) of each B*.
+and a float64 eigendecomposition (out, out) for each B*.
 """
 import torch
 

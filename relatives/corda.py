@@ -8,15 +8,15 @@ examples, and decomposes W^T C. With W^T (out, in), as the paper has it:
 
 instruction mode (the default): k are the first r triplets, those that matter most to the examples.
 Measure what is to be learnt. knowledge mode (`--option mode=knowledge`): k are the last r ones.
-Measure what is to be kept: of such inputs, what is trained carries hardly anything. train.py
-measures its training data in both modes, so for the second one --data should hold such text, too.
+Measure what is to be kept: for such inputs x, x A B is almost 0. train.py measures its training
+data in both modes, so for the second one --data should hold such text, too.
 
 C is made invertible by 0.01 of the mean of its diagonal, added to the diagonal. The authors double
-that until the inverse in float32 is good. In float64, as here, it always is. Their code divides x
-by its largest entry first, which changes the balance of A and B, not A B.
+that until the inverse in float32 is good. In float64, as here, it always is. Their code divides the
+inputs of each example by their largest entry, so examples count differently in C than here.
 
-Cost: training as PiSSA. At the start, forward passes, while each distinct input has its C, in^2
-numbers in float32; then a randomized SVD in float64, or in knowledge mode an exact one.
+Cost: training as PiSSA. At the start, forward passes. Meanwhile one C, in * in float32 numbers, is
+held for each distinct input. Then a randomized SVD in float64, or in knowledge mode an exact one.
 """
 import torch
 

@@ -9,8 +9,8 @@ The differences add up: W_t = W + ratio (A_t B_t - A_K B_K). So W itself can sta
 
     y = x W + x [(1 + ratio) A_t | -ratio A_K] [B_t ; B_K]
 
-is the same model, and what is saved is a LoRA of rank 2r. A and B have their gradients in y above,
-where W_t is a constant: dL/dA = G B^T, dL/dB = A^T G.
+is the same model, and what is saved is a LoRA of rank 2r. The gradients of A and B are those of the
+first y, with W_t constant: dL/dA = G B^T, dL/dB = A^T G.
 
 `ratio` is the paper's lambda, `--option ratio=2`. The paper's K is a number of steps. Here it is a
 share of all steps, `--option after=0.1`, so that it suits runs of any length.
@@ -36,8 +36,8 @@ class Layer(pissa.PissaLinear):
     """A_K (in, r), B_K (r, out), ratio (1,): zeros until step K."""
     state = ("A", "B", "A_K", "B_K", "ratio")
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         for name, like in ("A_K", self.A), ("B_K", self.B), ("ratio", self.A[0, :1]):
             self.register_buffer(name, torch.zeros_like(like, requires_grad=False))
 

@@ -3,7 +3,7 @@
 LoRA's A is noise. EVA takes the principal components of the inputs x of a layer, and gives more of
 them to layers whose inputs they explain better. With X the inputs of all tokens, one in a row:
 
-    X - mean = U S V^T,    A = V_1..r_i,    B = 0,    y = x W + (x A) B
+    X - mean = U S V^T,    A = the first r_i columns of V,    B = 0,    y = x W + (x A) B
 
 V comes from minibatch after minibatch by an incremental SVD (Ross et al., 2008), `reduce`: the SVD
 of [S V^T; the new rows less their mean; one row for the change of the mean]. The ranks r_i of all
@@ -11,7 +11,7 @@ N layers, r on average, are chosen together, `finish`: the share of the variance
 explains is s^2 / sum s^2, and the N r components with the largest shares are taken, at most rho r
 of one layer. In the paper a layer may get none. Here each has its first one, so every target is
 trained. The adapter has ranks of its own per module, PEFT's rank_pattern. The factor of A B is 1 in
-all of them. The paper goes on until V no longer turns (tau). Here --calibrate says how long.
+all of them. The paper goes on until V hardly changes (tau). Here --calibrate says how long.
 
 Cost: training as LoRA. At the start, forward passes, and a randomized SVD per minibatch of each
 distinct input.

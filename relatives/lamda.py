@@ -1,6 +1,6 @@
 """LaMDA: train a square matrix between two bases, of which one is frozen row by row (2406.12832).
 
-As LoRA-XS, with two differences: the principal part is taken out of W, and B learns, too, at first.
+As LoRA-XS, but the principal part is taken out of W, and B learns, too, at first.
 
     A = U_r frozen,    S (r, r) trained,    B = V_r^T trained, then frozen,
     W_res = W - U_r S_r V_r^T,    y = x W_res + ((x A) S) B,    S = diag(S_r) at the start
@@ -9,14 +9,14 @@ After step t of T, the first r t / (0.3 T) rows of B are frozen, rounded up, so 
 steps all of them. Those of the largest singular values come first. From then on only the r^2
 numbers of S learn. `--option share=0.3` is that share of the steps.
 
-The authors' code differs. Its A is noise, its B is 0, its S has nn.Linear's noise. It rounds
-t / (0.3 T) down before it counts rows, so that 30 % pass before the first row is frozen.
+The authors' code differs. Its A is noise, its B is 0, its S has nn.Linear's noise. It freezes
+t / (0.3 T) rows, rounded down, without the r: one after 30 % of the steps, three at the end.
 
 (A S) B is a LoRA of rank r, so PEFT and vLLM get A S and B. A frozen row gets no gradient. AdamW
 would still move it by its moments, so `kept` holds what counts.
 
-Cost: r^2 + r out trained numbers a matrix, later r^2, where LoRA has r (in + out). Here AdamW's
-moments of B stay allocated, and `kept` is r out more. At the start, PiSSA's SVD.
+Cost: r^2 + r * out trained numbers a matrix, later r^2, where LoRA has r (in + out). Here AdamW's
+moments of B stay allocated, and `kept` is r * out more. At the start, PiSSA's SVD.
 """
 import math
 

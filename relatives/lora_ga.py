@@ -1,8 +1,8 @@
 """LoRA-GA: begin so that the first step goes where full fine-tuning would (arXiv 2407.05000).
 
-A few training examples give the gradient G = dL/dW. A step of A and B changes A B by a sum of G
-projected on the rows of B and on the columns of A. That is nearest to G if they are singular
-vectors of G, and other ones for A than for B. In the paper's orientation, (out, in):
+A few training examples give the gradient G = dL/dW (in, out). A first step changes A B along
+G B^T B + A A^T G. That is nearest to G if A holds r of its 2 r leading left singular vectors and B
+the r right ones of the others. In the paper's orientation, G (out, in):
 
     G = U S V^T,    A = c V_1..r,    B = c U_r+1..2r^T,    c = out^1/4 / gamma^1/2,
     W_res = W - A B,    y = x W_res + (x A) B

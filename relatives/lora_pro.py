@@ -12,13 +12,13 @@ which A_g and B_g are nearest to LoRA's. It solves the Sylvester equation
     A^T A X + X B B^T = -(A^T A)^-1 dL/dB B^T
 
 The inverses are pseudo-inverses, so that B = 0 is no special case. The paper's W is (out, in), so
-its A and B are B^T and A^T here. Its scaling is 1, as everywhere here.
+its A and B are A^T and B^T here, and its two formulas change places. Its scaling is 1, as here.
 
 The start is LoRA's. `--option start=pissa` takes PiSSA's. AdamW gets A_g and B_g as its gradients,
 as in the authors' implementation for DeepSpeed. The paper's AdamW has moments of A_g B + A B_g,
 which are as large as W.
 
-Cost: two eigendecompositions (r, r) of each matrix in each step. Memory as LoRA's.
+Cost: two eigendecompositions (r, r) for each pair A, B in each step. Memory as LoRA's.
 """
 import torch
 

@@ -18,13 +18,15 @@ scaled to numbers of about 1, as by Adam. The inverse of R is a pseudo-inverse: 
 step, as in LoRA. The start is LoRA's, or PiSSA's with `--option start=pissa`.
 
 The paper keeps what V loses when the basis turns: with `--option escape=true`, rho <- b2 (rho + d),
-where d is the most that an eigenvalue of P V P^T has lost. The authors' code leaves it out unless
-asked. The basis turns most in the first steps, with large gradients; rho then keeps steps small.
+where d is the most that an eigenvalue of P V P^T has lost (b2 is the authors' code's). They leave
+it out unless asked. The basis turns most in the first steps, whose gradients are large. Then rho
+keeps the steps small.
 
---clip looks at the gradients of A and B, which do depend on R.
+--clip looks at the gradients of A and B, which do depend on R. The authors clip the norm of all g
+to 1 instead, and leave out a g whose entries are above 1 in the mean.
 
-Cost: of each matrix in each step a QR of A and B and eigendecompositions (r, r). Memory as Adam: U
-takes the place of the variances.
+Cost: for each pair in each step QRs, pseudo-inverses and eigendecompositions (r, r). Memory as
+Adam: U takes the place of the variances.
 """
 import torch
 
@@ -101,4 +103,5 @@ def optimizer(net, lr, weight_decay):
     """Instead of AdamW, see train.py."""
     pairs = [p for _, m in pissa.layers(net) for p in (m.A, m.B)]
     return LoRARITE(pairs, {"lr": lr, "weight_decay": weight_decay,
-                            "escape": net.pissa["own"].get("escape", True)})       # older ones did
+                            # Adapters of before this option kept rho.
+                            "escape": net.pissa["own"].get("escape", True)})

@@ -1,22 +1,22 @@
 """LQ-LoRA: four bits beside A B, with errors weighted by how much they matter (arXiv 2311.12023).
 
 In QPiSSA's |W - Q - A B| all entries count alike. LQ-LoRA weights them with the Fisher information
-F = E[(dL/dW)^2]. The SVD cannot, so there F is replaced by its means over rows and columns, the
-diagonal D_in and D_out. With W (in, out), from Q = 0, by turns,
+F = E[(dL/dW)^2]. A weighted SVD has no closed form. For it, F is replaced by its row and column
+means, the diagonal matrices D_in and D_out. With W (in, out), from Q = 0, by turns,
 
     A' B' = SVD_r(D_in (W - Q) D_out),    A = D_in^-1 A',  B = B' D_out^-1,    Q = nf4(W - A B),
 
 until |F^1/2 * (W - Q - A B)| rises. The turn before that is kept. y = x Q + (x A) B.
-
-D are square roots of means of F, as in the authors' code, over the mean of all F, at least 0.001.
-If F = 1, this is QPiSSA with last_svd=False. The authors allow 100 turns, here --quant-iters.
+F is first divided by its mean. D_in and D_out hold the square roots of its means over outputs and
+over inputs, as in the authors' code, at least 0.001. If F = 1, this is QPiSSA with last_svd=False.
+The authors allow 100 turns, here --quant-iters.
 
 Mixed precision: with the error c_ij of matrix i in configuration j and its bits b_ij, `programme`
-finds x_ij of 0 and 1 with the least sum c x and sum b x <= budget, one j per i. It only tells: what
-is trained is nf4.py's 4.13 bits, or 4.5.
+finds x_ij of 0 and 1 with the least sum c x and sum b x <= budget, one j per i. It only reports a
+choice: what is trained has nf4.py's 4.13 bits, or 4.5.
 
-Cost: QPiSSA's, and at the start backward passes on all weights in 16 bits, F in host memory.
-`--micro-batch 1` makes F of examples.
+Cost: QPiSSA's, and at the start backward passes on all weights in 16 bits, F in host memory, a mean
+over micro-batches: with `--micro-batch 1` most hold one example.
 """
 from dataclasses import replace
 

@@ -8,7 +8,7 @@ belong to its r smallest singular values, and trains A from 0:
 m are the last r triplets. So what is learnt goes only to outputs which W hardly reaches. B has
 orthonormal rows and never changes, so A needs no partner to grow with it.
 
-Cost: half of LoRA's trained numbers, gradients and moments, r in instead of r (in + out). At the
+Cost: r * in trained numbers, gradients and moments instead of r (in + out), about half. At the
 start, an exact SVD of every matrix, see milora.py.
 """
 import pissa

@@ -6,10 +6,10 @@ their own, and adds to the loss how far U and V are from orthonormal:
     W_res = W - U_r S_r V_r^T,    y = x W_res + ((x U) S) V^T,    U, S (r numbers) and V trained
     loss + gamma sum over all matrices of |U^T U - I|^2 + |V^T V - I|^2,    gamma = 4e-4
 
-|.| is the Frobenius norm. At step 0 this penalty is 0 but for rounding, and y = x W. With it, the
-scale of what is learnt goes to S, and U S V^T stays near to an SVD. `--option gamma=0` leaves it
-out. The authors' code has the norms without squares, and their mean over all U and V. Their
-gradient does not fade near orthonormality, and is not defined there. Here they are squared.
+|.| is the Frobenius norm. At step 0 this penalty is 0 but for rounding, and y = x W. With it, U and
+V keep unit columns, changes of scale go to S, and U S V^T stays near to an SVD. `--option gamma=0`
+leaves it out. The authors' code has the norms without squares, and their mean over all U and V.
+Their gradient does not fade near orthonormality, and is not defined there. Here they are squared.
 
 (U S) V^T is a LoRA of rank r, so PEFT and vLLM get U S and V^T.
 

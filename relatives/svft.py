@@ -4,11 +4,11 @@ LoRA learns new directions, r of them. SVFT keeps all those of W, and learns how
 
     W = U S V^T,    y = x U (S + M) V^T = x W + ((x U) M) V^T,    U and V frozen, M = 0 trained
 
-M is (n, n), n = min(in, out). What it has beside 0 is a pattern, fixed at the start:
+M is (n, n), n = min(in, out). Its trainable entries follow a pattern, fixed at the start:
 
     plain    the diagonal: n numbers, new singular values
     banded   d diagonals more on both sides: k = n (2 d + 1) - d (d + 1) numbers
-    random   k entries
+    random   k entries, k as for banded
     top      the k entries with the largest |u_i^T v_j|; for as many inputs as outputs only
 
 `--option pattern=banded --option d=16`. The rank of U M V^T is up to n, with far fewer numbers than
@@ -16,11 +16,12 @@ LoRA has. The paper writes M as (in, out), but counts as here. It takes the larg
 sign means nothing: u_i and v_i may both be negated. So here it is the size. In the authors' code M
 begins with noise and has a gate. Here it begins with 0, and y = x W.
 
---rank says nothing, unless `--option triplets=rank`: then M is (r, r), of the r leading triplets.
+--rank is ignored, unless `--option triplets=rank`: then M is (r, r), of the r leading triplets.
 
-Cost: few trained numbers, but U and V: twice the size of W or more, in float32, and two products
-with them. An adapter holds U and M V^T, a LoRA of rank n, which PEFT reads, too large for vLLM. So
-use `convert.py merge`, or triplets=rank: then it is a LoRA of rank r. At the start, an exact SVD.
+Cost: few trained numbers. But U and V have one to two times the numbers of W, in float32. Each
+forward also makes M V^T, as much work as n tokens. An adapter holds U and M V^T, a LoRA of rank n,
+which PEFT reads, too large for vLLM. So use `convert.py merge`, or triplets=rank: then it is a LoRA
+of rank r. At the start, an exact SVD.
 """
 import torch
 from torch import nn
