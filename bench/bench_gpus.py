@@ -1,13 +1,17 @@
-"""Several GPUs: tokens a second, memory, and what a state costs, by `train.train` itself.
+"""Several GPUs, by train.train itself: tokens a second, memory, what a state costs, a worker lost.
 
     python -m bench.bench_gpus --out gpus.json                           # all parts, on all GPUs
     torchrun --nproc-per-node 2 -m bench.bench_gpus --part shard --out gpus.json       # one of them
 
 Llama-2-7B's and Llama-3-70B's shapes with random weights, rank 128 and 64, 8 x 512 random tokens a
-GPU and step. A part is a process group of its own. --tiny runs all of it at toy size, without GPUs.
+GPU and step. "128 examples": that many in all, of lengths like GSM8K's (mean 197, a twentieth above
+336), so each GPU has less to do. A part is a process group of its own. `lost` kills a worker of a
+run on checkpoints/tiny. --tiny runs all of it at toy size, without GPUs.
 """
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,11 +41,19 @@ PARTS = {
     "shard, compiled": (None, 24, ["--shard", "--compile"]),
     "shard, checkpointing": (None, 14, ["--shard", "--checkpointing"]),
     "one, four bits": (1, 14, ["--method", "qlora"]),
+    "replicas, four bits": (None, 14, ["--method", "qlora"]),
     "shard, four bits": (None, 14, ["--method", "qlora", "--shard"]),
+    "one, eight bits, compiled": (1, 24, ["--method", "qlora", "--bits", "8", "--compile"]),
+    "replicas, eight bits, compiled": (None, 24, ["--method", "qlora", "--bits", "8", "--compile"]),
+    "shard, eight bits, compiled": (None, 24, ["--method", "qlora", "--bits", "8", "--compile",
+                                               "--shard"]),
+    "one, 128 examples": (1, 12, ["--batch", "128"]),
+    "replicas, 128 examples": (None, 12, ["--batch", "128"]),
+    "shard, 128 examples": (None, 12, ["--batch", "128", "--shard"]),
     "states": (1, 90, ["--save-every", "30"]),
     "70B in four bits, shard": (None, 5, ["--method", "qpissa", "--quant-iters", "1", "--shard",
                                           "--checkpointing", "--rank", "64", "--micro-batch", "2"])}
-ROWS, LENGTH, WARM = 8, 512, 4
+ROWS, LENGTH, WARM, LOST = 8, 512, 4, "a worker lost"
 
 
 def network(config, args):
@@ -90,8 +102,11 @@ def measure(part, tiny, out):
                                            if p.requires_grad)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, config.vocab_size, (steps * args.batch, LENGTH + 1), generator=g)
+    g, n = torch.Generator().manual_seed(0), steps * args.batch
+    ids = torch.randint(3, config.vocab_size, (n, LENGTH + 1), generator=g).tolist()
+    if "examples" in part:
+        lengths = (5.216 + 0.366 * torch.randn(n, generator=g)).exp().long().clamp(32, LENGTH)
+        ids = [row[:k + 1] for row, k in zip(ids, lengths.tolist(), strict=True)]
     times, done = [time.perf_counter()], resume.Run.done
 
     def timed(*given):
@@ -100,7 +115,7 @@ def measure(part, tiny, out):
         return found
 
     with mock.patch.object(resume.Run, "done", timed):
-        rows, stopped = train.train(net, [(row, 1) for row in ids.tolist()], args, nullcontext())
+        rows, stopped = train.train(net, [(row, 1) for row in ids], args, nullcontext())
     assert not stopped and len(rows) == steps
     each = [b - a for a, b in zip(times, times[1:])]
     step = statistics.median(each[min(WARM, steps // 2):])
@@ -108,7 +123,7 @@ def measure(part, tiny, out):
     if parallel.RANK:
         return parallel.end()
     found = {"gpus": parallel.WORLD, "ms": 1e3 * step, "each_ms": [1e3 * t for t in each],
-             "tokens_per_second": ROWS * parallel.WORLD * LENGTH / step,
+             "tokens_per_second": sum(len(row) - 1 for row in ids) / steps / step,
              "peak_gib": memory, "loaded_gib": loaded,
              "peak_loading_gib": peak_loading, "frozen_bytes_per_gpu": frozen,
              "init_seconds": init, "loss": [r["loss"] for r in rows],
@@ -119,6 +134,65 @@ def measure(part, tiny, out):
     whole["parts"][part] = found
     out.write_text(json.dumps(whole) + "\n")
     parallel.end()
+
+
+def launcher(processes, *more):
+    """The beginning of a command that runs a program in so many processes."""
+    return [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                               str(processes), *more] if processes > 1 else [])]
+
+
+def lost(gpus):
+    """What becomes of a run whose worker is killed, and of a stopped run on half of the GPUs.
+
+    {"one": greatest difference between the losses of all processes and of one, "killed after": the
+    step, "seconds until the next step", "restarted", "resumed": the same difference of a run that
+    --max-restarts saved, and of one that goes on with half of the processes}
+    """
+    folder, steps = Path(tempfile.mkdtemp()), 40
+    flags = ["--ckpt", "tiny", "--data", str(Path(options.tiny()) / "train.jsonl"), "--rank", "16",
+             "--lr", "1e-3", "--steps", str(steps), "--batch", "32", "--save-every", "5",
+             "--max-new-tokens", "1", *["--device", "cpu"] * (not CUDA)]
+
+    def rows(name):
+        path = folder / name / "log.jsonl"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def losses(name):
+        return [json.loads(line)["loss"] for line in rows(name)]
+
+    def begin(name, processes, *more, resume=()):
+        command = [*launcher(processes, *more), "train.py", *flags, "--out", str(folder / name)]
+        return subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+
+    def wait(name, count):
+        while len(rows(name)) < count:
+            time.sleep(0.01)
+        return time.perf_counter()
+
+    def apart(name):
+        found = losses(name)
+        assert len(found) == steps, f"{name}: {len(found)} steps of {steps}"
+        return max(abs(a - b) for a, b in zip(found[:10] if name == "one" else found, whole))
+
+    assert begin("all", gpus).wait() == 0
+    whole = losses("all")
+    assert begin("one", 1).wait() == 0
+    run = begin("killed", gpus, "--max-restarts", "1")
+    wait("killed", 12)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+    killed, at = len(rows("killed")), time.perf_counter()
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    seconds = wait("killed", killed + 1) - at
+    assert run.wait() == 0
+    run = begin("stopped", gpus)
+    wait("stopped", 12)
+    run.send_signal(signal.SIGTERM)
+    run.wait()
+    assert begin("stopped", gpus // 2, resume=["--resume"]).wait() == 0
+    return {"gpus": gpus, "one": apart("one"), "killed after": killed, "seconds until the next "
+            "step": seconds, "restarted": apart("killed"), "resumed": apart("stopped")}
 
 
 def main():
@@ -135,13 +209,14 @@ def main():
     gpus = torch.cuda.device_count() or 2
     stamped({"bench": "gpus", "gpus": gpus, "length": LENGTH, "rows": ROWS, "parts": {}},
             str(args.out))
-    for part in args.only or PARTS:
-        processes = PARTS[part][0] or gpus
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                  str(processes)] if processes > 1 else []
-        done = subprocess.run([sys.executable, *launch, "-m", "bench.bench_gpus", "--part", part,
-                               "--out", args.out, *["--tiny"] * args.tiny], timeout=400,
-                              capture_output=True, text=True)
+    for part in args.only or [*PARTS, LOST]:
+        if part == LOST:
+            whole = json.loads(args.out.read_text())
+            args.out.write_text(json.dumps({**whole, LOST: lost(gpus)}) + "\n")
+            continue
+        done = subprocess.run([*launcher(PARTS[part][0] or gpus), "-m", "bench.bench_gpus",
+                               "--part", part, "--out", args.out, *["--tiny"] * args.tiny],
+                              timeout=400, capture_output=True, text=True)
         print(done.stdout[-1500:], "" if done.returncode == 0 else done.stderr[-3000:], flush=True)
 
 

@@ -311,5 +311,31 @@ def scale():
     keep(figure, "scale")
 
 
-PICTURES = (same_rate, demo, gsm8k, quantised, quant, speed, planned, scale, evidence.study_rates,
-            evidence.convergence, evidence.eight, evidence.landscape, evidence.family)
+def gpus():
+    """Tokens a second of several GPUs over those of one, beside as many times as there are GPUs."""
+    figure, axes = panels(1, 1, 3.6)
+    found = {}
+    for path in sorted(plot.RESULTS.glob("gpus_*.json")):
+        parts = read(path.stem)["parts"]
+        for part, r in parts.items():
+            kind, comma, how = part.partition(",")
+            one = parts.get("one" + comma + how)
+            if kind in ("replicas", "shard") and one:
+                found.setdefault(part, {1: 1.0})[r["gpus"]] = (
+                    r["tokens_per_second"] / one["tokens_per_second"])
+    most = max(max(at) for at in found.values())
+    axes.plot([1, most], [1, most], "-", color=GREY, linewidth=1, label="ideal")
+    for i, (part, at) in enumerate(sorted(found.items(), key=lambda f: -f[1][max(f[1])])):
+        axes.plot(list(at), list(at.values()), ["-", "--", "-.", ":"][i % 4],
+                  marker="os^Dvx*P"[i % 8], color=RED if part.startswith("replicas") else BLUE,
+                  markersize=5, label=f"{part}: {at[max(at)]:.2f}")
+    axes.set(xlabel="GPUs", ylabel="tokens a second, over one GPU's",
+             title="7B, rank 128, 8 x 512 tokens a GPU and step")
+    axes.set_xticks(sorted({n for at in found.values() for n in at}))
+    axes.legend(fontsize=8)
+    keep(figure, "gpus")
+
+
+PICTURES = (same_rate, demo, gsm8k, quantised, quant, speed, planned, scale, gpus,
+            evidence.study_rates, evidence.convergence, evidence.eight, evidence.landscape,
+            evidence.family)
