@@ -46,9 +46,10 @@ def find(ckpt):
             return cached
         there = [d.name for d in (here / "checkpoints").iterdir()] if (
             here / "checkpoints").is_dir() else []
-        close = difflib.get_close_matches(str(ckpt), there, 1, cutoff=0.5)
+        close = difflib.get_close_matches(str(ckpt), there, 1) or [
+            name for name in there if sorted(name) == sorted(str(ckpt))]
         raise FileNotFoundError(f"no checkpoint {ckpt}: neither {ckpt} nor checkpoints/{ckpt} is a "
-                                f"directory; {f'did you mean {close[0]}?' if close else holds}")
+                                f"directory; {f'perhaps {close[0]} is meant' if close else holds}")
     for pattern, hint in INSTEAD.items():
         if path := next(iter(sorted(found[0].glob(pattern))), None):
             name = path if pattern.endswith("gguf") else path.parent

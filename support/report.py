@@ -223,12 +223,19 @@ def small_data(net, examples, args, steps):
         (size, row) for size, row in SUGGESTED.items() if n >= row[0])
     if args.steps or steps >= 100 or args.batch <= batch:
         return
-    rate = better_rate(net, args, min(args.rank, 16))
-    yield (f"{counted(steps, 'step')} will hardly teach anything; the paper has 781. To try: "
-           f"{'--rank 16 ' * (args.rank > 16)}--batch {batch} --epochs 10"
-           f"{rate and f' --lr {rate}'}, which makes {10 * -(-n // batch)} steps. Measured on "
-           f"{problems} of the demo's problems, PiSSA of rank 16 at 1e-3: so trained it solves "
-           f"{solved} % of new ones, and after one epoch at 2e-5 none.")
+    rate, rank = better_rate(net, args, min(args.rank, 16)), args.rank > 16
+    flags = [*["--rank", 16] * rank, "--batch", batch, "--epochs", 10, *["--lr", rate] * bool(rate)]
+    yield (f"{counted(steps, 'step')} will hardly teach anything; the paper has 781. Measured on "
+           f"{problems} of the demo's problems, PiSSA of rank 16 at 1e-3: 10 epochs of batches of "
+           f"{batch} solve {solved} % of new ones, and one epoch at 2e-5 none. To try, "
+           f"{10 * -(-n // batch)} steps:\n" + options.pasted(
+               ["python", "train.py", *without(sys.argv[1:], "--out"), *flags]))
+
+
+def without(words, flag):
+    """The words of a command line without a flag and its value."""
+    i = next((i for i, word in enumerate(words) if word.partition("=")[0] == flag), len(words))
+    return [*words[:i], *words[i + 2 - ("=" in "".join(words[i:i + 1])):]]
 
 
 # c of the rate c / sqrt(rank) that was the best on SmolLM2-135M, see EVIDENCE.md.
@@ -424,13 +431,18 @@ def weights_written(directory, args, prompts, chat):
     prompts: texts of the validation. chat: whether they were asked in the chat template.
     An adapter holds that template. A checkpoint holds the model's, which may not have been used.
     """
-    use = ["--ckpt", directory, *["--chat"] * chat] if args.method == "full" else [
-        "--ckpt", args.ckpt, "--adapter", directory]
+    loss, at = progress.best(args.out)
+    last = max((row["step"] for row in progress.measured(args.out)), default=at)
+    best = args.out / "best" if at is not None and at < last else directory
+    use = ["--ckpt", best, *["--chat"] * chat] if args.method == "full" else [
+        "--ckpt", args.ckpt, "--adapter", best]
     short = [p for p in map(printable, prompts) if 0 < len(p) <= 62]
     use += ["--prompt", min(short, key=len)] if short else ["--interactive"]
     others = [n for n in ("loss.png", "log.jsonl", "val.jsonl", "summary.json")
               if (args.out / n).exists()]
-    print(f"\nweights: {directory}\nbeside them: {', '.join(others)}\nuse them:\n"
+    better = best != directory and f"; with the lowest validation loss, {loss:.4f}: {best}"
+    print(filled(f"\nweights: {directory}{better or ''}\nbeside them: {', '.join(others)}")
+          + "\nuse them:\n"
           + options.pasted(["python", "eval.py", *use]))
 
 

@@ -716,7 +716,7 @@ def test_a_snapshot_with_files_missing(hub, net, lost, message):
 def test_a_model_that_is_not_downloaded(hub, tmp_path):
     """One line with the command; a path is not taken for a name, and no file for a directory."""
     (tmp_path / "empty" / "runs").mkdir()
-    with pytest.raises(FileNotFoundError, match="is a directory; did you mean tiny.$"):
+    with pytest.raises(FileNotFoundError, match="is a directory; perhaps tiny is meant$"):
         model.find("tyni")
     for name in ("x.gguf", "model.safetensors"):
         (tmp_path / "empty" / name).touch()

@@ -81,7 +81,7 @@ def test_flags():
         helps.append(subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT,
                                     capture_output=True, text=True, check=True).stdout)
     text = re.sub(r"```sh\npip|--(ckpt tiny --)?out\s+runs/look|--max-lora-rank"
-                  r"|--(nproc-per-node|max-restarts|nnodes|signal|local-dir|create-dirs)", "",
+                  r"|--(nproc-per-node|max-restarts|nnodes|signal|local-dir|include|create-dirs)", "",
                   README, flags=re.S)
     flags = set(re.findall(r"(?<=[\s`])--[a-z][a-z0-9-]*", text))
     assert {"--plain", "--plan", "--protocol"} <= flags

@@ -364,11 +364,21 @@ def advice(capsys, *argv, examples=200, net=None):
     return text.replace("\n  ", " ").splitlines()
 
 
+def test_what_to_try_is_a_command(capsys, monkeypatch):
+    """The one that was given, with other settings and no --out, to copy; its own ones win."""
+    given = ["--ckpt", "tiny", "--rank", "2", "--lr", "2e-5", "--method", "lora"]
+    for out in ["--out", "runs/a"], ["--out=runs/a"], []:
+        monkeypatch.setattr(sys, "argv", ["train.py", *out, *given])
+        text = advice(capsys, *given)[1]
+        assert "To try, 130 steps:" in text
+        command = shlex.split(text.partition("steps: ")[2].replace("\\", ""))
+        assert command == ["python", "train.py", *given, "--batch", "16", "--epochs", "10", "--lr",
+                           "1e-2"]
+    assert len(advice(capsys, *given, "--epochs", 10, "--batch", 16, "--lr", 1e-2)) == 1
+
+
 @pytest.mark.parametrize("argv, noted", [
-    ([], "2 steps will hardly teach anything; the paper has 781. To try: --batch 16 --epochs 10, "
-         "which makes 130 steps."),
-    (["--lr", 2e-5], "2 steps will hardly teach anything; the paper has 781. To try: --batch 16 "
-                     "--epochs 10 --lr 1e-2, which makes 130 steps."),
+    ([], "2 steps will hardly teach anything; the paper has 781. Measured on 200"),
     (["--steps", 2, "--lr", 2e-5],
      "--lr 2e-05 is far from what suits a model of this size: measured on SmolLM2-135M, the best "
      "rate of --method lora is about 1e-2 at rank 2"),
@@ -432,8 +442,9 @@ def test_note_on_the_rank(capsys):
 
 
 @pytest.mark.parametrize("n, batch, problems", [(200, 16, 200), (90, 8, 80), (20, 4, 20)])
-def test_what_the_note_says_was_measured(n, batch, problems):
+def test_what_the_note_says_was_measured(monkeypatch, n, batch, problems):
     """The figures for few examples are those of the result files, and the best of those tried."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     means = [m for name in ("small_cpu", "small_few_cpu") for m in json.loads(
         (ROOT / f"bench/results/{name}.json").read_text())["means"]]
     means = {(m["batch"], m["lr"], m["epochs"]): m for m in means
@@ -443,8 +454,26 @@ def test_what_the_note_says_was_measured(n, batch, problems):
         m["accuracy"] for m in means.values() if m["epochs"] <= 10)
     args = Namespace(batch=128, epochs=1, steps=None, lr=2e-5, rank=16, method="pissa")
     text, = report.small_data(small_net(), [0] * n, args, 2)
-    assert f"--batch {batch} --epochs 10 --lr 1e-3," in text and f"on {problems} of the" in text
+    assert f"--batch {batch} --epochs 10 --lr 1e-3" in text and f"on {problems} of the" in text
+    assert f"10 epochs of batches of {batch} solve" in text
     assert abs(float(re.search(r"(\d+) % of new", text)[1]) - 100 * share) <= 0.5
+
+
+@pytest.mark.parametrize("rows, use", [
+    ([(0, 3.0, False), (20, 1.0, True), (40, 2.0, False)], "best"),
+    ([(0, 3.0, False), (20, 2.0, True), (40, 1.0, True)], "adapter"),
+    ([(0, 3.0, False)], "adapter")])
+def test_the_better_adapter_is_to_be_used(capsys, tmp_path, rows, use):
+    """The last one, or with --val-every the one of the lowest validation loss."""
+    (tmp_path / "best").mkdir()
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(
+        {"step": step, "loss": loss, "best": is_best}) + "\n" for step, loss, is_best in rows))
+    args = Namespace(method="pissa", ckpt="tiny", out=tmp_path)
+    report.weights_written(tmp_path / "adapter", args, [], False)
+    text = capsys.readouterr().out
+    command = shlex.split(text.partition("use them:\n")[2].replace("\\\n", ""))
+    assert command[command.index("--adapter") + 1] == str(tmp_path / use)
+    assert ("lowest validation loss, 1.0000:" in " ".join(text.split())) == (use == "best")
 
 
 def test_rates_are_those_of_the_study():
