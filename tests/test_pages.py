@@ -81,8 +81,8 @@ def test_flags():
         helps.append(subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT,
                                     capture_output=True, text=True, check=True).stdout)
     text = re.sub(r"```sh\npip|--(ckpt tiny --)?out\s+runs/look|--max-lora-rank"
-                  r"|--(nproc-per-node|max-restarts|nnodes|signal|local-dir|include|create-dirs)", "",
-                  README, flags=re.S)
+                  r"|--(nproc-per-node|max-restarts|nnodes|signal|local-dir|include|create-dirs)",
+                  "", README, flags=re.S)
     flags = set(re.findall(r"(?<=[\s`])--[a-z][a-z0-9-]*", text))
     assert {"--plain", "--plan", "--protocol"} <= flags
     assert [f for f in sorted(flags) if not any(f in known for known in helps)] == []
