@@ -214,12 +214,12 @@ def read_data(args, tok):
         train, val = examples, data.read(args.val_data, args.fields)
     else:
         train, val = data.split(examples, args.val_fraction, args.seed)
-    if not val:
+    if seen := not val:
         val = train[:32]
         print("no validation examples: the loss below is that of 32 training examples")
     encoded = report.encoded("data", args.data, train, tok, args.max_length)
     where = args.val_data or args.data
-    encoded_val = report.encoded("validation", where, val, tok, args.max_length)
+    encoded_val = report.encoded("validation", where, val, tok, args.max_length, seen)
     chats.begin(encoded, tok)
     return encoded, encoded_val, val
 

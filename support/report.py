@@ -99,8 +99,9 @@ def write_json(path, content):
 
 # ------------------------------------------------------------------------------------ sets of data
 
-def encoded(what, path, examples, tok, max_length):
-    """data.encode's examples, after a line that counts them. ValueError if none is left."""
+def encoded(what, path, examples, tok, max_length, seen=False):
+    """data.encode's examples, after a line that counts them. ValueError if none is left. seen:
+    whether validation examples are trained on."""
     kept, truncated, dropped = data.encode(examples, tok, max_length)
     print(f"{what}: {path}, {counted(len(kept), 'example')}")
     if truncated or dropped:
@@ -109,8 +110,9 @@ def encoded(what, path, examples, tok, max_length):
     if not kept:
         raise ValueError(f"{path}: {what}: no example left; raise --max-length")
     if what == "validation" and len(kept) < 10:
+        unseen = ". They are not trained on, and the questions before and after training are theirs"
         print(filled("note: a loss on so few examples says little: --val-fraction or --val-data "
-                     "give more"))
+                     f"give more{unseen * (not seen)}"))
     spelled(f"{what}: {path}", (f"{data.as_text(p)} {r}" for p, r in examples), tok)
     return kept
 
@@ -431,18 +433,18 @@ def weights_written(directory, args, prompts, chat):
     prompts: texts of the validation. chat: whether they were asked in the chat template.
     An adapter holds that template. A checkpoint holds the model's, which may not have been used.
     """
-    loss, at = progress.best(args.out)
-    last = max((row["step"] for row in progress.measured(args.out)), default=at)
-    best = args.out / "best" if at is not None and at < last else directory
+    try:
+        (_, at), measured = progress.best(args.out), progress.measured(args.out)
+    except ValueError:                                 # val.jsonl is damaged, and no more than that
+        at = None
+    best = args.out / "best" if at is not None and at < measured[-1]["step"] else directory
     use = ["--ckpt", best, *["--chat"] * chat] if args.method == "full" else [
         "--ckpt", args.ckpt, "--adapter", best]
     short = [p for p in map(printable, prompts) if 0 < len(p) <= 62]
     use += ["--prompt", min(short, key=len)] if short else ["--interactive"]
     others = [n for n in ("loss.png", "log.jsonl", "val.jsonl", "summary.json")
               if (args.out / n).exists()]
-    better = best != directory and f"; with the lowest validation loss, {loss:.4f}: {best}"
-    print(filled(f"\nweights: {directory}{better or ''}\nbeside them: {', '.join(others)}")
-          + "\nuse them:\n"
+    print(f"\nweights: {directory}\nbeside them: {', '.join(others)}\nuse them:\n"
           + options.pasted(["python", "eval.py", *use]))
 
 

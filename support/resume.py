@@ -45,11 +45,17 @@ class Stop(NamedTuple):
 
 @contextmanager
 def signals_noted():
-    """Inside, a signal that asks the program to end is noted in ASKED, and nothing else happens."""
+    """Inside, signals that ask the program to end are noted in ASKED, and the first is answered."""
+    def noted(number, _):
+        if not ASKED and not parallel.RANK:            # print() may be what the signal interrupted
+            os.write(2, f"\n{signal.Signals(number).name}: after this step it saves, and ends\n"
+                     .encode())
+        ASKED.append(number)
+
     ASKED.clear()
     numbers = {getattr(signal, name) for name in SIGNALS if hasattr(signal, name)}
     numbers = {n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}       # nohup
-    before = {n: signal.signal(n, lambda number, _: ASKED.append(number)) for n in numbers}
+    before = {n: signal.signal(n, noted) for n in numbers}
     try:
         yield
     finally:

@@ -226,11 +226,16 @@ def test_counts_of_a_set_of_data(capsys):
     examples = [("", "a b c"), ("", "a </s>"), ("q " * 50, "a")]
     kept = report.encoded("validation", "v.jsonl", examples, FewNames(), 4)
     assert kept == [([1, 2, 3, 4], 1), ([1, 1], 1), ([1, 2, 3, 1], 1)]
-    assert capsys.readouterr().out == (
-        "validation: v.jsonl, 3 examples\n  0 truncated to 4 tokens, 1 dropped (prompts that leave "
+    text = capsys.readouterr().out
+    assert all(len(line) < 80 for line in text.splitlines())
+    assert text.replace("\n  ", " ") == (
+        "validation: v.jsonl, 3 examples 0 truncated to 4 tokens, 1 dropped (prompts that leave "
         "nothing to learn)\nnote: a loss on so few examples says little: --val-fraction or "
-        "--val-data give\n  more\nnote: validation: v.jsonl: texts that spell control tokens, such "
-        "as '</s>': 1;\n  they are plain characters here, never the tokens\n")
+        "--val-data give more. They are not trained on, and the questions before and after "
+        "training are theirs\nnote: validation: v.jsonl: texts that spell control tokens, such "
+        "as '</s>': 1; they are plain characters here, never the tokens\n")
+    report.encoded("validation", "v.jsonl", examples, FewNames(), 4, seen=True)
+    assert "give\n  more\nnote" in capsys.readouterr().out
     with pytest.raises(ValueError, match="^v.jsonl: validation: no example left; raise --max"):
         report.encoded("validation", "v.jsonl", examples[2:], FewNames(), 4)
     capsys.readouterr()
@@ -473,7 +478,6 @@ def test_the_better_adapter_is_to_be_used(capsys, tmp_path, rows, use):
     text = capsys.readouterr().out
     command = shlex.split(text.partition("use them:\n")[2].replace("\\\n", ""))
     assert command[command.index("--adapter") + 1] == str(tmp_path / use)
-    assert ("lowest validation loss, 1.0000:" in " ".join(text.split())) == (use == "best")
 
 
 def test_rates_are_those_of_the_study():

@@ -530,3 +530,13 @@ def test_damaged_results(whole, tmp_path, content):
         with pytest.raises(ValueError, match=f"{args.out / name} is damaged .*: remove it") as e:
             read(args)
         assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_a_signal_is_answered_at_once(capfd):
+    """The first one, in a line: a step may take long."""
+    with resume.signals_noted():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert resume.ASKED == [signal.SIGTERM] * 2
+    assert capfd.readouterr().err == "\nSIGTERM: after this step it saves, and ends\n"
+    resume.ASKED.clear()
