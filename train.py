@@ -373,12 +373,12 @@ def fine_tune(args):
     with torch.compiler.set_stance("eager_on_recompile"):  # generation has a new shape every token
         after = evaluate(net, tok, val, val_texts, test, args, autocast, "after", loss)
     seconds["all"] = time.perf_counter() - begin
-    report.summarise(rows, before, after, args, seconds, device,
-                     describe("strict", args.max_new_tokens, chat=tok.in_chat))
+    summary = report.summarise(rows, before, after, args, seconds, device,
+                               describe("strict", args.max_new_tokens, chat=tok.in_chat))
     if quantised:
         print(filled(f"note: {adapter.EXPORTED}; convert.py merge writes the latter"))
     prompts = [data.as_text(prompt) for prompt, _ in val_texts]
-    report.weights_written(directory, args, prompts, tok.in_chat)
+    report.weights_written(directory, args, prompts, tok.in_chat, summary)
     resume.finish(args)
 
 

@@ -26,7 +26,7 @@ import torch
 
 import model
 import train
-from bench import program, stamped
+from bench import faults, program, stamped
 from bench.steps import CUDA, DTYPE, SEVEN, SEVENTY, TOY, fill, gib, random_matrix
 from support import options, parallel, resume
 
@@ -137,9 +137,9 @@ def measure(part, tiny, out):
 
 
 def launcher(processes, *more):
-    """The beginning of a command that runs a program in so many processes."""
-    return [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                               str(processes), *more] if processes > 1 else [])]
+    """Words after python that run what follows them in so many processes."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+            *more] if processes > 1 else []
 
 
 def lost(gpus):
@@ -150,49 +150,49 @@ def lost(gpus):
     --max-restarts saved, and of one that goes on with half of the processes}
     """
     folder, steps = Path(tempfile.mkdtemp()), 40
-    flags = ["--ckpt", "tiny", "--data", str(Path(options.tiny()) / "train.jsonl"), "--rank", "16",
-             "--lr", "1e-3", "--steps", str(steps), "--batch", "32", "--save-every", "5",
-             "--max-new-tokens", "1", *["--device", "cpu"] * (not CUDA)]
+    flags = ["train.py", "--ckpt", "tiny", "--data", f"{options.tiny()}/train.jsonl", "--rank", 16,
+             "--lr", 1e-3, "--steps", steps, "--batch", 32, "--save-every", 5,
+             "--max-new-tokens", 1, *["--device", "cpu"] * (not CUDA)]
 
-    def rows(name):
-        path = folder / name / "log.jsonl"
-        return path.read_text().splitlines() if path.exists() else []
+    def whole(name, processes, *more):
+        code, line = faults.finish([*launcher(processes), *flags, *more], folder / name)
+        assert code == 0, line
 
-    def losses(name):
-        return [json.loads(line)["loss"] for line in rows(name)]
+    def after(name, count, *more):
+        """A run that has made so many steps."""
+        run = faults.start([*launcher(gpus, *more), *flags], folder / name)
+        wait(run, name, count)
+        return run
 
-    def begin(name, processes, *more, resume=()):
-        command = [*launcher(processes, *more), "train.py", *flags, "--out", str(folder / name)]
-        return subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL)
-
-    def wait(name, count):
-        while len(rows(name)) < count:
+    def wait(run, name, count):
+        while faults.steps_of(folder / name) < count:
+            assert run.poll() is None, run.communicate()
             time.sleep(0.01)
         return time.perf_counter()
 
-    def apart(name):
-        found = losses(name)
-        assert len(found) == steps, f"{name}: {len(found)} steps of {steps}"
-        return max(abs(a - b) for a, b in zip(found[:10] if name == "one" else found, whole))
+    def losses(name):
+        log = (folder / name / "log.jsonl").read_text()
+        return [json.loads(line)["loss"] for line in log.splitlines()]
 
-    assert begin("all", gpus).wait() == 0
-    whole = losses("all")
-    assert begin("one", 1).wait() == 0
-    run = begin("killed", gpus, "--max-restarts", "1")
-    wait("killed", 12)
-    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
-    killed, at = len(rows("killed")), time.perf_counter()
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    seconds = wait("killed", killed + 1) - at
-    assert run.wait() == 0
-    run = begin("stopped", gpus)
-    wait("stopped", 12)
+    def apart(name, first=steps):
+        pairs = zip(losses(name), losses("all"), strict=True)
+        return max(abs(a - b) for a, b in list(pairs)[:first])
+
+    whole("all", gpus)
+    whole("one", 1)
+    run = after("killed", 12, "--max-restarts", "1")
+    killed, at = faults.steps_of(folder / "killed"), time.perf_counter()
+    os.kill(faults.workers(run, gpus)[-1], signal.SIGKILL)
+    seconds = wait(run, "killed", killed + 1) - at
+    _, line = run.communicate()
+    assert run.returncode == 0, line
+    run = after("stopped", 12)
     run.send_signal(signal.SIGTERM)
-    run.wait()
-    assert begin("stopped", gpus // 2, resume=["--resume"]).wait() == 0
-    return {"gpus": gpus, "one": apart("one"), "killed after": killed, "seconds until the next "
-            "step": seconds, "restarted": apart("killed"), "resumed": apart("stopped")}
+    run.communicate()
+    whole("stopped", gpus // 2, "--resume")
+    return {"gpus": gpus, "one": apart("one", 10), "killed after": killed,
+            "seconds until the next step": seconds, "restarted": apart("killed"),
+            "resumed": apart("stopped")}
 
 
 def main():
@@ -214,8 +214,9 @@ def main():
             whole = json.loads(args.out.read_text())
             args.out.write_text(json.dumps({**whole, LOST: lost(gpus)}) + "\n")
             continue
-        done = subprocess.run([*launcher(PARTS[part][0] or gpus), "-m", "bench.bench_gpus",
-                               "--part", part, "--out", args.out, *["--tiny"] * args.tiny],
+        done = subprocess.run([sys.executable, *launcher(PARTS[part][0] or gpus), "-m",
+                               "bench.bench_gpus", "--part", part, "--out", args.out,
+                               *["--tiny"] * args.tiny],
                               timeout=400, capture_output=True, text=True)
         print(done.stdout[-1500:], "" if done.returncode == 0 else done.stderr[-3000:], flush=True)
 

@@ -3,7 +3,6 @@ from family_*.json (python -m bench.plot).
 
 Each says from which version of its study it is: the full one if that has rows, else the small one.
 """
-import re
 import statistics
 from functools import partial
 
@@ -13,7 +12,6 @@ from bench.plot import RESULTS, read, source, table
 MARKS = {"pissa": ("o", "-"), "lora": ("s", "--"), "full": ("^", ":"), "milora": ("D", "-."),
          "qpissa": ("o", "-"), "loftq": ("^", "-."), "qlora": ("s", "--"), "lq_lora": ("D", ":")}
 
-NAMES = {"pissa": "PiSSA", "lora": "LoRA", "full": "all weights", "milora": "MiLoRA"}
 STEPS = 5, 20, 50, 200
 
 
@@ -30,10 +28,19 @@ def rows(*names):
                     seen.add(key)
                     found.append(r)
         if found:
-            kind = "checkpoints/tiny, the demo's problems" if tiny else "SmolLM2-135M, GSM8K"
-            cards = ", ".join(sorted({r["device"] for r in found}))
-            return found, f"{kind}, {len(found)} runs{missing(names, tiny, found)}, {cards}", tiny
+            return found, described(found, tiny, missing(names, tiny, found)), tiny
     return [], "Not measured yet.", True
+
+
+def title(found, tiny):
+    """What these rows are, and how many."""
+    kind = "checkpoints/tiny, the demo's problems" if tiny else "SmolLM2-135M, GSM8K"
+    return f"{kind}, {len(found)} runs"
+
+
+def described(found, tiny, more=""):
+    """The same, and on what they ran."""
+    return f"{title(found, tiny)}{more}, {', '.join(sorted({r['device'] for r in found}))}"
 
 
 def missing(names, tiny, found):
@@ -57,7 +64,7 @@ def under(text, what):
 
 def curves_table():
     """Training loss (mean of five steps) and gradient norm after some steps."""
-    found, what = longest()
+    found, tiny = longest()
     lines = []
     for method, lr in sorted({(r["method"], r["lr"]) for r in found}, key=lambda k: k[::-1]):
         same = [r for r in found if (r["method"], r["lr"]) == (method, lr)]
@@ -67,16 +74,16 @@ def curves_table():
         lines.append([f"{lr:g}", method, len(same), *at, f"{norm:.2f}"])
     head = ["rate", "method", "seeds", *(f"loss, steps {n - 4}-{n}" for n in STEPS),
             "gradient norm, step 1"]
-    return under(table(head, lines), what) if found else what
+    return under(table(head, lines), described(found, tiny)) if found else "Not measured yet."
 
 
 def longest():
-    """(the rows of curves and length that have the most steps at the first one's batch size, what
-    they are)."""
-    found, what, _ = rows("curves", "length")
+    """(the rows of curves and length that have the most steps at the first one's batch size,
+    whether tiny)."""
+    found, _, tiny = rows("curves", "length")
     found = [r for r in found if r["batch"] == found[0]["batch"]]
-    found = [r for r in found if r["steps"] == max(r["steps"] for r in found)]
-    return found, re.sub(r"\d+ runs[^,]*", f"{len(found)} runs", what)
+    most = max((r["steps"] for r in found), default=0)
+    return [r for r in found if r["steps"] == most], tiny
 
 
 def beside_table(names, keys, head):
@@ -103,6 +110,7 @@ def beside_table(names, keys, head):
 def learnt_table():
     """Every method at its best rate: what DeltaW is, and what is forgotten. Shares are means of the
     left and the right side. Only seeds that were run at every rate."""
+    from bench.pictures import NAMES
     found, what, _ = rows("learnt")
     lines = []
     for method in dict.fromkeys(r["method"] for r in found):
@@ -203,16 +211,16 @@ PARTS = {"svdquant": svdquant_table, "study-eight": eight_table,
 def study_rates():
     """Above, a heat map of each method's loss. Below, loss against the rate at every rank, where it
     is low, and the best rate against the rank with the laws that report.py advises by."""
-    from bench.pictures import NAMES, keep, panels, plain_rates
+    from bench.pictures import COLOURS, NAMES, keep, panels, plain_rates
     from support.report import RATES
-    found, what, _ = rows("rates", "seeds")
+    found, _, tiny = rows("rates", "seeds")
     if not found:
         return
     figure, (above, (left, right)) = panels(2, 2)
     ranks, every = sorted({r["rank"] for r in found}), [r["val"] for r in found]
     tried = sorted({r["lr"] for r in found})
     for axes, method in zip(above, ("pissa", "lora"), strict=True):
-        (mark, style), colour = MARKS[method], colour_of(method)
+        (mark, style), colour = MARKS[method], COLOURS[method]
         grid = {k: studies.losses_at(found, method=method, rank=k) for k in ranks}
         best = {k: studies.best_rate(found, method=method, rank=k) for k in ranks if grid[k]}
         heat(axes, grid, best, min(every), min(max(every), 2 * min(every)))
@@ -232,8 +240,8 @@ def study_rates():
         right.plot(ranks, [RATES[method] / k ** 0.5 for k in ranks], style, color=colour,
                    label=f"{NAMES[method]}, {RATES[method]:g} / sqrt(rank)")
     plain_rates(left, tried)
-    left.set(ylabel="validation loss, nats a token", title=what.partition(" runs")[0] + " runs; "
-             "a number is the rank", ylim=(min(every) - 0.02, 1.4 * min(every)))
+    left.set(ylabel="validation loss, nats a token", title=f"{title(found, tiny)}; a number is the "
+             "rank", ylim=(min(every) - 0.02, 1.4 * min(every)))
     left.legend(loc="lower left")
     right.set(xscale="log", yscale="log", xlabel="rank", ylabel="best learning rate",
               title="the rate with the lowest loss; hollow: an edge", ylim=(1e-4, 3e-2))
@@ -245,24 +253,24 @@ def study_rates():
 
 def convergence():
     """Training losses at one rate, and PiSSA's less LoRA's at equal rates and at best rates."""
-    from bench.pictures import GREY, keep, panels
-    found, what = longest()
+    from bench.pictures import COLOURS, GREY, NAMES, keep, panels, smooth
+    found, tiny = longest()
     if not found:
         return
     figure, (left, right) = panels(1, 2)
     mean, best = {}, {m: studies.best_rate(found, method=m) for m in ("pissa", "lora")}
     for method, lr in {(r["method"], r["lr"]) for r in found}:
         runs = [r["loss"] for r in found if (r["method"], r["lr"]) == (method, lr)]
-        mean[method, lr] = smooth([statistics.mean(step) for step in zip(*runs)])
+        mean[method, lr] = smooth([statistics.mean(step) for step in zip(*runs)], 5)
     for method in best:
         draw(left, [r for r in found if (r["method"], r["lr"]) == (method, 3e-4)], method,
              f"{NAMES[method]}, rate 0.0003")
     for style, (a, b) in zip((":", "-.", "-"), ((3e-4, 3e-4), (1e-3, 1e-3), best.values())):
         gap = [x - y for x, y in zip(mean["pissa", a], mean["lora", b])]
-        right.plot(range(1, len(gap) + 1), gap, style, color=colour_of("pissa"), label=(
+        right.plot(range(1, len(gap) + 1), gap, style, color=COLOURS["pissa"], label=(
             f"both at {a:g}" if a == b else f"best rates, {a:g} and {b:g}"))
     right.axhline(0, color=GREY, linewidth=1)
-    left.set(ylabel="training loss, mean of 5 steps", title=what.rpartition(", ")[0])
+    left.set(ylabel="training loss, mean of 5 steps", title=title(found, tiny))
     right.set(ylabel="PiSSA's loss less LoRA's", xlabel="step", xscale="log")
     right.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     right.legend()
@@ -271,7 +279,7 @@ def convergence():
 
 def eight():
     """The training loss of PiSSA in sixteen and in eight bits, and the loss after it."""
-    from bench.pictures import keep, panels, plain_rates
+    from bench.pictures import COLOURS, keep, panels, plain_rates
     found, _, _ = rows("eight")
     if not found:
         return
@@ -286,7 +294,7 @@ def eight():
         right.errorbar([x * aside for x in at], means, fmt=MARKS[like][0] + MARKS[like][1],
                        yerr=[[m - min(v) for m, v in zip(means, at.values())],
                              [max(v) - m for m, v in zip(means, at.values())]],
-                       color=colour_of(like), capsize=3, label=name)
+                       color=COLOURS[like], capsize=3, label=name)
     plain_rates(right, list(at))
     left.set(ylabel="training loss, mean of 5 steps", title="SmolLM2-135M, GSM8K")
     right.set(ylabel="validation loss", title="after 100 steps; bars: three seeds")
@@ -294,25 +302,15 @@ def eight():
     keep(figure, "eight")
 
 
-def colour_of(method):
-    """Red for PiSSA, blue for LoRA."""
-    from bench.pictures import BLUE, RED
-    return {"pissa": RED, "lora": BLUE}[method]
-
-
-def smooth(losses):
-    """Of every step the mean of the last five."""
-    return [statistics.mean(losses[max(0, i - 4):i + 1]) for i in range(len(losses))]
-
-
 def draw(axes, runs, method, label):
     """Losses against steps, a running mean over five; shaded: from seed to seed."""
-    means = [smooth(r["loss"]) for r in runs]
+    from bench.pictures import COLOURS, smooth
+    means = [smooth(r["loss"], 5) for r in runs]
     steps = range(1, len(means[0]) + 1)
     axes.plot(steps, [statistics.mean(x) for x in zip(*means)], MARKS[method][1],
-              color=colour_of(method), label=label)
+              color=COLOURS[method], label=label)
     axes.fill_between(steps, [min(x) for x in zip(*means)], [max(x) for x in zip(*means)],
-                      color=colour_of(method), alpha=0.25, linewidth=0)
+                      color=COLOURS[method], alpha=0.25, linewidth=0)
     axes.set(xlabel="step", xscale="log")
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axes.legend()

@@ -229,11 +229,11 @@ def killed(folder, seconds, kinds, i, draw):
     return GOOD, where
 
 
-def workers(process):
-    """The numbers of the two processes that a torchrun has started."""
+def workers(process, count=2):
+    """The numbers of the processes, so many, that a torchrun has started."""
     while process.poll() is None:
         found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-        if len(numbers := [int(n) for n in found.stdout.split()]) == 2:
+        if len(numbers := [int(n) for n in found.stdout.split()]) == count:
             return numbers
         time.sleep(0.01)
     raise RuntimeError(process.communicate())

@@ -11,7 +11,7 @@ INK, RED, BLUE, GREEN, GREY, OCHRE = ("#767c84", "#d1495b", "#3a86c8", "#2a9d5c"
                                       "#b07d2b")
 COLOURS = {"pissa": RED, "lora": BLUE, "full": GREY, "qpissa": RED, "qlora": BLUE, "loftq": GREEN}
 NAMES = {"pissa": "PiSSA", "lora": "LoRA", "full": "all weights", "qpissa": "QPiSSA",
-         "qlora": "QLoRA", "loftq": "LoftQ"}
+         "qlora": "QLoRA", "loftq": "LoftQ", "milora": "MiLoRA"}
 FIGURES = ROOT / "bench" / "figures"
 
 
@@ -51,17 +51,21 @@ def plain_rates(axes, rates):
 
 # -------------------------------------------------------------------------------- what is learnt
 
+def smooth(losses, window):
+    """Of every step the mean of the last ones, so many or all there are."""
+    return [statistics.mean(losses[max(0, i + 1 - window):i + 1]) for i in range(len(losses))]
+
+
 def draw_losses(axes, result, method, lr, window, less=None):
     """The training loss of a method at one rate: mean of its seeds, a running mean over `window`
     steps. less: a method and a rate whose loss is subtracted."""
-    def smooth(method, lr):
+    def mean(method, lr):
         runs = [r["losses"] for r in result["runs"] if (r["method"], r["lr"]) == (method, lr)]
-        mean = [statistics.mean(step) for step in zip(*runs)]
-        return [statistics.mean(mean[max(0, i + 1 - window):i + 1]) for i in range(len(mean))]
+        return smooth([statistics.mean(step) for step in zip(*runs)], window)
 
-    y = smooth(method, lr)
+    y = mean(method, lr)
     if less:
-        y = [a - b for a, b in zip(y, smooth(*less))]
+        y = [a - b for a, b in zip(y, mean(*less))]
     axes.plot(range(1, len(y) + 1), y, color=COLOURS[method],
               label=f"{NAMES[method]}, rate {lr:g}")
 
@@ -318,11 +322,8 @@ def gpus():
     for path in sorted(plot.RESULTS.glob("gpus_*.json")):
         parts = read(path.stem)["parts"]
         for part, r in parts.items():
-            kind, comma, how = part.partition(",")
-            one = parts.get("one" + comma + how)
-            if kind in ("replicas", "shard") and one:
-                found.setdefault(part, {1: 1.0})[r["gpus"]] = (
-                    r["tokens_per_second"] / one["tokens_per_second"])
+            if ratio := plot.over_one(parts, part):
+                found.setdefault(part, {1: 1.0})[r["gpus"]] = ratio
     most = max(max(at) for at in found.values())
     axes.plot([1, most], [1, most], "-", color=GREY, linewidth=1, label="ideal")
     for i, (part, at) in enumerate(sorted(found.items(), key=lambda f: -f[1][max(f[1])])):

@@ -502,16 +502,22 @@ def fast_table():
     return "\n\n".join(texts) or "Not measured yet."
 
 
+def over_one(parts, part):
+    """Tokens a second of a part of bench_gpus over those of one GPU, None if there is no such."""
+    one = parts.get("one" + part[part.index(","):] if "," in part else "one")
+    return parts[part]["tokens_per_second"] / one["tokens_per_second"] if (
+        one and parts[part]["gpus"] > 1) else None
+
+
 def gpus_table():
     """One and two GPUs, by train.train itself; what a state costs."""
     rows, result = [], read("gpus_h200")
     for part, r in result["parts"].items():
-        one = result["parts"].get("one" + part[part.index(","):] if "," in part else "one")
-        ratio = "" if r["gpus"] == 1 or not one else (
-            f"**{r['tokens_per_second'] / one['tokens_per_second']:.2f}x**")
+        ratio = over_one(result["parts"], part)
         if part != "states":
             rows.append([part, r["gpus"], f"{r['ms']:,.0f} ms",
-                         f"{r['tokens_per_second']:,.0f}", ratio, f"{r['peak_gib']:.1f} GiB",
+                         f"{r['tokens_per_second']:,.0f}", f"**{ratio:.2f}x**" if ratio else "",
+                         f"{r['peak_gib']:.1f} GiB",
                          f"{r['frozen_bytes_per_gpu'] / 2**30:.2f} GiB"])
     each = result["parts"]["states"]["each_ms"]
     step = statistics.median(each)

@@ -44,8 +44,7 @@ def find(ckpt):
     if not found:
         if cached := snapshot(str(ckpt)):
             return cached
-        there = [d.name for d in (here / "checkpoints").iterdir()] if (
-            here / "checkpoints").is_dir() else []
+        there = [d.name for d in (here / "checkpoints").glob("*")]
         close = difflib.get_close_matches(str(ckpt), there, 1) or [
             name for name in there if sorted(name) == sorted(str(ckpt))]
         raise FileNotFoundError(f"no checkpoint {ckpt}: neither {ckpt} nor checkpoints/{ckpt} is a "

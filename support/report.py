@@ -225,8 +225,9 @@ def small_data(net, examples, args, steps):
         (size, row) for size, row in SUGGESTED.items() if n >= row[0])
     if args.steps or steps >= 100 or args.batch <= batch:
         return
-    rate, rank = better_rate(net, args, min(args.rank, 16)), args.rank > 16
-    flags = [*["--rank", 16] * rank, "--batch", batch, "--epochs", 10, *["--lr", rate] * bool(rate)]
+    rate = better_rate(net, args, min(args.rank, 16))
+    flags = [*["--rank", 16] * (args.rank > 16), "--batch", batch, "--epochs", 10,
+             *(["--lr", one_digit(rate)] if rate else [])]
     yield (f"{counted(steps, 'step')} will hardly teach anything; the paper has 781. Measured on "
            f"{problems} of the demo's problems, PiSSA of rank 16 at 1e-3: 10 epochs of batches of "
            f"{batch} solve {solved} % of new ones, and one epoch at 2e-5 none. To try, "
@@ -245,18 +246,23 @@ RATES = {"pissa": 4e-3, "qpissa": 4e-3, "lora": 2e-2, "qlora": 2e-2}
 
 
 def better_rate(net, args, rank):
-    """For a small model: about the best rate, if args.lr is ten times off; otherwise ""."""
+    """For a small model: about the best rate, if args.lr is ten times off; otherwise None."""
     best = 4e-4 if args.method == "full" else RATES.get(args.method, args.lr) / rank ** 0.5
     far = net.config.dim < 1024 and not 0.1 <= args.lr / best <= 10
-    return f"{best:.0e}".replace("e-0", "e-") if far else ""
+    return best if far else None
+
+
+def one_digit(rate):
+    """0.00071 -> 7e-4"""
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def far_rate(net, args):
     """A note if a larger rate suits a small model."""
     best = better_rate(net, args, args.rank)
-    if best and args.lr < float(best):
+    if best and args.lr < best:
         yield (f"--lr {args.lr:g} is far from what suits a model of this size: measured on "
-               f"SmolLM2-135M, the best rate of --method {args.method} is about {best}"
+               f"SmolLM2-135M, the best rate of --method {args.method} is about {one_digit(best)}"
                + f" at rank {args.rank}" * (args.method != "full"))
 
 
@@ -332,7 +338,7 @@ def plot(rows, args, last=None):
 
 
 def summarise(rows, before, after, args, seconds, device, accuracy_by):
-    """Print the results and write them to summary.json.
+    """Print the results and write them to summary.json; returns that.
 
     rows: of log.jsonl. before, after: of train.evaluate. seconds: a dict of load, init, all.
     accuracy_by: the line that says how the accuracy was measured.
@@ -352,6 +358,7 @@ def summarise(rows, before, after, args, seconds, device, accuracy_by):
         write_json(args.out / "summary.json", summary)
     print(summary_text(summary, args))
     say_cut(after.get("cut"))
+    return summary
 
 
 def finished(args):
@@ -368,7 +375,7 @@ def finished(args):
     say_cut(summary["after"].get("cut"))
     in_chat = bool(getattr(args, "date", None))             # a run in a chat template keeps the day
     weights_written(args.out / ("checkpoint" if args.method == "full" else "adapter"), args,
-                    summary["before"]["answers"], in_chat)
+                    summary["before"]["answers"], in_chat, summary)
     return True
 
 
@@ -427,17 +434,15 @@ def summary_text(summary, args):
     return "\n".join(lines)
 
 
-def weights_written(directory, args, prompts, chat):
-    """Print which files there are, and the command that uses the weights.
+def weights_written(directory, args, prompts, chat, summary):
+    """Print which files there are, and the command that uses the weights, or better earlier ones.
 
-    prompts: texts of the validation. chat: whether they were asked in the chat template.
-    An adapter holds that template. A checkpoint holds the model's, which may not have been used.
+    summary: of `summarise`. prompts: texts of the validation. chat: whether they were asked in the
+    chat template. An adapter holds that template. A checkpoint holds the model's, which may not
+    have been used.
     """
-    try:
-        (_, at), measured = progress.best(args.out), progress.measured(args.out)
-    except ValueError:                                 # val.jsonl is damaged, and no more than that
-        at = None
-    best = args.out / "best" if at is not None and at < measured[-1]["step"] else directory
+    lowest = summary.get("best")
+    best = args.out / "best" if lowest and lowest["step"] < summary["steps"] else directory
     use = ["--ckpt", best, *["--chat"] * chat] if args.method == "full" else [
         "--ckpt", args.ckpt, "--adapter", best]
     short = [p for p in map(printable, prompts) if 0 < len(p) <= 62]

@@ -209,7 +209,7 @@ def test_starts_at_the_largest_of_a_method_of_ones_own():
     ("full", True, ["--ckpt", "runs of $HOME/adapter", "--chat"])])
 def test_printed_commands_can_be_pasted(capsys, method, chat, words):
     args = Namespace(method=method, ckpt="my models/x", out=Path("nowhere"))
-    report.weights_written("runs of $HOME/adapter", args, ["", "What's 1 + 1?"], chat)
+    report.weights_written("runs of $HOME/adapter", args, ["", "What's 1 + 1?"], chat, {})
     line = capsys.readouterr().out.partition("use them:\n")[2].replace("\\\n", "")
     assert shlex.split(line) == ["python", "eval.py", *words, "--prompt", "What's 1 + 1?"]
 
@@ -255,7 +255,7 @@ def test_summary_of_what_others_wrote(capsys, tmp_path):
     assert "--- \\x1b[2Jq\nbefore: a\nafter:  \\x9b\n" in text
     assert "\n1 step in 0 s, 0 s in all\n" in text
     report.weights_written("d", argparse.Namespace(method="full", out=tmp_path),
-                           before["answers"], False)
+                           before["answers"], False, {})
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -473,8 +473,12 @@ def test_the_better_adapter_is_to_be_used(capsys, tmp_path, rows, use):
     (tmp_path / "best").mkdir()
     (tmp_path / "val.jsonl").write_text("".join(json.dumps(
         {"step": step, "loss": loss, "best": is_best}) + "\n" for step, loss, is_best in rows))
-    args = Namespace(method="pissa", ckpt="tiny", out=tmp_path)
-    report.weights_written(tmp_path / "adapter", args, [], False)
+    args = Namespace(method="pissa", ckpt="tiny", out=tmp_path, epochs=1, steps=40, test_data=None)
+    log = [{"step": i + 1, "loss": 1.0, "tokens": 5, "seconds": 1.0} for i in range(40)]
+    point = {"loss": 1.0, "accuracy": None, "answers": {}}
+    summary = report.summarise(log, point, point, args, {"all": 0.0}, torch.device("cpu"), "")
+    capsys.readouterr()
+    report.weights_written(tmp_path / "adapter", args, [], False, summary)
     text = capsys.readouterr().out
     command = shlex.split(text.partition("use them:\n")[2].replace("\\\n", ""))
     assert command[command.index("--adapter") + 1] == str(tmp_path / use)
