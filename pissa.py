@@ -118,10 +118,10 @@ class PissaLinear(nn.Module):
     """y = x W_res + (x A) B + bias, in place of an nn.Linear. Only A and B are trained.
 
     A0, B0, subtracted and original (W, if kept) lie in host memory: plain attributes do not move
-    with the module. fingerprint: 256 entries of W. In a state_dict "weight" is a single number, so
-    whatever would load it as W refuses its shape.
+    with the module. A state_dict's "weight" is one number: what loads it as W refuses its shape.
     """
     weight = property(lambda self: self.frozen, doc="`frozen`, read-only.")
+    fingerprint = property(lambda self: self._sampled.cpu(), doc="256 entries of W.")
     state = ()                    # names of parameters and buffers that `factors` cannot tell
 
     def __init__(self, linear, frozen, A, B, A0=None, B0=None, subtracted=None, original=None):
@@ -130,7 +130,7 @@ class PissaLinear(nn.Module):
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
         self.bias, self.W = linear.bias, None                 # W: set only inside `disabled(net)`
         self.A0, self.B0, self.subtracted, self.original = A0, B0, subtracted, original
-        self.fingerprint, self._buffers["weight"] = sampled(linear.weight), A.new_zeros(1)
+        self._sampled, self._buffers["weight"] = sampled(linear.weight, None), A.new_zeros(1)
         self.train(linear.training)
 
     @classmethod
@@ -159,9 +159,9 @@ class PissaLinear(nn.Module):
         return self.frozen.detach() if self.original is None else self.original
 
 
-def sampled(W):
+def sampled(W, device="cpu"):
     """Some 256 entries of W, by which adapter.py tells one base model from another."""
-    return W.detach().flatten()[::max(1, W.numel() // 256) | 1].to("cpu", copy=True)  # odd: | 1
+    return W.detach().flatten()[::max(1, W.numel() // 256) | 1].to(device, copy=True)  # odd: | 1
 
 
 # ------------------------------------------------------------------------------------- the network

@@ -90,8 +90,7 @@ def orthonormalise(Y):
     """An orthonormal basis of the rows of Y (..., l, m), m >= l, and the least |L_ii| (...).
 
     Cholesky QR: Y Y^T = L L^T makes L^-1 Y orthonormal. Householder QR takes over for (nearly)
-    dependent rows. For Y = P (W W^T - a I), the least |L_ii| is about s_l^2 - a.
-    """
+    dependent rows. For Y = P (W W^T - a I), the least |L_ii| is about s_l^2 - a."""
     Y64 = Y.double()
     L, info = torch.linalg.cholesky_ex(Y64 @ Y64.mT)
     pivots = L.diagonal(dim1=-2, dim2=-1)       # 1e-5 in L is 1e-10 in Y Y^T, and float64 has 1e-16
@@ -106,16 +105,18 @@ def orthonormalise(Y):
 def small_svd(Z, rank):
     """X, S, V^T: the `rank` largest singular triplets of Z (..., l, n), l << n.
 
-    Z Z^T = X S^2 X^T, an l x l eigenproblem, gives X and S. Then V^T = S^-1 X^T Z. In float64, too.
-    """
+    Z Z^T = X S^2 X^T, an l x l eigenproblem, gives X and S. Then V^T = S^-1 X^T Z. In float64."""
     Z64 = Z.double()
-    S2, X = torch.linalg.eigh(Z64 @ Z64.mT)                                       # ascending
-    S, X = S2.clamp(min=0).sqrt().flip(-1)[..., :rank], X.flip(-1)[..., :rank]
-    if bool((S[..., -1] <= 1e-5 * S[..., 0]).any()):      # dividing by such an S would be noise
+    if Z.is_cuda and Z.ndim == 3:            # likewise, all at once: eigh takes one after another
+        V, S, Xh = torch.linalg.svd(Z64.mT, full_matrices=False, driver="gesvda")
+        X, Vh = Xh.mT, V.mT
+    else:
+        S2, X = torch.linalg.eigh(Z64 @ Z64.mT)                                   # ascending
+        S, X = S2.clamp(min=0).sqrt().flip(-1), X.flip(-1)
+        Vh = (X[..., :rank] / S[..., None, :rank]).mT @ Z64
+    if bool((S[..., rank - 1] <= 1e-5 * S[..., 0]).any()):  # dividing by such an S has made noise
         X, S, Vh = torch.linalg.svd(Z, full_matrices=False)
-        return X[..., :rank], S[..., :rank], Vh[..., :rank, :]
-    Vh = (X / S[..., None, :]).mT @ Z64
-    return X.to(Z.dtype), S.to(Z.dtype), Vh.to(Z.dtype)
+    return [M.to(Z.dtype) for M in (X[..., :rank], S[..., :rank], Vh[..., :rank, :])]
 
 
 def fix_signs(U, S, Vh):
@@ -152,8 +153,7 @@ def grouped_svd(Ws, rank, *, oversample=32, niter=5, generator=None):
 
     One after another, a GPU mostly waits for small factorisations. Here those run as one batch. The
     large products run one by one: a batch would copy all W. (float16, and bfloat16 on a CPU, is.)
-    All share one Omega. Returns U (b, m, r), S (b, r), Vh (b, r, n), the same up to rounding.
-    """
+    All share one Omega. Returns U (b, m, r), S (b, r), Vh (b, r, n), the same up to rounding."""
     if len({(W.shape, W.dtype) for W in Ws}) != 1:
         raise ValueError("a group is at least one matrix, and all have one shape and dtype")
     for W in Ws:

@@ -1,5 +1,9 @@
 """Eight bits: the rounding, the products and their gradients, beside float64."""
 import json
+import os
+import sys
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -135,15 +139,38 @@ def test_a_compiled_layer_is_an_eager_one():
 
 
 def test_rounding_in_one_kernel(monkeypatch):
-    """As on a GPU: the formula is what is compiled; without a compiler it is run as it is."""
-    x, s = matrix(6, 32), matrix(1, 32).abs()
-    monkeypatch.setattr(fast, "worth_compiling", lambda x: True)
+    """As on a GPU, but in triton's interpreter: rows of any length, in several blocks."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs triton, and TRITON_INTERPRET=1 from the start")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(fast, "is_ampere", lambda device: True)
     monkeypatch.setattr(fast, "KERNELS", {})
-    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setattr(fast, "BLOCK", 32)
+    fast.row_kernel.cache_clear()
+    for k in 16, 32, 72:
+        for given in (matrix(6, k),), (matrix(6, k).bfloat16(), matrix(1, k).abs()):
+            (codes, scale), (c, s) = fp8.by_rows(*given), fp8.by_rows.plain(*given)
+            assert torch.equal(scale, s)            # the interpreter rounds some to the other side
+            torch.testing.assert_close(codes.float(), c.float(), rtol=0.13, atol=2**-9)
+    assert fast.KERNELS == {fp8.by_rows.plain: fast.rounded_rows}
+    fast.row_kernel.cache_clear()
+
+
+def test_rounding_without_triton(monkeypatch):
+    """One warning, then the formula as it is."""
+    monkeypatch.setattr(fast, "is_ampere", lambda device: True)
+    monkeypatch.setattr(fast, "KERNELS", {})
+    monkeypatch.setitem(sys.modules, "triton", None)
+    fast.row_kernel.cache_clear()
+    x, s = matrix(6, 32), matrix(1, 32).abs()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     for given in (x,), (x, s):
-        for a, b in zip(fp8.by_rows(*given), fp8.by_rows.plain(*given), strict=True):
-            assert torch.equal(a.float(), b.float())
-    assert list(fast.KERNELS) == [fp8.by_rows.plain]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for a, b in zip(fp8.by_rows(*given), fp8.by_rows.plain(*given), strict=True):
+                assert torch.equal(a.float(), b.float())
+        assert len(said) == (given == (x,))
+    assert fast.KERNELS == {fp8.by_rows.plain: fp8.by_rows.plain}
 
 
 def test_bits_are_refused_elsewhere():
