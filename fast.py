@@ -150,7 +150,7 @@ def like(a, b):
 # ----------------------------------------------------------------------------- RoPE and SwiGLU
 
 LARGE, KERNELS = 2**22, {}        # entries of x from which compiling pays; {formula: compiled}
-BLOCK, WARPS = 4096, 8            # of a row: entries at a time, and groups of 32 threads
+BLOCK, WARPS = 1024, 8            # of a row: entries at a time, and groups of 32 threads
 SILU = F.silu, torch.ops.aten.silu_backward
 GELU = [functools.partial(f, approximate="tanh") for f in (F.gelu, torch.ops.aten.gelu_backward)]
 
@@ -227,17 +227,18 @@ def fused(formula, plain, *tensors):
 
 
 def fused_rows(formula, x, s=None):
-    """formula(x, s), `fp8.by_rows`, in one kernel: of 261 ms of a step in eight bits, eager, it
-    saves NN. Where triton is missing, formula's."""
+    """formula(x, s), `fp8.by_rows`, in one kernel. Without triton, formula's own operations."""
     if not is_ampere(x.device):
         return None
-    KERNELS.setdefault(formula, rounded_rows)
-    return fused(formula, formula, x, s)
+    if formula not in KERNELS:
+        KERNELS[formula] = rounded_rows
+        return fused(formula, formula, x, s)                   # which replaces what does not work
+    return KERNELS[formula](x, s)
 
 
 def rounded_rows(x, s):
-    """Codes and scales of x (n, k), times s (1, k) if given. A launch by triton takes the host a
-    fifth of the time of a call of a compiled function, and these are 448 a step."""
+    """Codes and scales of x (n, k), times s (1, k) if given. A launch by triton takes the host 0.05
+    ms, a call of a compiled function 0.13, and eager steps in eight bits make 448 of them."""
     x, n, k = x.contiguous(), *x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(n, 1, dtype=torch.float32, device=x.device)

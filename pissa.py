@@ -138,8 +138,8 @@ class PissaLinear(nn.Module):
         """The layer that the method `init` makes of an nn.Linear."""
         W = linear.weight.detach()
         frozen, A, B, pair = init(W, options)
-        A0, B0 = (M.to("cpu", copy=True) if pair else None for M in (A, B))
-        pair = pair and ((A0, B0) if pair[0] is A else tuple(M.cpu() for M in pair))
+        A0, B0 = (M.clone() if pair else None for M in (A, B))
+        pair = pair and ((A0, B0) if pair[0] is A else tuple(M.detach() for M in pair))
         original = W.cpu() if keep_base and frozen is not W else None
         return cls(linear, frozen, A, B, A0, B0, pair, original)
 
@@ -183,7 +183,7 @@ def inject(net: nn.Module, rank: int, method="pissa", targets=TARGETS, niter: in
     linears, own = find_linears(net, targets, rank), getattr(method, "OPTIONS", {})
     options = Options(rank, niter, None, quant_iters, bits, double_quant, last_svd, linears, own)
     method = getattr(method, "__name__", str(method)).rpartition(".")[2]
-    bar = tqdm(list(linears), method, unit="matrix", leave=False, disable=not progress)
+    bar, kept = tqdm(list(linears), method, unit="matrix", leave=False, disable=not progress), []
     for name in bar:
         linear = linears[name]                       # the previous one is freed here, with its W
         if read:
@@ -196,6 +196,11 @@ def inject(net: nn.Module, rank: int, method="pissa", targets=TARGETS, niter: in
             net.requires_grad_(False)
         net.set_submodule(name, layer)
         del linears[name]                            # and options.remaining[name]
+        kept += [M for M in (layer.A0, layer.B0, *(layer.subtracted or ())) if M is not None]
+        if not (options.ready and linears):          # of a group at once: each copy waits for a GPU
+            for M in kept:
+                M.data = M.cpu()
+            kept.clear()
     net.pissa = {"method": method, "rank": rank, "niter": niter, "seed": seed,
                  "quant_iters": quant_iters, "last_svd": last_svd, "own": own}
     if progress:
@@ -257,8 +262,7 @@ def merge(net: nn.Module) -> nn.Module:
 
 def remove(net: nn.Module) -> nn.Module:
     """nn.Linear again: the base model, bit for bit. Needs keep_base=True unless `frozen` is W."""
-    for _, m in layers(net):
-        m.base()                                     # raises before anything changes
+    [m.base() for _, m in layers(net)]               # raises before anything changes
     return to_linears(net, lambda m: m.base())
 
 

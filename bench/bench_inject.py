@@ -1,6 +1,6 @@
 """Where the time of `pissa.inject` goes, for Llama-2-7B's 224 matrices at rank 128, on one GPU.
 
-    python -m bench.bench_inject --out bench/results/inject_h200.json            # about a minute
+    python -m bench.bench_inject --out bench/results/inject_h200.json            # three minutes
     python -m bench.bench_inject --tiny                                          # anywhere, a trial
 
 `inject` is timed as it is, and then with a clock that waits for the GPU around each of its pieces:
@@ -77,7 +77,10 @@ def injections(args, record):
         net = pissa.merge(net)
         start = steps.clock()
         pissa.inject(net, args.rank, method, progress=False, **more)
-        return steps.clock() - start
+        seconds = steps.clock() - start
+        assert all(M.device.type == "cpu" for _, m in pissa.layers(net) if m.A0 is not None
+                   for M in (m.A0, m.B0, *m.subtracted))
+        return seconds
 
     inject("pissa")                                             # libraries load their kernels
     for method, more in (("pissa", {}), ("qpissa", {"quant_iters": 1}),
@@ -88,6 +91,19 @@ def injections(args, record):
             with clocks(pieces) as found:
                 total = inject(method, **more)
             record(f"{name}, {what}", {"total": total, **found})
+
+
+def accuracy(args, record):
+    """Four matrices in a group: the residual over the optimum, less 1, and whether bits repeat."""
+    Ws = [steps.random_matrix((args.seven.dim,) * 2, f"accuracy {i}") for i in range(4)]
+    first, again = (svd.grouped_svd(Ws, args.rank) for _ in range(2))
+    excess = []
+    for W, U, S, Vh in zip(Ws, *first, strict=True):
+        exact = torch.linalg.svdvals(W.double())[args.rank:].norm()
+        found = (W.double() - (U.double() * S.double()) @ Vh.double()).norm()
+        excess.append((found / exact - 1).item())
+    record("accuracy of a group", {"excess": excess, "same bits": all(
+        torch.equal(a, b) for a, b in zip(first, again, strict=True))})
 
 
 def shapes(args):
@@ -181,7 +197,7 @@ def main():
         print(row, figures, flush=True)
         report({"bench": "inject", "rank": args.rank, "rows": rows}, args.out)
 
-    for part in (copies, eigenproblems, injections):
+    for part in (accuracy, copies, eigenproblems, injections):
         part(args, record)
 
 

@@ -150,8 +150,8 @@ def test_rounding_in_one_kernel(monkeypatch):
     for k in 16, 32, 72:
         for given in (matrix(6, k),), (matrix(6, k).bfloat16(), matrix(1, k).abs()):
             (codes, scale), (c, s) = fp8.by_rows(*given), fp8.by_rows.plain(*given)
-            assert torch.equal(scale, s)           # the interpreter rounds some numbers its own way
-            assert torch.isclose(codes.float(), c.float(), rtol=0.13, atol=2**-9).float().mean() > 0.9
+            near = torch.isclose(codes.float(), c.float(), rtol=0.13, atol=2**-9).float().mean()
+            assert torch.equal(scale, s) and near > 0.9        # the interpreter rounds its own way
     assert fast.KERNELS == {fp8.by_rows.plain: fast.rounded_rows}
     fast.row_kernel.cache_clear()
 

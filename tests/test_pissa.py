@@ -488,3 +488,7 @@ def test_inject_in_groups(as_on_a_gpu):
     for name, p in first.items():
         assert torch.equal(p, second[name]), name
         torch.testing.assert_close(p, single[name], rtol=1e-4, atol=1e-4)
+    net = pissa.inject(small_net(), 4, progress=False)
+    for _, m in pissa.layers(net):
+        assert torch.equal(m.A0, m.A) and m.A0.data_ptr() != m.A.data_ptr()
+        assert m.subtracted[0] is m.A0 and m.subtracted[1] is m.B0 and not m.A0.requires_grad
