@@ -11,7 +11,6 @@ others in float32. `kernels` says where a product in eight bits spends its time.
 """
 import argparse
 import copy
-import functools
 import importlib
 import importlib.util
 import statistics
@@ -22,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fast
 import fp8
 import pissa
 from bench import program
@@ -89,52 +87,6 @@ def ours(args, part, bits):
     steps_of(args, part, fill(net), loss_sum, SHAPES, setup)
 
 
-def five_launches(plain, x, s=None):
-    """fp8.by_rows, not compiled: a compiled kernel costs the host more time than these five."""
-    x = x.detach() if s is None else x.detach() * s
-    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True, dtype=torch.float32)
-    scale = (largest / fp8.LARGEST).clamp(min=1e-30)
-    return (x / scale).to(fp8.E4M3), scale
-
-
-@functools.cache
-def rows_kernel():
-    """fp8.by_rows as a kernel for triton, launched without torch.compile's checks at every call."""
-    import triton
-    from triton import language as tl
-
-    @triton.jit
-    def kernel(x, s, codes, scale, k, SCALED: tl.constexpr, K: tl.constexpr):
-        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, K)
-        y = tl.load(x + row * k + at, at < k, 0).to(tl.float32)
-        if SCALED:
-            y *= tl.load(s + at, at < k, 0)
-        a = tl.maximum(tl.div_rn(tl.max(tl.abs(y)), 448.0), 1e-30)
-        tl.store(scale + row, a)
-        tl.store(codes + row * k + at, tl.div_rn(y, a).to(tl.float8e4nv), at < k)
-
-    return kernel
-
-
-def one_launch(plain, x, s=None):
-    """fp8.by_rows by `rows_kernel`: x (n, k), s (1, k)."""
-    x = x.detach().contiguous()
-    (n, k), codes = x.shape, torch.empty_like(x, dtype=fp8.E4M3)
-    scale = torch.empty(n, 1, device=x.device)
-    rows_kernel()[(n,)](x, x if s is None else s.contiguous(), codes, scale, k, s is not None,
-                        1 << (k - 1).bit_length(), num_warps=8)
-    return codes, scale
-
-
-def rounding_by(form):
-    """A part: our step in eight bits, with another form of fast.fused_rows."""
-    def part(args):
-        fast.fused_rows = form                                # for good: a process of its own
-        ours(args, f"8 bits, {form.__name__.replace('_', ' ')}", 8)
-
-    return part
-
-
 def kernels(args, part="kernels"):
     """Seconds of the parts of one product, 8 x 512 tokens by a square matrix and by an MLP's."""
     n, c = 8 * args.length, args.seven
@@ -144,14 +96,10 @@ def kernels(args, part="kernels"):
         x8, a = fp8.by_rows(x)
         parts = {"bfloat16": lambda x=x, W=W: F.linear(x, W), "round x": lambda x=x: fp8.by_rows(x),
                  "round x, plain": lambda x=x: fp8.by_rows.plain(x),
-                 "round x, five launches": lambda x=x: five_launches(None, x),
                  "round g": lambda g=g, Q=Q: fp8.by_rows(g, Q.scale.T),
                  "multiply": lambda x8=x8, a=a, Q=Q: fp8.multiply(x8, a, Q.codes, Q.scale.T, DTYPE),
                  "product": lambda x=x, Q=Q: Q.product(x),
                  "product_T": lambda g=g, Q=Q: Q.product_T(g)}
-        if CUDA:
-            parts["round x, one launch"] = lambda x=x: one_launch(None, x)
-            parts["round g, one launch"] = lambda g=g, Q=Q: one_launch(None, g, Q.scale.T)
         found = {}
         for name, f in parts.items():
             for _ in range(3):
@@ -165,10 +113,6 @@ def kernels(args, part="kernels"):
             found[name] = statistics.median(times)
         y, exact = Q.product(x).float(), F.linear(x, W).float()
         found["relative error"] = ((y - exact).norm() / exact.norm()).item()
-        if CUDA:
-            pairs = zip(one_launch(None, g, Q.scale.T), fp8.by_rows.plain(g, Q.scale.T))
-            found["one launch differs"] = max((a.float() != b.float()).float().mean().item()
-                                              for a, b in pairs)
         record(args, part, f"{n} x {k} x {m}", found)
 
 
@@ -299,8 +243,6 @@ def torchtune(args, part):
 
 PARTS = {"kernels": kernels, "16 bits": lambda args: ours(args, "16 bits", 16),
          "8 bits": lambda args: ours(args, "8 bits", 8),
-         "8 bits, five launches": rounding_by(five_launches),
-         "8 bits, one launch": rounding_by(one_launch),
          "PEFT, Liger": lambda args: liger(args, "PEFT, Liger"),
          "unsloth": lambda args: unsloth(args, "unsloth"),
          "unsloth, checkpointing": lambda args: unsloth(args, "unsloth", True),

@@ -125,7 +125,8 @@ def learnt_table():
         means = [statistics.mean(r["learnt_" + k] for r in same for k in names)
                  for names in (["norm"], *sides, ["stable_rank"])]
         every = ", ".join(f"{rate:g}: " + spread([r["perplexity"] for r in mine if (
-            r["lr"] == rate)], ".1f") for rate in sorted({r["lr"] for r in mine}))
+            r["lr"] == rate)], ".1f").partition(", ")[0] + ")" * (len(whole) > 1)
+            for rate in sorted({r["lr"] for r in mine}))
         before = [r["perplexity_before"] for r in found if "perplexity_before" in r]
         lines.append([NAMES.get(method, method), f"{lr:g}", spread([r["val"] for r in same]),
                       *(f"{x:.3f}" for x in means), every])
@@ -184,16 +185,21 @@ def svdquant_table():
 
 
 def eight_table():
-    """PiSSA in sixteen and in eight bits at every rate, and their difference, seed by seed."""
+    """PiSSA in sixteen and in eight bits at every rate, and their difference, seed by seed. Eight
+    bits twice: as they are, and with x not rounded when the loss is taken."""
     found, what, _ = rows("eight")
     lines = []
     for lr in sorted({r["lr"] for r in found}):
-        by_seed = {m: {r["seed"]: r["val"] for r in found if (r["method"], r["lr"]) == (m, lr)}
-                   for m in ("pissa", "qpissa")}
-        gaps = [by_seed["qpissa"][s] - by_seed["pissa"][s] for s in sorted(by_seed["pissa"])]
-        lines.append([f"{lr:g}", *(spread(list(v.values())) for v in by_seed.values()),
-                      ", ".join(f"{g:+.4f}" for g in gaps)])
-    head = ["rate", "16 bits", "8 bits", "difference, seed by seed"]
+        at = {m: {r["seed"]: r for r in found if (r["method"], r["lr"]) == (m, lr)}
+              for m in ("pissa", "qpissa")}
+        columns, gaps = [spread([r["val"] for r in at["pissa"].values()])], []
+        for key in "val", "val_unpacked":
+            columns.append(spread([r[key] for r in at["qpissa"].values()]))
+            gaps.append(", ".join(f"{r[key] - at['pissa'][seed]['val']:+.4f}"
+                                  for seed, r in sorted(at["qpissa"].items())))
+        lines.append([f"{lr:g}", *columns, *gaps])
+    head = ["rate", "16 bits", "8 bits", "the same, x not rounded in validation",
+            "8 less 16, seed by seed", "x not rounded, less 16"]
     return under(table(head, lines), what) if found else what
 
 
