@@ -189,6 +189,14 @@ def is_ampere(device):
     return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
 
 
+def has_float8(device):
+    """True on a GPU that multiplies float8 (Ada, Hopper or newer)."""
+    if device.type != "cuda":
+        return False
+    gpu = torch.cuda.get_device_properties(device)
+    return (gpu.major, gpu.minor) >= (8, 9)
+
+
 def rotate_eager(x, cos, sin):
     """In two operations per half."""
     (a, b), y = x.chunk(2, -1), torch.empty_like(x)
@@ -228,7 +236,7 @@ def fused(formula, plain, *tensors):
 
 def fused_rows(formula, x, s=None):
     """formula(x, s), `fp8.by_rows`, in one kernel. Without triton, formula's own operations."""
-    if not is_ampere(x.device):
+    if not has_float8(x.device):
         return None
     if formula not in KERNELS:
         KERNELS[formula] = rounded_rows

@@ -44,11 +44,8 @@ def by_rows(x, s=None):
 
 
 def on_cores(codes):
-    """True if the GPU multiplies float8 (Hopper, Ada and later), and the shape suits it."""
-    if not codes.is_cuda or any(n % 16 for n in codes.shape):
-        return False
-    gpu = torch.cuda.get_device_properties(codes.device)
-    return (gpu.major, gpu.minor) >= (8, 9)
+    """True if the GPU multiplies float8, and the shape suits it."""
+    return fast.has_float8(codes.device) and not any(n % 16 for n in codes.shape)
 
 
 def multiply(x, a, codes, s, dtype):

@@ -70,11 +70,12 @@ def test_methods_beside_each_other(keep):
 
 
 def test_eight_bits_beside_sixteen(keep):
-    """Their difference, seed by seed."""
-    keep("eight", [row(method=m, seed=s, val=v) for m, s, v in (
-        ("pissa", 0, 1.0), ("pissa", 1, 2.0), ("qpissa", 1, 2.5), ("qpissa", 0, 0.9))])
+    """Their difference, seed by seed, also with x not rounded when the loss is taken."""
+    keep("eight", [row(method=m, seed=s, val=v, val_unpacked=u) for m, s, v, u in (
+        ("pissa", 0, 1.0, None), ("pissa", 1, 2.0, None), ("qpissa", 1, 2.5, 2.25),
+        ("qpissa", 0, 0.9, 1.125))])
     assert "1.5000 (1.0000 to 2.0000, 2 seeds)" in evidence.eight_table()
-    assert "| -0.1000, +0.5000 |" in evidence.eight_table()
+    assert "| -0.1000, +0.5000 | +0.1250, +0.2500 |" in evidence.eight_table()
 
 
 def test_what_is_learnt_counts_whole_seeds(keep):

@@ -143,7 +143,7 @@ def test_rounding_in_one_kernel(monkeypatch):
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs triton, and TRITON_INTERPRET=1 from the start")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(fast, "is_ampere", lambda device: True)
+    monkeypatch.setattr(fast, "has_float8", lambda device: True)
     monkeypatch.setattr(fast, "KERNELS", {})
     monkeypatch.setattr(fast, "BLOCK", 32)
     fast.row_kernel.cache_clear()
@@ -158,7 +158,7 @@ def test_rounding_in_one_kernel(monkeypatch):
 
 def test_rounding_without_triton(monkeypatch):
     """One warning, then the formula as it is."""
-    monkeypatch.setattr(fast, "is_ampere", lambda device: True)
+    monkeypatch.setattr(fast, "has_float8", lambda device: True)
     monkeypatch.setattr(fast, "KERNELS", {})
     monkeypatch.setitem(sys.modules, "triton", None)
     fast.row_kernel.cache_clear()
