@@ -308,6 +308,51 @@ def eight():
     keep(figure, "eight")
 
 
+def learnt():
+    """Left, the singular values of DeltaW at each method's best rate. Right, what every rate learns
+    of the task, and what it does to other text."""
+    from bench.pictures import COLOURS, GREY, NAMES, OCHRE, keep, panels
+    found, _, tiny = rows("learnt")
+    if not found:
+        return
+    figure, (left, right) = panels(1, 2)
+    for method in dict.fromkeys(r["method"] for r in found):
+        mine = [r for r in found if r["method"] == method]
+        (mark, style), colour = MARKS[method], COLOURS.get(method, OCHRE)
+        best = studies.best_rate(mine, method=method)
+        spectra = [r["learnt_spectrum"] for r in mine if r["lr"] == best]
+        means = [statistics.mean(x) for x in zip(*spectra)]
+        there = [i for i, x in enumerate(means) if x > 1e-4]             # the rank is 2 r at most
+        left.plot([i + 1 for i in there], [means[i] for i in there], style, color=colour,
+                  label=f"{NAMES[method]}, rate {best:g}")
+        left.fill_between([i + 1 for i in there], *([of(x[i] for x in spectra) for i in there]
+                                                    for of in (min, max)), color=colour, alpha=0.25)
+        at = {lr: [r for r in mine if r["lr"] == lr] for lr in sorted({r["lr"] for r in mine})}
+        x, y = ([[r[key] for r in same] for same in at.values()] for key in ("val", "perplexity"))
+        middle = [[statistics.mean(v) for v in values] for values in (x, y)]
+        reach = [[[m - min(v) for m, v in zip(means, values)],
+                  [max(v) - m for m, v in zip(means, values)]]
+                 for means, values in zip(middle, (x, y))]
+        right.errorbar(*middle, xerr=reach[0], yerr=reach[1], fmt=mark + style, color=colour,
+                       markersize=5, markerfacecolor="none", capsize=2)
+        i = list(at).index(best)
+        right.plot(middle[0][i], middle[1][i], mark, color=colour, label=f"{NAMES[method]}, "
+                   f"{', '.join(f'{lr:g}' for lr in at)}")
+    before = next(r["perplexity_before"] for r in found if "perplexity_before" in r)
+    right.axhline(before, color=GREY, linewidth=1, linestyle=(0, (1, 3)))
+    left.set(xscale="log", yscale="log", xlabel="index of the singular value",
+             ylabel="singular value of ΔW / |ΔW|", title=title(found, tiny))
+    right.set(yscale="log", xlabel="validation loss of the task, nats a token",
+              ylabel="perplexity of other text", title="filled: the best rate; dotted: before")
+    for axes, ticks in (left, (0.02, 0.05, 0.1, 0.2, 0.5)), (right, (40, 50, 60, 80, 100, 130)):
+        ticks = [t for t in ticks if axes is left or t > 0.85 * before]
+        axes.set_yticks(ticks, ticks)
+        axes.set_yticks([], minor=True)
+    left.legend()
+    right.legend(loc=(0.41, 0.1), fontsize=8)
+    keep(figure, "learnt")
+
+
 def draw(axes, runs, method, label):
     """Losses against steps, a running mean over five; shaded: from seed to seed."""
     from bench.pictures import COLOURS, smooth

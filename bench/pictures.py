@@ -338,5 +338,5 @@ def gpus():
 
 
 PICTURES = (same_rate, demo, gsm8k, quantised, quant, speed, planned, scale, gpus,
-            evidence.study_rates, evidence.convergence, evidence.eight, evidence.landscape,
-            evidence.family)
+            evidence.study_rates, evidence.convergence, evidence.learnt, evidence.eight,
+            evidence.landscape, evidence.family)
