@@ -11,7 +11,7 @@ time or memory. Delete this file and those lines, and nothing but speed changes.
 
 Each entry says what it equals and what it saves: in a training step of Llama-2-7B's shape (8 x 512
 tokens, rank 128, bfloat16) on one GPU, unless it says otherwise. A form is handed all that it
-needs, so this file imports nothing of ours.
+needs, so this file imports nothing of ours. Second derivatives and vmap need the plain forms.
 """
 import functools
 import warnings
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 PLAIN = False                     # True inside `off`
 
@@ -68,7 +69,7 @@ class LowRank(torch.autograd.Function):
 
     Three savings: a sum of two products is accumulated by the second one, in place (10 ms). A
     quantised W stays quantised between forward and backward. If x has a `source`, (function,
-    tensors), as `swiglu` returns it, backward computes x again.
+    tensors, version), as `swiglu` returns it, backward computes x again.
     If W is SKIP_OUTPUT, y is returned uninitialised: `Recompute` does not read it.
     """
 
@@ -77,18 +78,21 @@ class LowRank(torch.autograd.Function):
         kind, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        ctx.make, kept = getattr(x, "source", (None, ()))
+        ctx.make, kept, version = getattr(x, "source", (None, (), 0))
+        if ctx.make and x._version != version:                     # x was changed in place since
+            ctx.make, kept = None, ()
         ctx.W, shape, x = W, x.shape, x.reshape(-1, x.shape[-1]).to(dtype)        # x: (T, in)
         A, B = A.to(dtype), B.to(dtype)
         xA = x @ A                                                                # (T, r)
         ctx.save_for_backward(xA, A, B, *(kept or [x]))
         if W is SKIP_OUTPUT:
-            return x.new_empty(*shape[:-1], W.shape[0])
+            return x.new_empty(*shape[:-1], len(B.T))
         bias, own = bias if bias is None else bias.to(dtype), hasattr(W, "product")
         y = W.product(x, bias) if own else F.linear(x, as_tensor(W, dtype), bias)
-        return y.addmm_(xA, B).view(*shape[:-1], -1)
+        return y.addmm_(xA, B).view(*shape[:-1], len(B.T))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         xA, A, B, x, *more = ctx.saved_tensors
         need, shape, g = ctx.needs_input_grad, g.shape, g.reshape(-1, g.shape[-1])      # (T, out)
@@ -96,7 +100,7 @@ class LowRank(torch.autograd.Function):
         dx, own = None, hasattr(ctx.W, "product_T")
         if need[0]:
             dx = ctx.W.product_T(g) if own else g @ as_tensor(ctx.W, g.dtype)
-            dx = dx.addmm_(gB, A.T).view(*shape[:-1], -1)
+            dx = dx.addmm_(gB, A.T).view(*shape[:-1], len(A))
         if ctx.make:
             x = ctx.make(x, *more).reshape(-1, len(A)).to(A.dtype)
         return dx, None, x.T @ gB, xA.T @ g, g.sum(0) if need[4] else None
@@ -219,17 +223,22 @@ def rotate_fused(x, cos, sin):
 
 def fused(formula, plain, *tensors):
     """formula(*tensors) in one kernel, compiled in a few seconds. Without a compiler, plain's."""
+    # With autocast off, forward, backward and recomputation share one compiled graph.
+    with torch.autocast(tensors[0].device.type, enabled=False, cache_enabled=True):
+        return tried(formula, plain, *tensors)
+
+
+def tried(formula, plain, *tensors):
+    """What is compiled of `formula`, or if that does not work, `plain` from now on."""
     try:
         if formula not in KERNELS:
             KERNELS[formula] = torch.compile(formula)
-        # With autocast off, forward, backward and recomputation share one compiled graph.
-        with torch.autocast(tensors[0].device.type, enabled=False, cache_enabled=True):
-            return KERNELS[formula](*tensors)
+        return KERNELS[formula](*tensors)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:                  # of many kinds: no triton, no C compiler, no headers
         why = f"takes longer: {str(e).strip().partition(chr(10))[0][:120]}"
-        warnings.warn(f"{plain.__name__} could not be compiled, and {why}", stacklevel=2)
+        warnings.warn(f"{plain.__name__} could not be compiled, and {why}", stacklevel=3)
         KERNELS[formula] = plain
         return plain(*tensors)
 
@@ -238,15 +247,13 @@ def fused_rows(formula, x, s=None):
     """formula(x, s), `fp8.by_rows`, in one kernel. Without triton, formula's own operations."""
     if not has_float8(x.device):
         return None
-    if formula not in KERNELS:
-        KERNELS[formula] = rounded_rows
-        return fused(formula, formula, x, s)                   # which replaces what does not work
-    return KERNELS[formula](x, s)
+    KERNELS.setdefault(formula, rounded_rows)
+    return tried(formula, formula, x, s)
 
 
 def rounded_rows(x, s):
     """Codes and scales of x (n, k), times s (1, k) if given. A launch by triton takes the host 0.05
-    ms, a call of a compiled function 0.13, and eager steps in eight bits make 448 of them."""
+    ms, a call of a compiled function 0.13, and a step needs two for each matrix in eight bits."""
     x, n, k = x.contiguous(), *x.shape
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(n, 1, dtype=torch.float32, device=x.device)
@@ -288,7 +295,8 @@ def swiglu(gate, up, gelu=False):
     instead of keeping it, and the product, if a `LowRank` one takes it: 5.4 GiB less."""
     act, slope = GELU if gelu else SILU
     y = SwiGLU.apply(gate, up, act, slope)
-    y.source = lambda gate, up: act(gate) * up, (gate.detach(), up.detach())
+    if not y.is_inference():
+        y.source = lambda gate, up: act(gate) * up, (gate.detach(), up.detach()), y._version
     return y
 
 
@@ -390,12 +398,15 @@ class Recompute(torch.autograd.Function):
             return layer(x, *rest)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         global SKIP_OUTPUT
         x, *trained = ctx.saved_tensors
         x = x.detach().requires_grad_(ctx.needs_input_grad[0])
         try:
-            SKIP_OUTPUT = getattr(ctx.layer.mlp.down_proj, "frozen", None)
+            mlp = ctx.layer.mlp
+            if not (mlp._forward_hooks or mlp.down_proj._forward_hooks):     # these would read it
+                SKIP_OUTPUT = getattr(mlp.down_proj, "frozen", None)
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
                 y = ctx.layer(x, *ctx.rest)
         finally:
@@ -440,6 +451,7 @@ class ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         dx, *grads = (d * g for d in ctx.saved_tensors)
         return None, None, dx, None, *grads
@@ -501,7 +513,7 @@ def record(step, tokens, last):
     with torch.cuda.stream(stream):                # once before: libraries allocate workspaces
         step(tokens, start)
     torch.cuda.current_stream(tokens.device).wait_stream(stream)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):   # of this device, with those workspaces
         logits = step(tokens, start)
 
     def replay(new, position):

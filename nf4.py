@@ -24,6 +24,8 @@ in float64 here. Parts are stored with the rows of W as rows, if these divide in
 Q(x) unpacks W to the dtype of x and drops it again. Backward unpacks it anew. So between the two,
 four bits a weight are kept instead of sixteen.
 """
+import warnings
+
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -136,11 +138,20 @@ def spread(x, scale, block):
 
 def kernel(parts, dtype):
     """`unpack` as one kernel, compiled in a second for every size and dtype. (The checks of
-    torch.compile at every call take as long as a small matrix.)"""
+    torch.compile at every call take as long as a small matrix.) Without a compiler, as it is."""
     key = dtype, parts[0].device, *(None if p is None else len(p) for p in parts[:3])
     if key not in KERNELS:
         graph = make_fx(lambda *parts: unpack(*parts, dtype), tracing_mode="fake")(*parts)
-        KERNELS[key] = torch._inductor.compile(graph, parts)
+        try:
+            compiled = torch._inductor.compile(graph, parts)
+            compiled(*parts)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:              # of many kinds: no triton, no C compiler, no headers
+            why = str(e).strip().partition("\n")[0][:120]
+            warnings.warn(f"NF4 could not be compiled, and takes longer: {why}", stacklevel=2)
+            compiled = graph
+        KERNELS[key] = compiled
     return KERNELS[key](*parts)
 
 

@@ -87,7 +87,7 @@ def principal(weight, options):
 def residual(weight, A, B, sign=-1):
     """(W - A B)^T, (out, in): computed in float32, then rounded once to the dtype of `weight`."""
     W_T = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    return W_T.addmm_(B.T, A.T, alpha=sign).to(weight.dtype)                 # (A B)^T = B^T A^T
+    return W_T.addmm_(B.T.to(W_T), A.T.to(W_T), alpha=sign).to(weight.dtype)  # (A B)^T = B^T A^T
 
 
 def init_lora(weight, options):
@@ -139,7 +139,8 @@ class PissaLinear(nn.Module):
         W = linear.weight.detach()
         frozen, A, B, pair = init(W, options)
         A0, B0 = (M.clone() if pair else None for M in (A, B))
-        pair = pair and ((A0, B0) if pair[0] is A else tuple(M.detach() for M in pair))
+        pair = pair and ((A0, B0) if pair[0] is A and pair[1] is B else
+                         tuple(M.detach().clone() for M in pair))
         original = W.cpu() if keep_base and frozen is not W else None
         return cls(linear, frozen, A, B, A0, B0, pair, original)
 
@@ -177,7 +178,7 @@ def inject(net: nn.Module, rank: int, method="pissa", targets=TARGETS, niter: in
     optimum with 3, 0.07 % with 5 (SmolLM2). seed: of all random numbers. quant_iters, last_svd,
     bits, double_quant: see qpissa.py, nf4.py. keep_base: keep W in host memory, for `disabled` and
     `remove`. read: a function from a module's name to its W, if `net` is on the meta device: each W
-    is asked for once. ValueError: before anything changes, or from `read` or the method.
+    is asked for once. ValueError: before anything changes; from `read` or the method, on the way.
     """
     init, Layer = init_of(method), getattr(method, "Layer", PissaLinear)
     linears, own = find_linears(net, targets, rank), getattr(method, "OPTIONS", {})
@@ -197,7 +198,7 @@ def inject(net: nn.Module, rank: int, method="pissa", targets=TARGETS, niter: in
         net.set_submodule(name, layer)
         del linears[name]                            # and options.remaining[name]
         kept += [M for M in (layer.A0, layer.B0, *(layer.subtracted or ())) if M is not None]
-        if not (options.ready and linears):          # of a group at once: each copy waits for a GPU
+        if len(kept) > 250 or not (options.ready and linears):   # many: each copy waits for a GPU
             for M in kept:
                 M.data = M.cpu()
             kept.clear()
@@ -209,7 +210,7 @@ def inject(net: nn.Module, rank: int, method="pissa", targets=TARGETS, niter: in
 
 
 def generator_of(name, seed, device):
-    """The random numbers of a matrix: they do not depend on which others are replaced."""
+    """The random numbers of a matrix, whatever else is replaced. A group has those of its first."""
     return torch.Generator(device).manual_seed((seed + crc32(name.encode())) % 2**63)
 
 
@@ -225,11 +226,14 @@ def find_linears(net, targets, rank=1):
         raise ValueError(f"no module is called {', '.join(sorted(map(str, nothing)))}; the linear "
                          f"layers here are {', '.join(sorted(there)) or 'none'}")
     found = {n: net.get_submodule(n) for n, leaf in leaves.items() if leaf in targets}
+    places = [id(child) for parent in net.modules() for child in parent.children()]
     for n, m in found.items():
         if type(m) is not nn.Linear:      # a subclass may read its weight in ways of its own
             raise ValueError(f"{n} is a {type(m).__name__}, not an nn.Linear")
         if isinstance(net.get_submodule(n.rpartition(".")[0]), nn.TransformerEncoderLayer):
             raise ValueError(f"{n} is part of an nn.TransformerEncoderLayer, which never calls it")
+        if places.count(id(m)) > 1:
+            raise ValueError(f"{n} has another name, too: only one of the two would be replaced")
         if not 1 <= rank <= min(m.weight.shape):
             raise ValueError(f"{n}: rank {rank} is not between 1 and {min(m.weight.shape)}")
         if not (m.weight.is_meta or finite(m.weight)):
@@ -248,7 +252,7 @@ def disabled(net: nn.Module):
     on = [m for _, m in layers(net) if m.W is None]
     try:
         for m in on:
-            m.W = m.base().to(m.frozen.device)
+            m.W = m.base().to(m.frozen.device, m.frozen.dtype)
         yield net
     finally:
         for m in on:

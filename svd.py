@@ -107,7 +107,7 @@ def small_svd(Z, rank):
 
     Z Z^T = X S^2 X^T, an l x l eigenproblem, gives X and S. Then V^T = S^-1 X^T Z. In float64."""
     Z64 = Z.double()
-    if Z.is_cuda and Z.ndim == 3:            # likewise, all at once: eigh takes one after another
+    if Z.is_cuda and Z.ndim == 3:      # the same of a whole batch at once; eigh goes one by one
         V, S, Xh = torch.linalg.svd(Z64.mT, full_matrices=False, driver="gesvda")
         X, Vh = Xh.mT, V.mT
     else:
@@ -152,8 +152,8 @@ def grouped_svd(Ws, rank, *, oversample=32, niter=5, generator=None):
     """`randomized_svd` of a list of matrices (m, n) of one shape and dtype: three times as fast.
 
     One after another, a GPU mostly waits for small factorisations. Here those run as one batch. The
-    large products run one by one: a batch would copy all W. (float16, and bfloat16 on a CPU, is.)
-    All share one Omega. Returns U (b, m, r), S (b, r), Vh (b, r, n), the same up to rounding."""
+    large products run one by one: a batch would copy all W. (float16, and bfloat16 on a CPU, are
+    copied.) All share one Omega. Returns U (b, m, r), S (b, r), Vh (b, r, n)."""
     if len({(W.shape, W.dtype) for W in Ws}) != 1:
         raise ValueError("a group is at least one matrix, and all have one shape and dtype")
     for W in Ws:

@@ -49,7 +49,7 @@ def precision(request):
     return PRECISIONS[request.param]
 
 
-@pytest.mark.parametrize("shape", [(40,), (5, 40), (2, 3, 40)])
+@pytest.mark.parametrize("shape", [(40,), (5, 40), (2, 3, 40), (0, 40)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_product(precision, shape, with_bias):
     dtype, autocast, rel = precision
@@ -309,6 +309,45 @@ def test_joined_parameters(monkeypatch, many):
             assert torch.equal(rejoined, optimizer.state[p]["exp_avg"])
     assert len(params) == {1: 6, 40: 3, 2**24: 3}[many] and len(results[0]) == 19
     assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(*results, strict=True))
+
+
+def test_second_derivatives_are_refused():
+    """The plain forms have them; a fast one says so instead of leaving terms out."""
+    x, A, B, W = (draw(*s).requires_grad_() for s in ((5, 40), (40, 4), (4, 60), (60, 40)))
+    net, head = pissa.inject(small_net(), 4, progress=False), nn.Linear(40, 9)
+    net.checkpointing, weight = True, net.model.layers[0].mlp.up_proj.A
+    for y, leaf in ((pissa.product(x, W.detach(), A, B, None), A),
+                    (train.loss_of(head, x, torch.arange(5)), x),
+                    (net(torch.arange(3, 9)[None]), weight)):
+        grad, = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()
+
+
+def test_a_product_that_was_changed_is_not_computed_again():
+    """A mask put on swiglu's result in place, as a hook may do, counts in the gradient of A."""
+    gate, up, A, B = (draw(*s).requires_grad_() for s in ((5, 40), (5, 40), (40, 4), (4, 8)))
+    results = []
+    for swiglu in (model.swiglu, model.swiglu.plain):
+        x = swiglu(gate, up).mul_(0.5)
+        y = pissa.product(x, draw(8, 40), A, B, None)
+        results.append(torch.autograd.grad(y.square().sum(), [gate, up, A, B]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_hooks_of_the_mlp_see_numbers_again():
+    """With checkpointing, what backward computes again is what a forward hook saw before."""
+    net, seen = pissa.inject(small_net(), 4, progress=False), []
+    net.checkpointing = True
+    net.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda module, x, y: seen.append(y.detach().clone()))
+    torch.use_deterministic_algorithms(True)             # fills memory that is not initialised
+    try:
+        net(torch.arange(3, 9)[None]).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(seen) == 2 and torch.equal(*seen)
 
 
 def test_every_form_is_compared_with_its_plain_one():

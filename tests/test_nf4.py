@@ -367,3 +367,19 @@ def test_default_dtype_and_device_do_not_matter():
                           cwd=ROOT, check=True)
     want = [nf4.quantize(normal(60, 90), double).checksum() for double in (True, False)]
     assert list(map(int, done.stdout.split())) == 2 * want
+
+
+def test_without_a_compiler(monkeypatch):
+    """One warning, and the same numbers in many steps."""
+    def missing(*_):
+        raise RuntimeError("no triton")
+
+    monkeypatch.setattr(nf4, "KERNELS", {})
+    monkeypatch.setattr(torch._inductor, "compile", missing)
+    Q = nf4.quantize(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
+    parts = [p.detach().flatten() for p in (Q.codes, Q.absmax, Q.scale, Q.mean)]
+    parts += Q.levels, Q.absmax_levels, Q.pairs
+    with pytest.warns(UserWarning, match="could not be compiled.*no triton"):
+        found = nf4.kernel(parts, torch.float32)
+    assert torch.equal(found, nf4.kernel(parts, torch.float32))
+    assert torch.equal(found.view(40, 64), Q.dequantize())

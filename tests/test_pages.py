@@ -188,6 +188,16 @@ def test_pictures_are_what_is_drawn(tmp_path, monkeypatch):
         assert abs(new[..., 3].mean() - old[..., 3].mean()) < 0.02
 
 
+def test_lengths_of_files():
+    """README's table of files says how long they are, to a few lines."""
+    rows = re.findall(r"^\| (\[.*?\)) \| ([\d, ]+) \|", README, re.M)
+    found = [(name, int(n)) for names, numbers in rows for name, n in zip(
+        re.findall(r"\((.*?)\)", names), numbers.split(","), strict=True)]
+    assert len(found) > 6
+    for name, n in found:
+        assert abs(len((ROOT / name).read_text().splitlines()) - n) <= 5, name
+
+
 def test_speeds_are_those_of_the_tables():
     ratios = [f"{ratio:.2f}x" for _, peer, ratio in pictures.speeds() if "SVD" not in peer]
     results = (ROOT / "bench" / "RESULTS.md").read_text()

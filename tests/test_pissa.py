@@ -474,6 +474,46 @@ def test_groups_and_a_method_that_asks_for_something_else(as_on_a_gpu, change):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("again", [lambda A, B: (A.detach(), B.detach()),
+                                   lambda A, B: (A, B.clone()), lambda A, B: (A, B)])
+def test_what_was_subtracted_does_not_move(again):
+    """Whatever objects a method returns as its pair: training A and B changes no other tensor."""
+    def init(weight, options):
+        A, B = pissa.principal(weight, options)
+        return pissa.residual(weight, A, B), A, B, again(A, B)
+
+    net = pissa.inject(small_net(), 4, init, progress=False)
+    m = net.model.layers[0].mlp.up_proj
+    before = [M.clone() for M in (m.A0, m.B0, *m.subtracted)]
+    m.A.data.add_(1)
+    m.B.data.add_(1)
+    assert all(map(torch.equal, before, (m.A0, m.B0, *m.subtracted)))
+
+
+def test_a_layer_with_two_names_is_refused():
+    """Only one of its places would be replaced. A block at two places has one place for its own."""
+    net = small_net()
+    first, second = net.model.layers[:2]
+    net.model.layers[1] = first
+    pissa.inject(net, 4, targets="q_proj", progress=False)
+    net = small_net()
+    net.model.layers[1].mlp.up_proj = net.model.layers[0].mlp.gate_proj
+    with pytest.raises(ValueError, match="gate_proj has another name, too"):
+        pissa.inject(net, 4, progress=False)
+
+
+def test_another_dtype_after_injection():
+    """net.to(bfloat16) and net.double(): forward, `disabled` and merge still work."""
+    for dtype in (torch.bfloat16, torch.float64):
+        net = pissa.inject(small_net(), 4, keep_base=True, progress=False).to(dtype)
+        tokens = torch.arange(3, 9)[None]
+        logits = net(tokens)
+        with pissa.disabled(net):
+            assert net(tokens).isfinite().all()
+        merged = pissa.merge(net)(tokens)
+        assert (merged - logits).abs().max() < 0.05 * logits.abs().max()
+
+
 def test_inject_in_groups(as_on_a_gpu):
     """Every matrix gets its own factors, also one that two modules share."""
     def injected():
