@@ -14,8 +14,6 @@ training: W_res = W - A_0 B_0 needs no second SVD. Two more files are ours, and 
     pissa.safetensors   256 sampled entries of every W, by which another base is refused, and the
                         pair (A_q, B_q) with Q = nf4(W - A_q B_q), if that is not (A_0, B_0).
 
-Nothing here asks for a method by name: a method of your own is saved and loaded like any other.
-
     pissa.inject(net, rank=64); ...train...; adapter.save(net, "there"); adapter.load(base, "there")
 """
 import hashlib
@@ -235,11 +233,11 @@ def save(net: nn.Module, directory: str | Path, learnt: dict | None = None) -> N
         A, B = (M.detach().cpu() for M in (m.factors() if m.state else (
             (learnt or {}).get(f"{name}.{k}", getattr(m, k)) for k in "AB")))
         if m.A0 is not None:                           # A B - A_0 B_0 = [A | A_0] [B ; -B_0]
-            A, B = torch.cat([A, m.A0], 1), torch.cat([B, -m.B0])
+            A, B = torch.cat([A, m.A0.cpu()], 1), torch.cat([B, -m.B0.cpu()])
         pairs[name] = A, B
         extras |= {f"{name}.{k}": getattr(m, k).detach().cpu() for k in ("fingerprint", *m.state)}
         if found["own_pair"]:
-            extras[f"{name}.A_q"], extras[f"{name}.B_q"] = m.subtracted
+            extras[f"{name}.A_q"], extras[f"{name}.B_q"] = (M.cpu() for M in m.subtracted)
     modules = [plain(n) for n, _ in unwrapped(net).named_modules()]
     write(directory, pairs, found, extras, "CAUSAL_LM" if "lm_head" in modules else None, modules)
 
@@ -267,7 +265,8 @@ def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
     net.requires_grad_(False)
     own = relative and saved.facts.get("own_layer") and relative(saved.facts["method"])
     Layer = getattr(own, "Layer", PissaLinear)
-    for name in tqdm(saved.pairs, "adapter", unit="matrix", delay=1, leave=False):
+    names = [n for n in reversed(paths) if n in saved.pairs]     # as the network computes them
+    for name in tqdm(names, "adapter", unit="matrix", delay=1, leave=False):
         linear = net.get_submodule(path := paths.get(name, name))
         if read:
             linear.weight = nn.Parameter(saved.check(name, read(name)), requires_grad=False)

@@ -202,8 +202,8 @@ class Llama(nn.Module):
     def new_cache(self, batch, length):
         """An empty KV cache: for each layer (2, batch, G, >= length, K), keys and values."""
         c, w = self.config, self.model.embed_tokens.weight
-        length = -(-length // 64) * 64             # aligned: attention with a mask is faster then
-        return [w.new_zeros(2, batch, c.n_kv_heads, length, c.head_dim) for _ in range(c.n_layers)]
+        shape = 2, batch, c.n_kv_heads, -(-length // 64) * 64, c.head_dim  # aligned: masks are fast
+        return [torch.zeros(shape, dtype=w.dtype, device=w.device) for _ in range(c.n_layers)]
 
 
 def begin(net, tokens, cache, start, pad, where_text):

@@ -111,14 +111,14 @@ def all_batches(examples, args, steps):
                                   for epoch in count())
     for batch in islice(batches, steps.start, steps.stop):
         parts = micro_batches(batch, longest, args)
-        yield batch, parallel.deal(parts), len(parts) >= parallel.WORLD
+        yield batch, parallel.deal(parts), parallel.SHARDED or len(parts) >= parallel.WORLD
 
 
 def validate(net, val, args, autocast, step):
     """--val-every: a row of val.jsonl after a step, and if it is the lowest loss so far, best/."""
     loss = validation_loss(net, val, args, autocast)
-    is_best = loss < progress.best(args.out)[0]
-    if is_best:
+    lowest, at = progress.best(args.out)
+    if is_best := loss < lowest or step == at:               # the same step again, after a kill
         save(net, args, args.out / "best")
     return progress.note(args.out, step, loss, is_best)
 

@@ -25,8 +25,8 @@ import pissa
 import relatives
 from formats.jsonl import filled
 
-RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD, LOCAL = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if (
+    "TORCHELASTIC_RUN_ID" in os.environ) else (0, 1, 0)                # torchrun started this one
 SHARDED, MESH = False, None         # whether weights are sharded; with full, by FSDP2 among MESH
 
 
@@ -39,11 +39,14 @@ def start(device):
         return device
     on_gpu = str(device or "cuda").startswith("cuda") and torch.cuda.is_available()
     if on_gpu:
+        if LOCAL >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"process {LOCAL} of this host has no GPU: there are {gpus}; "
+                             f"--nproc-per-node should be at most {gpus}")
         torch.cuda.set_device(LOCAL)
     store = meeting_place()
     store.set_timeout(dist.default_pg_timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=RANK,
-                            world_size=WORLD)
+                            world_size=WORLD, timeout=timedelta(hours=1))   # 0 writes, all wait
     if RANK:
         sys.stdout = open(os.devnull, "w", errors="replace")
     return f"cuda:{LOCAL}" if on_gpu else "cpu"
@@ -253,10 +256,14 @@ def whole(t):
 
 
 def gathered(value):
-    """Nested dicts with whole tensors."""
+    """Nested dicts with whole tensors. Those that are sharded go to process 0's host memory, one
+    after the other, and to no other process."""
     if isinstance(value, dict):
         return {k: gathered(v) for k, v in value.items()}
-    return whole(value) if isinstance(value, torch.Tensor) else value
+    if not hasattr(value, "full_tensor"):
+        return value
+    value = value.full_tensor()
+    return None if RANK else value.cpu()
 
 
 @torch.no_grad()
@@ -306,6 +313,8 @@ class Spread:
         """Begin to bring layer i to its place. Whichever layer is there was used before."""
         place, part = i % 2, self.layers[i][0]
         if self.held[place] != i:
+            if work := self.coming[place]:           # one that was not needed after all
+                work.wait()
             self.held[place] = i
             self.coming[place] = dist.all_gather_into_tensor(
                 self.places[place, :WORLD * len(part)], part, async_op=True)

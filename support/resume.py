@@ -160,8 +160,10 @@ def claim(args, net, before):
         else:                                   # not finished: what is in OUT.previous stays there
             empty(out)
     report.write_json(out / "args.json", vars(args))
+    if not newest(out):
+        shutil.rmtree(start_of(out), ignore_errors=True)          # of a run that left no state
     if not measured(args):
-        shutil.rmtree(out / "best", ignore_errors=True)           # of a run that left no state
+        shutil.rmtree(out / "best", ignore_errors=True)                                # likewise
         write_lines(out / "val.jsonl", [{"step": 0, **before}])
     parallel.agree(None)
 
@@ -261,8 +263,7 @@ class Run:
             parts = parallel.parts(p)
             of_parts, shape = [kept[names[part]] for part in parts], parts[0].shape
             self.optimizer.state[p] = {
-                key: value.clone() if key == "step" else value.to(p.device, copy=True)
-                if value.shape != shape else parallel.put(
+                key: value.to(p.device, copy=True) if value.shape != shape else parallel.put(
                     torch.empty_like(p), parallel.from_parts(p, [m[key] for m in of_parts]))
                 for key, value in of_parts[0].items()}
         print(filled(f"going on with {path}, after step {self.at} of {self.steps}"))
@@ -403,9 +404,11 @@ def keep(out, count):
 
 
 def finite(net):
-    """True if no trained parameter holds NaN or Inf."""
+    """True if no trained parameter holds NaN or Inf. Asks the others only if they have parts: when
+    one process fails, the others are not there."""
     sums = [parallel.local(p).detach().sum() for p in parallel.trained(net).values()]
-    return all(parallel.everyone(bool(torch.stack(sums).isfinite().all())))
+    here = bool(torch.stack(sums).isfinite().all())
+    return all(parallel.everyone(here)) if parallel.MESH else here
 
 
 def size_of(value):

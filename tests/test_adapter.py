@@ -1015,3 +1015,19 @@ def test_ours_loads_peft(tmp_path, net, tokens, alpha, rslora):
     assert (ours(tokens) - base).abs().max() > 1e-2
     with pissa.disabled(ours):
         assert torch.equal(ours(tokens), base)
+
+
+def test_matrices_are_read_in_the_order_of_the_network(tmp_path):
+    """Not in that of their names, where layer 10 comes before 2: sharding relies on it."""
+    net, order = small_net(n_layers=12), []
+    weights = {n: p.detach().clone() for n, p in net.named_parameters()}
+    adapter.save(pissa.inject(net, 2, targets="q_proj", progress=False), tmp_path)
+
+    def read(name, leaf="weight"):
+        order.append(name)
+        return weights[f"{name}.{leaf}"]
+
+    with torch.device("meta"):
+        empty = model.Llama(net.config)
+    adapter.load(empty, tmp_path, read=read)
+    assert order == [f"model.layers.{i}.self_attn.q_proj" for i in range(12)]

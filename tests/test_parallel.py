@@ -212,6 +212,42 @@ train.report.run(train.main, "train.py")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_that_fails_ends_all(flags, tmp_path, rank):
+    """Saving what was learnt waits for no process that is not there."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, train\nfrom support import parallel\ncount = []\n"
+        "real = torch.optim.AdamW.step\ndef step(self, *args):\n    count.append(1)\n"
+        f"    if len(count) == 4 and parallel.RANK == {rank}:\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory')\n    return real(self, *args)\n"
+        "torch.optim.AdamW.step = step\ntrain.main()\n")
+    process = torchrun(*flags, "--shard=no", "--out", tmp_path / "run", code=script)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "out of memory" in err
+    assert rank or resume.newest(tmp_path / "run").name == "00000003"
+
+
+def test_a_process_without_a_gpu(monkeypatch):
+    """More processes than GPUs: one line."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(parallel, "LOCAL", 1)
+    with pytest.raises(ValueError, match="no GPU: there are 1; --nproc-per-node should be at most"):
+        parallel.start(None)
+
+
+def test_variables_of_other_launchers_are_not_torchruns():
+    """RANK and WORLD_SIZE alone, as some schedulers set them, are not two processes that meet."""
+    env = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    env.pop("TORCHELASTIC_RUN_ID", None)
+    found = subprocess.run([sys.executable, "-c", "from support import parallel as p\n"
+                            "print(p.RANK, p.WORLD)"], cwd=ROOT, env=env, capture_output=True)
+    assert found.stdout.split() == [b"0", b"1"]
+
+
+@pytest.mark.slow
 def test_the_trap_of_recomputation_around_sharded_layers(flags, tmp_path):
     """It finds no gradient for sharded weights: training stops instead of learning nothing."""
     (tmp_path / "trap.py").write_text(TRAP)

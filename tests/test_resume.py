@@ -156,6 +156,31 @@ def test_without_a_state_it_begins(flags, tmp_path):
     assert len(rows(tmp_path / "run")) == 1
 
 
+def test_what_a_run_without_a_state_began_with_is_forgotten(flags, tmp_path):
+    """A kill may leave A_0, B_0 and no state. A run that begins anew there has others."""
+    command(train.main, *flags, "--steps", 1, "--out", tmp_path)
+    for path in tmp_path.iterdir():
+        if path.name != "states":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (tmp_path / "states").glob("0*"):
+        shutil.rmtree(path)
+    text = command(train.main, *flags, "--steps", 2, "--niter", 0, "--resume", "--out", tmp_path)
+    assert "begins" in text or "step 0" in text
+    for name, (A, _) in adapter.read_adapter(tmp_path / "adapter").pairs.items():
+        began, _ = adapter.read_adapter(resume.start_of(tmp_path)).pairs[name]
+        assert torch.equal(A[:, 4:], began[:, 4:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_resumed_on_a_gpu(flags, tmp_path, monkeypatch):
+    """AdamW's own kernel wants all of its state on the GPU, the number of steps, too."""
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        interrupt(patch, 6, torch.OutOfMemoryError("CUDA out of memory"))
+        command(train.main, *flags, "--out", tmp_path)
+    command(train.main, *flags, "--out", tmp_path, "--resume")
+    assert [r["step"] for r in rows(tmp_path)] == list(range(1, STEPS + 1))
+
+
 def test_a_run_is_not_replaced_by_accident(flags, whole, tmp_path):
     text = failure("train.py", *flags, "--out", whole)
     assert "--resume" in text and "--overwrite" in text

@@ -740,6 +740,37 @@ def test_best_is_kept_by_a_run_that_goes_on(watched, monkeypatch, tmp_path):
         assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
 
 
+def test_best_of_a_step_that_is_done_again(flags, tmp_path, monkeypatch):
+    """After a kill, the step whose weights are in best/ is done again: it stays the best one."""
+    losses, real, done = {0: 3.0, 2: 2.2, 4: 2.0, 6: 2.1}, torch.optim.AdamW.step, [0]
+    monkeypatch.setattr(train, "validation_loss", lambda *_: losses[done[0]])
+
+    def step(self, *args):
+        done[0] += 1
+        return real(self, *args)
+
+    def killed(self, *args):
+        if done[0] == 5:
+            raise SystemExit(137)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+    more = [*flags, "--val-every", 2, "--steps", 6, "--save-every", 3, "--max-new-tokens", 1,
+            "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="137"):
+        patch.setattr(torch.optim.AdamW, "step", killed)
+        command(train.main, *more)
+    shutil.rmtree(tmp_path / "out/states/00000005")             # a kill has no time to write it
+    best = (tmp_path / "out/best/adapter_model.safetensors").read_bytes()
+    losses[3], done[0] = 3.0, 3
+    assert "after step 3 of 6" in command(train.main, *more, "--resume")
+    rows = {r["step"]: r for r in read_lines(tmp_path / "out/val.jsonl")}
+    assert [rows[step]["best"] for step in (2, 4, 6)] == [True, True, False]
+    assert json.loads((tmp_path / "out/summary.json").read_text())["best"] == {"step": 4, "loss": 2}
+    assert (tmp_path / "out/best/adapter_model.safetensors").read_bytes() == best
+
+
 @pytest.mark.parametrize("method", ["pissa", pytest.param("full", marks=pytest.mark.long)])
 def test_killed_between_best_and_its_row(flags, tmp_path, monkeypatch, method):
     """best/ is written before its row of val.jsonl. A run that goes on writes both again."""
