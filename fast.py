@@ -76,7 +76,7 @@ class LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, A, B, bias):
         kind, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         ctx.make, kept, version = getattr(x, "source", (None, (), 0))
         if ctx.make and x._version != version:                     # x was changed in place since

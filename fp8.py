@@ -137,7 +137,7 @@ class FP8(nn.Module):
 
     def forward(self, x):
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         y = Product.apply(x.reshape(-1, x.shape[-1]), self.codes, self.codes_T, self.scale)
         return y.view(*x.shape[:-1], len(self.codes))

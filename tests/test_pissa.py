@@ -502,6 +502,13 @@ def test_a_layer_with_two_names_is_refused():
         pissa.inject(net, 4, progress=False)
 
 
+@pytest.mark.parametrize("more", [{}, {"method": "qlora"}, {"method": "qlora", "bits": 8}], ids=str)
+def test_shapes_without_numbers(more):
+    """An injected network on the meta device tells shapes, say to count operations."""
+    net = pissa.inject(small_net(), 4, progress=False, **more).to("meta")
+    assert net(torch.arange(3, 9, device="meta")[None]).shape == (1, 6, 101)
+
+
 def test_another_dtype_after_injection():
     """net.to(bfloat16) and net.double(): forward, `disabled` and merge still work."""
     for dtype in (torch.bfloat16, torch.float64):
