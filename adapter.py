@@ -265,8 +265,9 @@ def load(net: nn.Module, directory: str | Path, *, read=None, keep_base=False,
     net.requires_grad_(False)
     own = relative and saved.facts.get("own_layer") and relative(saved.facts["method"])
     Layer = getattr(own, "Layer", PissaLinear)
-    names = [n for n in reversed(paths) if n in saved.pairs]     # as the network computes them
-    for name in tqdm(names, "adapter", unit="matrix", delay=1, leave=False):
+    order = {n: i for i, n in enumerate(reversed(paths))}          # as the network computes them
+    for name in tqdm(sorted(saved.pairs, key=lambda n: order.get(n, -1)), "adapter", unit="matrix",
+                     delay=1, leave=False):
         linear = net.get_submodule(path := paths.get(name, name))
         if read:
             linear.weight = nn.Parameter(saved.check(name, read(name)), requires_grad=False)

@@ -1031,3 +1031,13 @@ def test_matrices_are_read_in_the_order_of_the_network(tmp_path):
         empty = model.Llama(net.config)
     adapter.load(empty, tmp_path, read=read)
     assert order == [f"model.layers.{i}.self_attn.q_proj" for i in range(12)]
+
+
+def test_a_second_name_of_a_shared_block(tmp_path):
+    """An adapter may name a module by another of its names; no pair is left out for that."""
+    net, name = small_net(), "model.layers.1.mlp.up_proj"
+    net.model.layers[1] = net.model.layers[0]
+    n_out, n_in = net.get_submodule(name).weight.shape
+    adapter.write(tmp_path, {name: (torch.ones(n_in, 2), torch.ones(2, n_out))}, None, {})
+    adapter.load(net, tmp_path)
+    assert [m.A.shape for _, m in pissa.layers(net)] == [(n_in, 2)]
