@@ -75,9 +75,7 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, A, B, bias):
-        kind, dtype = x.device.type, x.dtype
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = autocast_dtype(x)
         ctx.make, kept, version = getattr(x, "source", (None, (), 0))
         if ctx.make and x._version != version:                     # x was changed in place since
             ctx.make, kept = None, ()
@@ -104,6 +102,13 @@ class LowRank(torch.autograd.Function):
         if ctx.make:
             x = ctx.make(x, *more).reshape(-1, len(A)).to(A.dtype)
         return dx, None, x.T @ gB, xA.T @ g, g.sum(0) if need[4] else None
+
+
+def autocast_dtype(x):
+    """The dtype that autocast wants a product with x to have, or x's own."""
+    kind = x.device.type
+    wanted = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if wanted else x.dtype
 
 
 def as_tensor(W, dtype):

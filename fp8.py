@@ -88,7 +88,7 @@ def quantize(W: torch.Tensor) -> "FP8":
     """
     if not W.is_floating_point() or W.ndim != 2 or W.numel() == 0:
         raise ValueError(f"FP8 needs a matrix of floats, not {W.dtype} {tuple(W.shape)}")
-    both = torch.empty(2, W.numel(), dtype=E4M3, device=W.device)   # each is rounded up
+    both = torch.empty(2, W.numel(), dtype=E4M3, device=W.device)  # torch rounds up each block
     codes, codes_T = both[0].view(W.shape), both[1].view(W.T.shape)
     scale = torch.empty(len(W), 1, device=W.device, dtype=torch.float32)
     rows = max(1, CHUNK // W.shape[1])
@@ -136,9 +136,7 @@ class FP8(nn.Module):
         return product_T(g, self.codes_T, self.scale)
 
     def forward(self, x):
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = x.to(fast.autocast_dtype(x))
         y = Product.apply(x.reshape(-1, x.shape[-1]), self.codes, self.codes_T, self.scale)
         return y.view(*x.shape[:-1], len(self.codes))
 

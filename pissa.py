@@ -266,8 +266,8 @@ def merge(net: nn.Module) -> nn.Module:
 
 def remove(net: nn.Module) -> nn.Module:
     """nn.Linear again: the base model, bit for bit. Needs keep_base=True unless `frozen` is W."""
-    [m.base() for _, m in layers(net)]               # raises before anything changes
-    return to_linears(net, lambda m: m.base())
+    bases = {m: m.base() for _, m in layers(net)}    # raises before anything changes
+    return to_linears(net, bases.get)
 
 
 def as_tensor(frozen):

@@ -7,12 +7,12 @@ To be moved into nf4.py if it pays: QPiSSA of 70B rounds 560 matrices five times
 """
 import argparse
 import functools
-import statistics
 
 import torch
 
 import nf4
 from bench import program, report, steps
+from bench.bench_inject import seconds_of
 
 
 @functools.cache
@@ -63,16 +63,6 @@ def differ(W, double):
     return sum(int((a != b).sum()) for a, b in pairs)
 
 
-def seconds(f, times=7):
-    """The median."""
-    found = []
-    for _ in range(times):
-        start = steps.clock()
-        f()
-        found.append(steps.clock() - start)
-    return statistics.median(found)
-
-
 def main():
     """Bits, seconds, and what a NaN does."""
     p = argparse.ArgumentParser(description=__doc__,
@@ -88,11 +78,11 @@ def main():
             W.view(-1)[::97] *= 30
             row = {"differ": [differ(W, double) for double in (False, True)]}
             if W.numel() > 2**20:
-                row["nf4"] = seconds(lambda W=W: nf4.quantize(W))
+                row["nf4"] = seconds_of(lambda W=W: nf4.quantize(W), 7)
                 for N in (4, 16, 64):
                     for warps in (2, 4, 8):
-                        row[f"{N} blocks, {warps} warps"] = seconds(
-                            lambda W=W, N=N, warps=warps: quantize(W, True, N, warps))
+                        row[f"{N} blocks, {warps} warps"] = seconds_of(
+                            lambda W=W, N=N, warps=warps: quantize(W, True, N, warps), 7)
             rows[f"{shape[0]} x {shape[1]}, {dtype}"] = row
             print(shape, dtype, row, flush=True)
     for bad in (float("nan"), float("inf")):

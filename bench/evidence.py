@@ -50,11 +50,18 @@ def missing(names, tiny, found):
     return "" if all(j in done for j in jobs) else f" of {len(jobs)}: not finished"
 
 
-def spread(values, form=".4f"):
+def spread(values, form=".4f", seeds=", {} seeds"):
     """0.5812 (0.5800 to 0.5820, 3 seeds)"""
     mean = f"{statistics.mean(values):{form}}"
     return mean if len(values) == 1 else (
-        f"{mean} ({min(values):{form}} to {max(values):{form}}, {len(values)} seeds)")
+        f"{mean} ({min(values):{form}} to {max(values):{form}}{seeds.format(len(values))})")
+
+
+def bars(groups):
+    """(means, [reaches below, above]) of lists of numbers, for errorbar."""
+    means = [statistics.mean(v) for v in groups]
+    return means, [[m - min(v) for m, v in zip(means, groups)],
+                   [max(v) - m for m, v in zip(means, groups)]]
 
 
 def under(text, what):
@@ -107,26 +114,34 @@ def beside_table(names, keys, head):
     return under(table([*head, *methods], lines), what) if found else what
 
 
-def learnt_table():
-    """Every method at its best rate: what DeltaW is, and what is forgotten. Shares are means of the
-    left and the right side. Only seeds that were run at every rate."""
-    from bench.pictures import NAMES
-    found, what, _ = rows("learnt")
-    lines = []
+def by_method():
+    """(the rows of `learnt`, what they are, whether tiny, {method: (its rows, best rate)}). Of each
+    only the seeds that were run at every rate."""
+    found, what, tiny = rows("learnt")
+    methods = {}
     for method in dict.fromkeys(r["method"] for r in found):
         mine = [r for r in found if r["method"] == method]
         whole = set.intersection(*({r["seed"] for r in mine if r["lr"] == lr}
                                    for lr in {r["lr"] for r in mine}))
         mine = [r for r in mine if r["seed"] in whole]
-        lr = studies.best_rate(mine, method=method)
+        methods[method] = mine, studies.best_rate(mine, method=method)
+    return found, what, tiny, methods
+
+
+def learnt_table():
+    """Every method at its best rate: what DeltaW is, and what is forgotten. Shares are means of the
+    left and the right side."""
+    from bench.pictures import NAMES
+    found, what, _, methods = by_method()
+    lines = []
+    for method, (mine, lr) in methods.items():
         same = [r for r in mine if r["lr"] == lr]
         sides = [[f"{k}_{side}" for side in ("left", "right")]
                  for k in ("top", "bottom", "random", "angle")]
         means = [statistics.mean(r["learnt_" + k] for r in same for k in names)
                  for names in (["norm"], *sides, ["stable_rank"])]
         every = ", ".join(f"{rate:g}: " + spread([r["perplexity"] for r in mine if (
-            r["lr"] == rate)], ".1f").partition(", ")[0] + ")" * (len(whole) > 1)
-            for rate in sorted({r["lr"] for r in mine}))
+            r["lr"] == rate)], ".1f", "") for rate in sorted({r["lr"] for r in mine}))
         before = [r["perplexity_before"] for r in found if "perplexity_before" in r]
         lines.append([NAMES.get(method, method), f"{lr:g}", spread([r["val"] for r in same]),
                       *(f"{x:.3f}" for x in means), every])
@@ -296,11 +311,9 @@ def eight():
         draw(left, [r for r in found if (r["method"], r["lr"]) == (method, lr)], like,
              f"PiSSA, {name}, rate {lr:g}")
         at = studies.losses_at(found, method=method)
-        means = [statistics.mean(v) for v in at.values()]
+        means, reach = bars(at.values())
         right.errorbar([x * aside for x in at], means, fmt=MARKS[like][0] + MARKS[like][1],
-                       yerr=[[m - min(v) for m, v in zip(means, at.values())],
-                             [max(v) - m for m, v in zip(means, at.values())]],
-                       color=COLOURS[like], capsize=3, label=name)
+                       yerr=reach, color=COLOURS[like], capsize=3, label=name)
     plain_rates(right, list(at))
     left.set(ylabel="training loss, mean of 5 steps", title="SmolLM2-135M, GSM8K")
     right.set(ylabel="validation loss", title="after 100 steps; bars: three seeds")
@@ -312,14 +325,12 @@ def learnt():
     """Left, the singular values of DeltaW at each method's best rate. Right, what every rate learns
     of the task, and what it does to other text."""
     from bench.pictures import COLOURS, GREY, NAMES, OCHRE, keep, panels
-    found, _, tiny = rows("learnt")
+    found, _, tiny, methods = by_method()
     if not found:
         return
     figure, (left, right) = panels(1, 2)
-    for method in dict.fromkeys(r["method"] for r in found):
-        mine = [r for r in found if r["method"] == method]
+    for method, (mine, best) in methods.items():
         (mark, style), colour = MARKS[method], COLOURS.get(method, OCHRE)
-        best = studies.best_rate(mine, method=method)
         spectra = [r["learnt_spectrum"] for r in mine if r["lr"] == best]
         means = [statistics.mean(x) for x in zip(*spectra)]
         there = [i for i, x in enumerate(means) if x > 1e-4]             # the rank is 2 r at most
@@ -328,15 +339,12 @@ def learnt():
         left.fill_between([i + 1 for i in there], *([of(x[i] for x in spectra) for i in there]
                                                     for of in (min, max)), color=colour, alpha=0.25)
         at = {lr: [r for r in mine if r["lr"] == lr] for lr in sorted({r["lr"] for r in mine})}
-        x, y = ([[r[key] for r in same] for same in at.values()] for key in ("val", "perplexity"))
-        middle = [[statistics.mean(v) for v in values] for values in (x, y)]
-        reach = [[[m - min(v) for m, v in zip(means, values)],
-                  [max(v) - m for m, v in zip(means, values)]]
-                 for means, values in zip(middle, (x, y))]
-        right.errorbar(*middle, xerr=reach[0], yerr=reach[1], fmt=mark + style, color=colour,
-                       markersize=5, markerfacecolor="none", capsize=2)
+        (x, xerr), (y, yerr) = (bars([[r[key] for r in same] for same in at.values()])
+                                for key in ("val", "perplexity"))
+        right.errorbar(x, y, xerr=xerr, yerr=yerr, fmt=mark + style, color=colour, markersize=5,
+                       markerfacecolor="none", capsize=2)
         i = list(at).index(best)
-        right.plot(middle[0][i], middle[1][i], mark, color=colour, label=f"{NAMES[method]}, "
+        right.plot(x[i], y[i], mark, color=colour, label=f"{NAMES[method]}, "
                    f"{', '.join(f'{lr:g}' for lr in at)}")
     before = next(r["perplexity_before"] for r in found if "perplexity_before" in r)
     right.axhline(before, color=GREY, linewidth=1, linestyle=(0, (1, 3)))

@@ -157,9 +157,8 @@ def step_table():
 
 def eight_table():
     """A step in eight bits, in sixteen, and the peers': milliseconds and memory of every shape."""
-    result = read("step_eight_h100")
-    names = {"16 bits": "ours, 16 bits", "8 bits": "ours, 8 bits", "PEFT, Liger": "PEFT, Liger",
-             "torchtune": "torchtune (A, B in bfloat16)"}
+    result, other = read("step_eight_h100"), read("step_eight_h200")
+    ours = {part: f"ours, {part}" for part in ("16 bits", "8 bits")}
     shapes = [k for k, v in result["16 bits"].items() if "step_seconds" in v]
 
     def cell(figures):
@@ -168,14 +167,16 @@ def eight_table():
         return f"{1e3 * figures['step_seconds']:.1f} ms, {figures['peak_gib']:.1f} GiB" if (
             "step_seconds" in figures) else "failed"
 
-    lines = [[name, *(cell(result[part].get(shape)) for shape in shapes)]
-             for part, name in names.items()]
-    other = read("step_eight_h200")
-    more = [[name, *(cell(other[part].get(shape)) for shape in shapes)] for part, name in {
-        **dict(list(names.items())[:2]), "4 bits": "ours, 4 bits", "unsloth": "unsloth"}.items()]
+    def lines(result, names):
+        return [[name, *(cell(result[part].get(shape)) for shape in shapes)]
+                for part, name in names.items()]
+
+    first = lines(result, ours | {"PEFT, Liger": "PEFT, Liger",
+                                  "torchtune": "torchtune (A, B in bfloat16)"})
+    more = lines(other, ours | {"4 bits": "ours, 4 bits", "unsloth": "unsloth"})
     ratios = table(["beside the fastest peer", "", "times as fast"], [
         [what, peer, f"**{ratio:.2f}x**"] for what, (peer, ratio) in beside_peers().items()])
-    return "\n\n".join((table(["one H100", *shapes], lines) + source(result),
+    return "\n\n".join((table(["one H100", *shapes], first) + source(result),
                         table(["one H200", *shapes], more) + source(other), ratios))
 
 
