@@ -107,7 +107,7 @@ class LowRank(torch.autograd.Function):
 def autocast_dtype(x):
     """The dtype that autocast wants a product with x to have, or x's own."""
     kind = x.device.type
-    wanted = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    wanted = not x.is_meta and torch.is_autocast_enabled(kind)    # for meta tensors there is none
     return torch.get_autocast_dtype(kind) if wanted else x.dtype
 
 

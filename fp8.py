@@ -54,7 +54,9 @@ def multiply(x, a, codes, s, dtype):
         return torch._scaled_mm(x, codes.T, scale_a=a, scale_b=s, out_dtype=dtype,
                                 use_fast_accum=True)
     exact = dtype if dtype == torch.bfloat16 and codes.is_cuda else torch.float32    # of codes
-    return ((x.to(exact) @ codes.to(exact).T) * a * s).to(dtype)
+    y = (x.to(exact) @ codes.to(exact).T) * a * s
+    # Compiled by torch 2.11, a cast that changes nothing, at the end, loses the gradient.
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def product(x, codes, scale):

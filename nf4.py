@@ -68,9 +68,13 @@ LEVELS, ABSMAX_LEVELS = normal_levels(), dynamic_levels()
 PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], 1)       # of a byte's codes
 
 
+def middles(levels, device):
+    """The middles between neighbouring levels."""
+    return ((levels[:-1] + levels[1:]) / 2).to(device)
+
+
 def nearest(x, halfway, block):
-    """(codes int32, absmax) of x (n,). Zeros fill the last block. halfway: the middles between
-    neighbouring levels."""
+    """(codes int32, absmax) of x (n,). Zeros fill the last block. halfway: `middles`."""
     blocks = pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
@@ -87,28 +91,31 @@ def quantize(W: torch.Tensor, double: bool = True) -> "NF4":
     """
     if not W.is_floating_point() or W.numel() == 0:
         raise ValueError(f"NF4 needs floating-point numbers, not {W.dtype} {tuple(W.shape)}")
-    flat, n = W.reshape(-1), W.numel()
-    codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=W.device)
-    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=W.device)
-    halfway, halfway_absmax = (((levels[:-1] + levels[1:]) / 2).to(W.device)
-                               for levels in (LEVELS, ABSMAX_LEVELS))
-    for i in range(0, n, CHUNK):
-        found, largest = nearest(flat[i:i + CHUNK].float(), halfway, BLOCK)
-        found = found.view(-1, 2).to(torch.uint8)
-        target = codes[i // 2:(i + CHUNK) // 2]
-        target.copy_((found[:, 0] << 4 | found[:, 1])[:len(target)])
-        absmax[i // BLOCK:(i + CHUNK) // BLOCK] = largest
+    pack = packed_on_gpu if W.is_cuda else packed
+    codes, absmax = pack(W.reshape(-1), middles(LEVELS, W.device))
     if not absmax.isfinite().all():
         raise ValueError("the matrix holds NaN or Inf")
     if not double:
         return NF4(W, codes, absmax)
     mean = absmax.double().mean().float()            # the same for any number of threads
-    found, scale = nearest(absmax - mean, halfway_absmax, ABSMAX_BLOCK)
+    found, scale = nearest(absmax - mean, middles(ABSMAX_LEVELS, W.device), ABSMAX_BLOCK)
     return NF4(W, codes, found.flatten()[:len(absmax)].to(torch.uint8), scale, mean.view(1))
 
 
+def packed(x, halfway):
+    """codes (n / 2,) uint8 and absmax (n / 64,) float32 of x (n,), some millions at a time."""
+    codes = torch.empty(-(-len(x) // 2), dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-len(x) // BLOCK), dtype=torch.float32, device=x.device)
+    for i in range(0, len(x), CHUNK):
+        found, largest = nearest(x[i:i + CHUNK].float(), halfway, BLOCK)
+        found = found.view(-1, 2).to(torch.uint8)
+        target = codes[i // 2:(i + CHUNK) // 2]
+        target.copy_((found[:, 0] << 4 | found[:, 1])[:len(target)])
+        absmax[i // BLOCK:(i + CHUNK) // BLOCK] = largest
+    return codes, absmax
+
+
 WORDS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}   # of one number, of two
-KERNELS = {}                  # `unpack` for GPUs, compiled for each key
 
 
 def unpack(codes, absmax, scale, mean, levels, absmax_levels, pairs, dtype):
@@ -134,25 +141,6 @@ def spread(x, scale, block):
     if len(x) % block:
         return x * scale.repeat_interleave(block)[:len(x)]
     return (x.view(-1, block) * scale[:, None]).flatten()
-
-
-def kernel(parts, dtype):
-    """`unpack` as one kernel, compiled in a second for every size and dtype. (The checks of
-    torch.compile at every call take as long as a small matrix.) Without a compiler, as it is."""
-    key = dtype, parts[0].device, *(None if p is None else len(p) for p in parts[:3])
-    if key not in KERNELS:
-        graph = make_fx(lambda *parts: unpack(*parts, dtype), tracing_mode="fake")(*parts)
-        try:
-            compiled = torch._inductor.compile(graph, parts)
-            compiled(*parts)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as e:              # of many kinds: no triton, no C compiler, no headers
-            why = str(e).strip().partition("\n")[0][:120]
-            warnings.warn(f"NF4 could not be compiled, and takes longer: {why}", stacklevel=2)
-            compiled = graph
-        KERNELS[key] = compiled
-    return KERNELS[key](*parts)
 
 
 class Product(torch.autograd.Function):
@@ -209,7 +197,7 @@ class NF4(nn.Module):
         parts[0] = parts[0].view(torch.uint8)           # while they are sharded, another dtype
         parts += self.levels, self.absmax_levels, self.pairs
         dtype, fused = dtype or self.dtype, self.codes.is_cuda and not torch.compiler.is_compiling()
-        numbers = kernel(parts, dtype) if fused else unpack(*parts, dtype)
+        numbers = unpack_on_gpu(*parts, dtype) if fused else unpack(*parts, dtype)
         return numbers[:self.shape.numel()].view(self.shape)
 
     def forward(self, x):
@@ -229,3 +217,72 @@ class NF4(nn.Module):
 
     def extra_repr(self):
         return f"{tuple(self.shape)}, {8 * self.nbytes / self.shape.numel():.2f} bits a weight"
+
+
+# ---------------------------------------------------------------- the same as one kernel of a GPU
+
+KERNELS = {}
+
+
+def tried(key, make, plain, *given):
+    """What make() compiles, kept for `key`, of the tensors `given`. Without a compiler, `plain`."""
+    if key not in KERNELS:
+        try:
+            KERNELS[key] = make()
+            return KERNELS[key](*given)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:              # of many kinds: no triton, no C compiler, no headers
+            why = str(e).strip().partition("\n")[0][:120]
+            warnings.warn(f"NF4 could not be compiled, and takes longer: {why}", stacklevel=3)
+            KERNELS[key] = plain
+    return KERNELS[key](*given)
+
+
+def unpack_on_gpu(*parts_and_dtype):
+    """`unpack`, compiled in a second for every size and dtype: a twentieth of the time. (The checks
+    of torch.compile at every call take as long as a small matrix.)"""
+    *parts, dtype = parts_and_dtype
+    key = dtype, parts[0].device, *(None if p is None else len(p) for p in parts[:3])
+
+    def plain(*parts):
+        return unpack(*parts, dtype)
+
+    return tried(key, lambda: torch._inductor.compile(
+        make_fx(plain, tracing_mode="fake")(*parts), parts), plain, *parts)
+
+
+def packed_on_gpu(x, halfway):
+    """`packed` by triton: a tenth of the time, the same bits."""
+    return tried(packed, triton_packed, packed, x, halfway)
+
+
+def triton_packed():
+    """`packed`, each program for 16 blocks."""
+    import triton
+    from triton import language as tl
+
+    @triton.jit
+    def kernel(x, halfway, codes, absmax, n, N: tl.constexpr):
+        block = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+        at = block[:, None] * 64 + tl.arange(0, 64)[None]
+        y = tl.load(x + at, at < n, 0).to(tl.float32)
+        largest = tl.max(tl.abs(y), 1)
+        one, tiny = tl.full([N], 1.0, tl.float32), tl.full([N], 1e-38, tl.float32)
+        scaled = y * tl.div_rn(one, tl.maximum(largest, tiny))[:, None]
+        code = tl.zeros([N, 64], tl.int32)
+        for i in tl.static_range(15):
+            code += (scaled > tl.load(halfway + i)).to(tl.int32)
+        high, low = tl.split(tl.reshape(code, [N, 32, 2]))
+        to = block[:, None] * 32 + tl.arange(0, 32)[None]
+        tl.store(codes + to, ((high << 4) | low).to(tl.uint8), to < (n + 1) // 2)
+        tl.store(absmax + block, largest + tl.sum(y * 0, 1), block * 64 < n)    # NaN, Inf: not lost
+
+    def launch(x, halfway, N=16):
+        codes = torch.empty(-(-len(x) // 2), dtype=torch.uint8, device=x.device)
+        absmax = torch.empty(-(-len(x) // BLOCK), dtype=torch.float32, device=x.device)
+        with torch.cuda.device(x.device):
+            kernel[-(-len(absmax) // N),](x, halfway, codes, absmax, len(x), N)
+        return codes, absmax
+
+    return launch

@@ -1,8 +1,10 @@
 """nf4.py against bitsandbytes bit for bit, and against what backward must not keep."""
 import copy
 import math
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -380,6 +382,54 @@ def test_without_a_compiler(monkeypatch):
     parts = [p.detach().flatten() for p in (Q.codes, Q.absmax, Q.scale, Q.mean)]
     parts += Q.levels, Q.absmax_levels, Q.pairs
     with pytest.warns(UserWarning, match="could not be compiled.*no triton"):
-        found = nf4.kernel(parts, torch.float32)
-    assert torch.equal(found, nf4.kernel(parts, torch.float32))
+        found = nf4.unpack_on_gpu(*parts, torch.float32)
+    assert torch.equal(found, nf4.unpack_on_gpu(*parts, torch.float32))
     assert torch.equal(found.view(40, 64), Q.dequantize())
+
+
+PACKED = [(64, 64), (3, 5), (40, 77), (1, 1), (130, 64)]
+
+
+def odd_ones(shape, dtype):
+    """Numbers with outliers, a block of zeros, equal ones, and ones halfway between two levels."""
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    flat = W.view(-1)
+    flat[::97] *= 1000
+    flat[64:128], flat[128:140] = 0, 0.37
+    middles = nf4.middles(nf4.LEVELS, "cpu").to(dtype)
+    flat[192:207] = middles[:len(flat[192:207])]
+    flat[207:208] = 1
+    return W
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_in_one_kernel(dtype, monkeypatch):
+    """triton's kernel gives the bits of the plain form, and sees NaN and Inf: on a GPU, or in
+    triton's interpreter."""
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU, or triton and TRITON_INTERPRET=1 from the start")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(nf4, "KERNELS", {})
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    halfway = nf4.middles(nf4.LEVELS, device)
+    for shape in PACKED:
+        x = odd_ones(shape, dtype).flatten().to(device)
+        for mine, plain in zip(nf4.packed_on_gpu(x, halfway), nf4.packed(x, halfway), strict=True):
+            assert torch.equal(mine, plain), shape
+    x = odd_ones((40, 77), dtype).flatten().to(device)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x[3] = bad
+        assert not nf4.packed_on_gpu(x, halfway)[1].isfinite().all()
+    assert nf4.KERNELS[nf4.packed] is not nf4.packed
+
+
+def test_packed_without_triton(monkeypatch):
+    """One warning, and the same bits."""
+    monkeypatch.setattr(nf4, "KERNELS", {})
+    monkeypatch.setitem(sys.modules, "triton", None)
+    x, halfway = odd_ones((40, 77), torch.float32).flatten(), nf4.middles(nf4.LEVELS, "cpu")
+    with pytest.warns(UserWarning, match="NF4 could not be compiled"):
+        found = nf4.packed_on_gpu(x, halfway)
+    assert all(map(torch.equal, found, nf4.packed(x, halfway)))
+    assert nf4.KERNELS == {nf4.packed: nf4.packed}
