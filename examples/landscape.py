@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not needed beside copied files
 
@@ -73,8 +74,22 @@ def change(point, start, name):
 
 
 def inner(one, other, starts):
-    """<DeltaW, DeltaW'> over all matrices, of two points with their starts."""
-    return sum((change(one, starts[0], n) * change(other, starts[1], n)).sum().item() for n in one)
+    """<DeltaW, DeltaW'> over all matrices, of two points with their starts, in float64.
+
+    DeltaW = (A - A_0) B + A_0 (B - B_0) = L R with 2 r columns and rows, and
+    <L R, L' R'> = <L^T L', R R'^T>.
+    """
+    total = 0.0
+    for n in one:
+        (L, R), (M, S) = (stacked(p[n], s[n]) for p, s in zip((one, other), starts, strict=True))
+        total += ((L.T @ M) * (R @ S.T)).sum().item()
+    return total
+
+
+def stacked(point, start):
+    """L (in, 2 r) and R (2 r, out) of `inner`, float64."""
+    A, B, A0, B0 = (M.double() for M in (*point, *start))
+    return torch.cat([A - A0, A0], 1), torch.cat([B, B - B0])
 
 
 def coordinates(paths):
@@ -118,7 +133,8 @@ def surface(paths, Q, axes, asked, val):
             m.weight.data = W0[n] + a * ends[n][0] + b * ends[n][1]
         return train.validation_loss(net, val, args, nullcontext())
 
-    grid = [[loss(x, y) for x in axes[0]] for y in axes[1]]
+    rows = tqdm(axes[1], desc="surface", unit="row", leave=False)
+    grid = [[loss(x, y) for x in axes[0]] for y in rows]
     return grid, {"base": loss(0, 0), **{m: loss(*Q[k].tolist()) for k, m in enumerate(METHODS)}}
 
 
