@@ -25,6 +25,7 @@ Q(x) unpacks W to the dtype of x and drops it again. Backward unpacks it anew. S
 four bits a weight are kept instead of sixteen.
 """
 import warnings
+from functools import partial
 
 import torch
 from torch import nn
@@ -91,8 +92,10 @@ def quantize(W: torch.Tensor, double: bool = True) -> "NF4":
     """
     if not W.is_floating_point() or W.numel() == 0:
         raise ValueError(f"NF4 needs floating-point numbers, not {W.dtype} {tuple(W.shape)}")
-    pack = packed_on_gpu if W.is_cuda else packed
-    codes, absmax = pack(W.reshape(-1), middles(LEVELS, W.device))
+    x, n = W.reshape(-1), W.numel()
+    codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=W.device)
+    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=W.device)
+    (pack_on_gpu if W.is_cuda else pack)(x, middles(LEVELS, W.device), codes, absmax)
     if not absmax.isfinite().all():
         raise ValueError("the matrix holds NaN or Inf")
     if not double:
@@ -102,17 +105,14 @@ def quantize(W: torch.Tensor, double: bool = True) -> "NF4":
     return NF4(W, codes, found.flatten()[:len(absmax)].to(torch.uint8), scale, mean.view(1))
 
 
-def packed(x, halfway):
-    """codes (n / 2,) uint8 and absmax (n / 64,) float32 of x (n,), some millions at a time."""
-    codes = torch.empty(-(-len(x) // 2), dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-len(x) // BLOCK), dtype=torch.float32, device=x.device)
+def pack(x, halfway, codes, absmax):
+    """Fill in codes, two a byte, and absmax of x (n,): some millions at a time."""
     for i in range(0, len(x), CHUNK):
         found, largest = nearest(x[i:i + CHUNK].float(), halfway, BLOCK)
         found = found.view(-1, 2).to(torch.uint8)
         target = codes[i // 2:(i + CHUNK) // 2]
         target.copy_((found[:, 0] << 4 | found[:, 1])[:len(target)])
         absmax[i // BLOCK:(i + CHUNK) // BLOCK] = largest
-    return codes, absmax
 
 
 WORDS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}   # of one number, of two
@@ -197,7 +197,7 @@ class NF4(nn.Module):
         parts[0] = parts[0].view(torch.uint8)           # while they are sharded, another dtype
         parts += self.levels, self.absmax_levels, self.pairs
         dtype, fused = dtype or self.dtype, self.codes.is_cuda and not torch.compiler.is_compiling()
-        numbers = unpack_on_gpu(*parts, dtype) if fused else unpack(*parts, dtype)
+        numbers = unpack_on_gpu(*parts, dtype=dtype) if fused else unpack(*parts, dtype)
         return numbers[:self.shape.numel()].view(self.shape)
 
     def forward(self, x):
@@ -219,46 +219,46 @@ class NF4(nn.Module):
         return f"{tuple(self.shape)}, {8 * self.nbytes / self.shape.numel():.2f} bits a weight"
 
 
-# ---------------------------------------------------------------- the same as one kernel of a GPU
+# -------------------------------------------- the same in one kernel of a GPU, with the same bits
 
 KERNELS = {}
 
 
 def tried(key, make, plain, *given):
-    """What make() compiles, kept for `key`, of the tensors `given`. Without a compiler, `plain`."""
-    if key not in KERNELS:
-        try:
+    """What make() compiles, kept for `key`, called. Without a compiler: a warning, and `plain`."""
+    try:
+        if key not in KERNELS:
             KERNELS[key] = make()
-            return KERNELS[key](*given)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as e:              # of many kinds: no triton, no C compiler, no headers
-            why = str(e).strip().partition("\n")[0][:120]
-            warnings.warn(f"NF4 could not be compiled, and takes longer: {why}", stacklevel=3)
-            KERNELS[key] = plain
-    return KERNELS[key](*given)
+        return KERNELS[key](*given)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:                  # of many kinds: no triton, no C compiler, no headers
+        why = str(e).strip().partition("\n")[0][:120]
+        warnings.warn(f"NF4 could not be compiled, and takes longer: {why}", stacklevel=3)
+        KERNELS[key] = plain
+        return plain(*given)
 
 
-def unpack_on_gpu(*parts_and_dtype):
-    """`unpack`, compiled in a second for every size and dtype: a twentieth of the time. (The checks
-    of torch.compile at every call take as long as a small matrix.)"""
-    *parts, dtype = parts_and_dtype
-    key = dtype, parts[0].device, *(None if p is None else len(p) for p in parts[:3])
+def unpack_on_gpu(*parts, dtype):
+    """`unpack`, compiled in a second for every size and dtype. (The checks of torch.compile at
+    every call take as long as a small matrix.)"""
+    def make():
+        graph = make_fx(plain, tracing_mode="fake")(*parts)
+        return torch._inductor.compile(graph, parts)
 
-    def plain(*parts):
-        return unpack(*parts, dtype)
-
-    return tried(key, lambda: torch._inductor.compile(
-        make_fx(plain, tracing_mode="fake")(*parts), parts), plain, *parts)
-
-
-def packed_on_gpu(x, halfway):
-    """`packed` by triton: a tenth of the time, the same bits."""
-    return tried(packed, triton_packed, packed, x, halfway)
+    plain = partial(unpack, dtype=dtype)
+    sizes = (None if p is None else len(p) for p in parts[:3])
+    return tried((dtype, parts[0].device, *sizes), make, plain, *parts)
 
 
-def triton_packed():
-    """`packed`, each program for 16 blocks."""
+def pack_on_gpu(x, halfway, codes, absmax):
+    """`pack` in a tenth of the time."""
+    with torch.cuda.device(x.device):
+        tried(pack, triton_pack, pack, x, halfway, codes, absmax)
+
+
+def triton_pack():
+    """A program for 16 blocks of 64."""
     import triton
     from triton import language as tl
 
@@ -278,11 +278,5 @@ def triton_packed():
         tl.store(codes + to, ((high << 4) | low).to(tl.uint8), to < (n + 1) // 2)
         tl.store(absmax + block, largest + tl.sum(y * 0, 1), block * 64 < n)    # NaN, Inf: not lost
 
-    def launch(x, halfway, N=16):
-        codes = torch.empty(-(-len(x) // 2), dtype=torch.uint8, device=x.device)
-        absmax = torch.empty(-(-len(x) // BLOCK), dtype=torch.float32, device=x.device)
-        with torch.cuda.device(x.device):
-            kernel[-(-len(absmax) // N),](x, halfway, codes, absmax, len(x), N)
-        return codes, absmax
-
-    return launch
+    return lambda x, halfway, codes, absmax: kernel[-(-len(absmax) // 16),](
+        x, halfway, codes, absmax, len(x), 16)

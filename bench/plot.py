@@ -506,10 +506,11 @@ def fast_table():
 
 
 def over_one(parts, part):
-    """Tokens a second of a part of bench_gpus over those of one GPU, None if there is no such."""
-    one = parts.get("one" + part[part.index(","):] if "," in part else "one")
-    return parts[part]["tokens_per_second"] / one["tokens_per_second"] if (
-        one and parts[part]["gpus"] > 1) else None
+    """Tokens a second of a part of bench_gpus over those of one GPU, None if there is none. Hosts
+    differ in speed: only figures of one host are compared."""
+    one, r = parts.get("one" + part[part.index(","):] if "," in part else "one"), parts[part]
+    alike = one and r["gpus"] > 1 and one.get("host") == r.get("host")
+    return r["tokens_per_second"] / one["tokens_per_second"] if alike else None
 
 
 def gpus_table():
@@ -518,7 +519,7 @@ def gpus_table():
     for part, r in result["parts"].items():
         ratio = over_one(result["parts"], part)
         if part != "states":
-            rows.append([part, r["gpus"], f"{r['ms']:,.0f} ms",
+            rows.append([part, r.get("host", 1), r["gpus"], f"{r['ms']:,.0f} ms",
                          f"{r['tokens_per_second']:,.0f}", f"**{ratio:.2f}x**" if ratio else "",
                          f"{r['peak_gib']:.1f} GiB",
                          f"{r['frozen_bytes_per_gpu'] / 2**30:.2f} GiB"])
@@ -529,7 +530,14 @@ def gpus_table():
               f"(`--save-every 30`): the first one costs {first:.1f} s, which allocates "
               f"page-locked memory, the next one {max(second, 0):.1f} s, all slower steps while it "
               "is written included.")
-    return table(["7B, rank 128, 8 x 512 tokens a GPU", "GPUs", "step", "tokens/s",
+    if lost := result.get("a worker lost"):
+        states += (f" One of {lost['gpus']} workers was killed at step {lost['killed after']}: "
+                   "`--max-restarts` had the next step done "
+                   f"{lost['seconds until the next step']:.0f} s later, and losses within "
+                   f"{lost['restarted']:.1g} of those of an undisturbed run. A stopped run went "
+                   f"on with {lost['gpus'] // 2}: within {lost['resumed']:.1g}. All processes "
+                   f"beside one, ten steps in bfloat16: {lost['one']:.1g}.")
+    return table(["7B, rank 128, 8 x 512 tokens a GPU", "host", "GPUs", "step", "tokens/s",
                   "of one GPU's", "peak", "frozen weights on a GPU"],
                  rows) + states + source(result)
 

@@ -207,7 +207,8 @@ def serve(card, threads, todo, done):
 
 
 def rows_in(path):
-    """The rows of a file, or none if there is no file; a line that was cut off is left out."""
+    """The rows of a file, or none if there is no file. Left out, to be run again: a line that was
+    cut off, a job that ran out of memory."""
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     rows = []
     for line in lines:
@@ -215,7 +216,7 @@ def rows_in(path):
             rows.append(json.loads(line))
         except ValueError:
             print(f"{path}: a line is cut off, its job is run again", file=sys.stderr)
-    return rows
+    return [r for r in rows if "OutOfMemoryError" not in r.get("failed", "")]
 
 
 def found(rows, job):

@@ -44,7 +44,8 @@ def factors(net):
 def trained(method, lr, asked, examples):
     """[(step, factors)] of one training, from the start to the end."""
     flags = {"ckpt": asked.ckpt, "method": method, "rank": asked.rank, "lr": lr,
-             "batch": asked.batch, "steps": asked.steps, "seed": asked.seed}
+             "batch": asked.batch, "micro-batch": asked.batch, "steps": asked.steps,
+             "seed": asked.seed}
     args = options.train_parser("").parse_args([f"--{k}={v}" for k, v in flags.items()])
     vars(args).update(NO_STATES, out=Path(tempfile.mkdtemp()))
     net = model.load(asked.ckpt, asked.device, torch.float32)
@@ -120,7 +121,7 @@ def coordinates(paths):
 def surface(paths, Q, axes, asked, val):
     """Losses (len(y), len(x)) of W_0 + x e_1 + y e_2, and those of the base and of both ends."""
     net = model.load(asked.ckpt, asked.device, torch.float32)
-    args = options.train_parser("").parse_args(["--ckpt", asked.ckpt])
+    args = options.train_parser("").parse_args(["--ckpt", asked.ckpt, "--micro-batch", "32"])
     modules = {n: net.get_submodule(n) for n in paths["lora"][0][1]}
     W0 = {n: m.weight.detach().clone() for n, m in modules.items()}
     ends = {n: [change(paths[m][-1][1], paths[m][0][1], n).T.to(W0[n]) for m in METHODS]

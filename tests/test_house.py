@@ -31,7 +31,7 @@ MAY_IMPORT = {
 
 # Lines that are promised to a reader, comments included.
 LINES = {"model.py": 430, "fast.py": 530, "support/files.py": 155, "svd.py": 200, "pissa.py": 288,
-         "nf4.py": 231, "fp8.py": 150, "train.py": 400, "adapter.py": 300, "data.py": 260,
+         "nf4.py": 282, "fp8.py": 150, "train.py": 400, "adapter.py": 300, "data.py": 260,
          "eval.py": 250, "convert.py": 300, "README.md": 300}
 
 

@@ -382,12 +382,20 @@ def test_without_a_compiler(monkeypatch):
     parts = [p.detach().flatten() for p in (Q.codes, Q.absmax, Q.scale, Q.mean)]
     parts += Q.levels, Q.absmax_levels, Q.pairs
     with pytest.warns(UserWarning, match="could not be compiled.*no triton"):
-        found = nf4.unpack_on_gpu(*parts, torch.float32)
-    assert torch.equal(found, nf4.unpack_on_gpu(*parts, torch.float32))
+        found = nf4.unpack_on_gpu(*parts, dtype=torch.float32)
+    assert torch.equal(found, nf4.unpack_on_gpu(*parts, dtype=torch.float32))
     assert torch.equal(found.view(40, 64), Q.dequantize())
 
 
 PACKED = [(64, 64), (3, 5), (40, 77), (1, 1), (130, 64)]
+
+
+def packed(form, x):
+    """codes and absmax that a form of nf4.pack finds."""
+    codes = torch.zeros(-(-len(x) // 2), dtype=torch.uint8, device=x.device)
+    absmax = torch.zeros(-(-len(x) // 64), device=x.device)
+    form(x, nf4.middles(nf4.LEVELS, x.device), codes, absmax)
+    return codes, absmax
 
 
 def odd_ones(shape, dtype):
@@ -412,24 +420,24 @@ def test_packed_in_one_kernel(dtype, monkeypatch):
     monkeypatch.setattr(nf4, "KERNELS", {})
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    halfway = nf4.middles(nf4.LEVELS, device)
     for shape in PACKED:
         x = odd_ones(shape, dtype).flatten().to(device)
-        for mine, plain in zip(nf4.packed_on_gpu(x, halfway), nf4.packed(x, halfway), strict=True):
+        for mine, plain in zip(packed(nf4.pack_on_gpu, x), packed(nf4.pack, x), strict=True):
             assert torch.equal(mine, plain), shape
     x = odd_ones((40, 77), dtype).flatten().to(device)
     for bad in (float("nan"), float("inf"), -float("inf")):
         x[3] = bad
-        assert not nf4.packed_on_gpu(x, halfway)[1].isfinite().all()
-    assert nf4.KERNELS[nf4.packed] is not nf4.packed
+        assert not packed(nf4.pack_on_gpu, x)[1].isfinite().all()
+    assert nf4.KERNELS[nf4.pack] is not nf4.pack
 
 
 def test_packed_without_triton(monkeypatch):
     """One warning, and the same bits."""
     monkeypatch.setattr(nf4, "KERNELS", {})
     monkeypatch.setitem(sys.modules, "triton", None)
-    x, halfway = odd_ones((40, 77), torch.float32).flatten(), nf4.middles(nf4.LEVELS, "cpu")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    x = odd_ones((40, 77), torch.float32).flatten()
     with pytest.warns(UserWarning, match="NF4 could not be compiled"):
-        found = nf4.packed_on_gpu(x, halfway)
-    assert all(map(torch.equal, found, nf4.packed(x, halfway)))
-    assert nf4.KERNELS == {nf4.packed: nf4.packed}
+        found = packed(nf4.pack_on_gpu, x)
+    assert all(map(torch.equal, found, packed(nf4.pack, x)))
+    assert nf4.KERNELS == {nf4.pack: nf4.pack}

@@ -26,6 +26,9 @@ def test_rows_of_a_file_that_was_cut_off(tmp_path, capsys):
     rows = study.rows_in(path)
     assert study.found(rows, dict(JOB))["val"] == 1.0 and "cut off" in capsys.readouterr().err
     assert study.found(rows, {**JOB, "seed": 1}) is None
+    path.write_text("".join(json.dumps({"job": {**JOB, "seed": i}, "failed": why}) + "\n" for i, why
+                            in enumerate(("ValueError: not finite", "OutOfMemoryError: CUDA"))))
+    assert [r["job"]["seed"] for r in study.rows_in(path)] == [0]      # the other may fit next time
 
 
 def test_alike_for_the_compiler():
