@@ -75,7 +75,8 @@ def middles(levels, device):
 
 
 def nearest(x, halfway, block):
-    """(codes int32, absmax) of x (n,). Zeros fill the last block. halfway: `middles`."""
+    """(codes int32, absmax) of x (n,). Zeros fill the last block. halfway: what `middles`
+    returns."""
     blocks = pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
@@ -92,7 +93,7 @@ def quantize(W: torch.Tensor, double: bool = True) -> "NF4":
     """
     if not W.is_floating_point() or W.numel() == 0:
         raise ValueError(f"NF4 needs floating-point numbers, not {W.dtype} {tuple(W.shape)}")
-    x, n = W.reshape(-1), W.numel()
+    x, n = W.reshape(-1).contiguous(), W.numel()
     codes = torch.empty(-(-n // 2), dtype=torch.uint8, device=W.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=W.device)
     (pack_on_gpu if W.is_cuda else pack)(x, middles(LEVELS, W.device), codes, absmax)
@@ -225,14 +226,15 @@ KERNELS = {}
 
 
 def tried(key, make, plain, *given):
-    """What make() compiles, kept for `key`, called. Without a compiler: a warning, and `plain`."""
+    """Call what make() compiles, which is kept under `key`. If that fails: a warning, and `plain`
+    from then on."""
     try:
         if key not in KERNELS:
             KERNELS[key] = make()
         return KERNELS[key](*given)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as e:                  # of many kinds: no triton, no C compiler, no headers
+        if "out of memory" in str(e):
+            raise
         why = str(e).strip().partition("\n")[0][:120]
         warnings.warn(f"NF4 could not be compiled, and takes longer: {why}", stacklevel=3)
         KERNELS[key] = plain
@@ -258,7 +260,7 @@ def pack_on_gpu(x, halfway, codes, absmax):
 
 
 def triton_pack():
-    """A program for 16 blocks of 64."""
+    """The kernel of `pack_on_gpu`. Each of its programs rounds 16 blocks of 64."""
     import triton
     from triton import language as tl
 
@@ -276,7 +278,8 @@ def triton_pack():
         high, low = tl.split(tl.reshape(code, [N, 32, 2]))
         to = block[:, None] * 32 + tl.arange(0, 32)[None]
         tl.store(codes + to, ((high << 4) | low).to(tl.uint8), to < (n + 1) // 2)
-        tl.store(absmax + block, largest + tl.sum(y * 0, 1), block * 64 < n)    # NaN, Inf: not lost
+        nan = tl.sum(y * 0, 1)                 # where NaN or Inf is; tl.max alone drops NaN, else 0
+        tl.store(absmax + block, largest + nan, block * 64 < n)
 
     return lambda x, halfway, codes, absmax: kernel[-(-len(absmax) // 16),](
         x, halfway, codes, absmax, len(x), 16)

@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 
 import nf4
-from svd import full_float32, randomized_svd
+from svd import full_float32, multiplies_in_bfloat16, randomized_svd
 
 
 def init_qpissa(weight, options):
@@ -68,8 +68,8 @@ def alternate(weight, A, B, options):
     for _ in range(options.quant_iters):
         Q, subtracted = rounded(weight, A, B, options.bits, options.double_quant), (A, B)
         rest = Q.dequantize(A.dtype).neg_().add_(weight)                          # W - Q
-        # On a GPU 16 bits are multiplied ten times as fast, and W has no more digits itself.
-        A, B = factors(rest.to(weight.dtype) if rest.is_cuda else rest, options)
+        # GPUs multiply bfloat16 ten times as fast, and a W in bfloat16 has no more digits itself.
+        A, B = factors(rest.to(weight.dtype) if multiplies_in_bfloat16(weight) else rest, options)
         kept = (A, B) if options.last_svd else subtracted
         error = rest.addmm_(kept[1].T, kept[0].T, alpha=-1).norm().item()
         del rest                                  # as large as W, and the next turn makes a new one

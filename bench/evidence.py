@@ -72,14 +72,16 @@ def under(text, what):
 def curves_table():
     """Training loss (mean of five steps) and gradient norm after some steps."""
     found, tiny = longest()
-    lines = []
-    for method, lr in sorted({(r["method"], r["lr"]) for r in found}, key=lambda k: k[::-1]):
-        same = [r for r in found if (r["method"], r["lr"]) == (method, lr)]
-        mean = [statistics.mean(step) for step in zip(*(r["loss"] for r in same))]
-        at = [f"{statistics.mean(mean[n - 5:n]):.3f}" if n <= len(mean) else "" for n in STEPS]
-        norm = statistics.mean(r["grad_norm"][0] for r in same)
-        lines.append([f"{lr:g}", method, len(same), *at, f"{norm:.2f}"])
-    head = ["rate", "method", "seeds", *(f"loss, steps {n - 4}-{n}" for n in STEPS),
+    lines, methods = [], list(dict.fromkeys(r["method"] for r in found))
+    for lr in sorted({r["lr"] for r in found}):
+        cells = []
+        for same in ([r for r in found if (r["method"], r["lr"]) == (m, lr)] for m in methods):
+            mean = [statistics.mean(step) for step in zip(*(r["loss"] for r in same))]
+            at = [f"{statistics.mean(mean[n - 5:n]):.3f}" if n <= len(mean) else "" for n in STEPS]
+            norm = statistics.mean(r["grad_norm"][0] for r in same) if same else 0
+            cells.append([str(len(same)), *at, f"{norm:.2f}"])
+        lines.append([f"{lr:g}", *(" / ".join(c) for c in zip(*cells))])
+    head = ["rate: " + " / ".join(methods), "seeds", *(f"loss, steps {n - 4}-{n}" for n in STEPS),
             "gradient norm, step 1"]
     return under(table(head, lines), described(found, tiny)) if found else "Not measured yet."
 
@@ -140,10 +142,12 @@ def learnt_table():
                  for k in ("top", "bottom", "random", "angle")]
         means = [statistics.mean(r["learnt_" + k] for r in same for k in names)
                  for names in (["norm"], *sides, ["stable_rank"])]
+        rates = {r["lr"] for r in mine}
+        edge = ", an edge" * (lr in (min(rates), max(rates)))
         every = ", ".join(f"{rate:g}: " + spread([r["perplexity"] for r in mine if (
-            r["lr"] == rate)], ".1f", "") for rate in sorted({r["lr"] for r in mine}))
+            r["lr"] == rate)], ".1f", "") for rate in sorted(rates))
         before = [r["perplexity_before"] for r in found if "perplexity_before" in r]
-        lines.append([NAMES.get(method, method), f"{lr:g}", spread([r["val"] for r in same]),
+        lines.append([NAMES.get(method, method), f"{lr:g}{edge}", spread([r["val"] for r in same]),
                       *(f"{x:.3f}" for x in means), every])
     head = ["method", "best rate", "validation loss", "norm of ΔW / W", "in W's top r",
             "in its bottom r", "by chance", "cos² of angles", "stable rank",

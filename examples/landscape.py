@@ -77,7 +77,7 @@ def change(point, start, name):
 def inner(one, other, starts):
     """<DeltaW, DeltaW'> over all matrices, of two points with their starts, in float64.
 
-    DeltaW = (A - A_0) B + A_0 (B - B_0) = L R with 2 r columns and rows, and
+    DeltaW^T = (A - A_0) B + A_0 (B - B_0) = L R: L has 2 r columns and R 2 r rows. So
     <L R, L' R'> = <L^T L', R R'^T>.
     """
     total = 0.0

@@ -50,7 +50,7 @@ def test_best_rate_and_seeds(keep):
 
 def test_curves(keep):
     keep("curves", [row(), row(seed=1, loss=[i + 1.0 for i in range(20)])])
-    assert "| 0.001 | pissa | 2 | 2.500 | 17.500 |  |  | 2.00 |" in evidence.curves_table()
+    assert "| 0.001 | 2 | 2.500 | 17.500 |  |  | 2.00 |" in evidence.curves_table()
 
 
 def test_svd(keep):
@@ -85,6 +85,6 @@ def test_what_is_learnt_counts_whole_seeds(keep):
     more = {"perplexity": 5.0, "perplexity_before": 4.0, **{f"learnt_{k}": 0.5 for k in names}}
     keep("learnt", [{**row(lr=lr, val=val, seed=seed), **more} for lr, val, seed in (
         (1e-4, 3.0, 0), (1e-4, 3.0, 1), (1e-3, 2.0, 0))])
-    assert "| PiSSA | 0.001 | 2.0000 | 0.500 |" in evidence.learnt_table()
+    assert "| PiSSA | 0.001, an edge | 2.0000 | 0.500 |" in evidence.learnt_table()
     text = evidence.learnt_table()
     assert "| 0.0001: 5.0, 0.001: 5.0 |" in text and "4.0 before" in text

@@ -30,9 +30,9 @@ MAY_IMPORT = {
     "relatives": ("relatives.calibrate",)}
 
 # Lines that are promised to a reader, comments included.
-LINES = {"model.py": 430, "fast.py": 530, "support/files.py": 155, "svd.py": 200, "pissa.py": 288,
-         "nf4.py": 282, "fp8.py": 150, "train.py": 400, "adapter.py": 300, "data.py": 260,
-         "eval.py": 250, "convert.py": 300, "README.md": 300}
+LINES = {"model.py": 430, "fast.py": 532, "support/files.py": 155, "svd.py": 200, "pissa.py": 288,
+         "nf4.py": 285, "fp8.py": 150, "train.py": 400, "adapter.py": 300, "data.py": 260,
+         "eval.py": 250, "convert.py": 300, "README.md": 300, "EVIDENCE.md": 150}
 
 
 def sources():

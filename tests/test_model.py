@@ -232,6 +232,8 @@ def test_packed_in_16_bits(kind, lengths):
 @pytest.mark.parametrize("how", ["eager", "checkpointing", "compiled"])
 def test_packed_on_a_gpu(kind, how, monkeypatch):
     """With flash attention's own kernels and without them."""
+    torch._dynamo.reset()                    # five lengths, and in smollm3 two kinds of layers
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 24)
     for lengths in LENGTHS, [300, 129, 128, 17, 1], [9], [1], [700, 650]:
         net, tokens, where_text = in_16_bits(kind, lengths, "cuda")
         net.checkpointing = how == "checkpointing"
@@ -240,11 +242,11 @@ def test_packed_on_a_gpu(kind, how, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(fast, "takes_flash", lambda q: False)
             rows = errors(net, tokens, where_text, net(tokens, where_text=where_text))
-        torch._dynamo.reset()                    # two kinds of layers and five lengths are too many
         for layer in net.model.layers if how == "compiled" else ():
             layer.compile(fullgraph=True)
         flash = errors(net, tokens, where_text, net(tokens, where_text=where_text))
-        bound = 0.07 if kind == "qwen3" else 0.05          # normed q and k: rounding weighs more
+        # Normed q and k: rounding weighs more. Compiled it makes 0.045 on a CPU.
+        bound = 0.07 if (kind, how) == ("qwen3", "compiled") else 0.05
         assert max(rows + flash) < bound, (lengths, rows, flash)
     torch._dynamo.reset()
 

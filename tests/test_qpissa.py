@@ -150,3 +150,18 @@ def test_merge_quantised(bits, method, dtype, tokens):
         got = net.get_submodule(name).weight
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), W, rtol=2**-8 if dtype != W.dtype else 0, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["qpissa", "loftq"])
+def test_turns_on_a_gpu(method):
+    """There W - Q is decomposed in bfloat16 if W is: the error that is left is that of a CPU."""
+    linear = torch.nn.Linear(512, 768, bias=False)
+    linear.weight.data = torch.randn(768, 512, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for device in "cpu", "cuda":
+        linear = linear.to(device, torch.bfloat16)
+        layer = layer_of(linear, 16, method)
+        errors.append((linear.weight.float() - pissa.as_tensor(layer.frozen)
+                       - (layer.A @ layer.B).T).norm().item())
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
