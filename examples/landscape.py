@@ -171,7 +171,7 @@ def picture(result, out):
              ylabel="y: towards PiSSA's end, across x",
              title=f"{result['ckpt']}, rank {result['rank']}, {result['steps']} steps: "
              "validation loss (contours)")
-    axes.legend(loc="best")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3)
     figure.tight_layout()
     figure.savefig(out, dpi=130, transparent=True)
 
