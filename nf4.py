@@ -278,7 +278,7 @@ def triton_pack():
         high, low = tl.split(tl.reshape(code, [N, 32, 2]))
         to = block[:, None] * 32 + tl.arange(0, 32)[None]
         tl.store(codes + to, ((high << 4) | low).to(tl.uint8), to < (n + 1) // 2)
-        nan = tl.sum(y * 0, 1)                 # where NaN or Inf is; tl.max alone drops NaN, else 0
+        nan = tl.sum(y * 0, 1)         # NaN where y holds NaN or Inf, which tl.max may drop; else 0
         tl.store(absmax + block, largest + nan, block * 64 < n)
 
     return lambda x, halfway, codes, absmax: kernel[-(-len(absmax) // 16),](

@@ -57,6 +57,11 @@ def spread(values, form=".4f", seeds=", {} seeds"):
         f"{mean} ({min(values):{form}} to {max(values):{form}}{seeds.format(len(values))})")
 
 
+def edge(lr, rates):
+    """What is to be said of the best of these rates, if it may lie outside."""
+    return ", no other tried" if len(rates) == 1 else ", an edge" * (lr in (min(rates), max(rates)))
+
+
 def bars(groups):
     """(means, [reaches below, above]) of lists of numbers, for errorbar."""
     means = [statistics.mean(v) for v in groups]
@@ -78,8 +83,8 @@ def curves_table():
         for same in ([r for r in found if (r["method"], r["lr"]) == (m, lr)] for m in methods):
             mean = [statistics.mean(step) for step in zip(*(r["loss"] for r in same))]
             at = [f"{statistics.mean(mean[n - 5:n]):.3f}" if n <= len(mean) else "" for n in STEPS]
-            norm = statistics.mean(r["grad_norm"][0] for r in same) if same else 0
-            cells.append([str(len(same)), *at, f"{norm:.2f}"])
+            norm = f"{statistics.mean(r['grad_norm'][0] for r in same):.2f}" if same else ""
+            cells.append([str(len(same)), *at, norm])
         lines.append([f"{lr:g}", *(" / ".join(c) for c in zip(*cells))])
     head = ["rate: " + " / ".join(methods), "seeds", *(f"loss, steps {n - 4}-{n}" for n in STEPS),
             "gradient norm, step 1"]
@@ -107,9 +112,7 @@ def beside_table(names, keys, head):
             at = studies.losses_at(found, **wanted)
             if at:
                 lr = studies.best_rate(found, **wanted)
-                alone = ", no other tried" if len(at) == 1 else ", an edge" * (
-                    lr in (min(at), max(at)))
-                cells.append(f"{spread(at[lr])} at {lr:g}{alone}")
+                cells.append(f"{spread(at[lr])} at {lr:g}{edge(lr, at)}")
             else:
                 cells.append("")
         lines.append([*values, *cells])
@@ -143,12 +146,11 @@ def learnt_table():
         means = [statistics.mean(r["learnt_" + k] for r in same for k in names)
                  for names in (["norm"], *sides, ["stable_rank"])]
         rates = {r["lr"] for r in mine}
-        edge = ", an edge" * (lr in (min(rates), max(rates)))
         every = ", ".join(f"{rate:g}: " + spread([r["perplexity"] for r in mine if (
             r["lr"] == rate)], ".1f", "") for rate in sorted(rates))
         before = [r["perplexity_before"] for r in found if "perplexity_before" in r]
-        lines.append([NAMES.get(method, method), f"{lr:g}{edge}", spread([r["val"] for r in same]),
-                      *(f"{x:.3f}" for x in means), every])
+        lines.append([NAMES.get(method, method), f"{lr:g}{edge(lr, rates)}",
+                      spread([r["val"] for r in same]), *(f"{x:.3f}" for x in means), every])
     head = ["method", "best rate", "validation loss", "norm of ΔW / W", "in W's top r",
             "in its bottom r", "by chance", "cos² of angles", "stable rank",
             f"perplexity of other text at every rate, {before[0]:.1f} before" if found else ""]

@@ -387,7 +387,38 @@ def test_without_a_compiler(monkeypatch):
     assert torch.equal(found.view(40, 64), Q.dequantize())
 
 
-PACKED = [(64, 64), (3, 5), (40, 77), (1, 1), (130, 64)]
+STRIDED = [lambda M: M[:, ::2], lambda M: M[:, :1], lambda M: M[0, ::3],
+           lambda M: M[:1, :1].expand(9, 40)]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_packed_in_one_kernel(dtype, monkeypatch):
+    """triton's kernel gives the bits of the plain form, of strided matrices, too, and sees NaN and
+    Inf: on a GPU, or in triton's interpreter."""
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU, or triton and TRITON_INTERPRET=1 from the start")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The interpreter converts subnormal bfloat16 numbers wrongly: a GPU shifts their bits.
+    wrong = {"below 1e-38"} if (device, dtype) == ("cpu", torch.bfloat16) else ()
+    cases = [(W.to(dtype), lambda W: W) for name, W in MATRICES.items() if name not in wrong]
+    cases += [(normal(64, 256).to(dtype), cut) for cut in STRIDED]
+
+    def checksums(device):
+        return [nf4.quantize(cut(W.to(device)), double).checksum()
+                for W, cut in cases for double in (True, False)]
+
+    want = checksums("cpu")
+    monkeypatch.setattr(nf4, "KERNELS", {})
+    if device == "cpu":
+        monkeypatch.setattr(nf4, "pack", nf4.pack_on_gpu)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert checksums(device) == want
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        W = normal(40, 77).to(dtype)
+        W[0, 3] = bad
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            nf4.quantize(W.to(device))
+    assert nf4.KERNELS[nf4.pack] is not nf4.pack
 
 
 def packed(form, x):
@@ -398,45 +429,12 @@ def packed(form, x):
     return codes, absmax
 
 
-def odd_ones(shape, dtype):
-    """Numbers with outliers, a block of zeros, equal ones, and ones halfway between two levels."""
-    W = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    flat = W.view(-1)
-    flat[::97] *= 1000
-    flat[64:128], flat[128:140] = 0, 0.37
-    middles = nf4.middles(nf4.LEVELS, "cpu").to(dtype)
-    flat[192:207] = middles[:len(flat[192:207])]
-    flat[207:208] = 1
-    return W
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_packed_in_one_kernel(dtype, monkeypatch):
-    """triton's kernel gives the bits of the plain form, and sees NaN and Inf: on a GPU, or in
-    triton's interpreter."""
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a GPU, or triton and TRITON_INTERPRET=1 from the start")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    monkeypatch.setattr(nf4, "KERNELS", {})
-    if device == "cpu":
-        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    for shape in PACKED:
-        x = odd_ones(shape, dtype).flatten().to(device)
-        for mine, plain in zip(packed(nf4.pack_on_gpu, x), packed(nf4.pack, x), strict=True):
-            assert torch.equal(mine, plain), shape
-    x = odd_ones((40, 77), dtype).flatten().to(device)
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        x[3] = bad
-        assert not packed(nf4.pack_on_gpu, x)[1].isfinite().all()
-    assert nf4.KERNELS[nf4.pack] is not nf4.pack
-
-
 def test_packed_without_triton(monkeypatch):
     """One warning, and the same bits."""
     monkeypatch.setattr(nf4, "KERNELS", {})
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    x = odd_ones((40, 77), torch.float32).flatten()
+    x = MATRICES["outliers"].flatten()
     with pytest.warns(UserWarning, match="NF4 could not be compiled"):
         found = packed(nf4.pack_on_gpu, x)
     assert all(map(torch.equal, found, packed(nf4.pack, x)))
